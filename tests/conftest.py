@@ -85,5 +85,5 @@ class NameFailures:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            said = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:SHOWN_LINES]
-            self._reporter.write_line("\n".join((f"\nfailed: {report.nodeid} ({report.when})", *said)))
+            lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:SHOWN_LINES]
+            self._reporter.write_line("\n".join((f"\nfailed: {report.nodeid} ({report.when})", *lines)))

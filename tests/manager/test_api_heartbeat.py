@@ -148,8 +148,8 @@ async def test_a_well_formed_heartbeat_asks_no_database(
     monkeypatch.setattr(house.store, "write", nobody)
     reply = await post(house, agent, content=body_of(agent))
     assert reply.status_code == 200, reply.text
-    told = wire.HeartbeatReply.model_validate(reply.json())
-    assert [order.want for order in told.placements] == [wire.Want.RUN]
+    parsed = wire.HeartbeatReply.model_validate(reply.json())
+    assert [order.want for order in parsed.placements] == [wire.Want.RUN]
 
 
 async def test_the_route_behind_gives_the_same_answer(house: House, agent: Agent) -> None:

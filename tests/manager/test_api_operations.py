@@ -167,11 +167,11 @@ def write_many(connection: Any) -> None:
 async def test_the_oldest_events_are_removed_in_batches_and_that_is_an_event(house: House) -> None:
     await house.store.write(write_many)
     await remove(house, BATCH + 50)
-    (told,) = await house.events("events.removed")
-    assert (told["actor"], told["owner"]) == ("retention", None)
-    assert told["details"] == {"up_to": BATCH, "number": BATCH}
+    (removed,) = await house.events("events.removed")
+    assert (removed["actor"], removed["owner"]) == ("retention", None)
+    assert removed["details"] == {"up_to": BATCH, "number": BATCH}
     left = await house.events()
-    assert left[0]["id"] == told["details"]["up_to"] + 1
+    assert left[0]["id"] == removed["details"]["up_to"] + 1
     assert len(left) == BATCH + 51
     await remove(house, BATCH + 50)
     assert await house.events() == left, "less than a batch too much stays: what is removed is an event itself"
@@ -212,11 +212,11 @@ async def test_a_stream_that_resumes_below_what_is_kept_is_told_and_misses_nothi
 async def test_a_stream_goes_on_while_what_it_has_told_is_removed(house: House) -> None:
     await house.store.write(write_many)
     async with stream(house, house.secrets.admin_token, last_event_id=str(2 * BATCH + 40)) as lines:
-        told = [await next_event(lines) for _ in range(10)]
+        resumed = [await next_event(lines) for _ in range(10)]
         await remove(house, 10)
         await say(house, "test.afterwards")
         after = [await next_event(lines) for _ in range(3)]
-    numbers = [number for number, _, _ in told + after]
+    numbers = [number for number, _, _ in resumed + after]
     assert numbers == list(range(numbers[0], numbers[0] + 13))
     assert [kind for _, kind, _ in after] == ["events.removed", "events.removed", "test.afterwards"]
 

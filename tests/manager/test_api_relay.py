@@ -205,8 +205,8 @@ async def test_a_certificate_lasts_an_hour_at_most(house: House, ttl_s: Any) -> 
 
 
 async def test_the_line_for_known_hosts_vouches_for_our_hosts_alone(house: House) -> None:
-    told = (await (await house.new_client("alice")).get("/api/ssh-authority")).json()
-    assert told["known_hosts"] == f"@cert-authority *.orion {house.manager.authority.of_hosts}"
+    authority = (await (await house.new_client("alice")).get("/api/ssh-authority")).json()
+    assert authority["known_hosts"] == f"@cert-authority *.orion {house.manager.authority.of_hosts}"
     assert (await house.http.get("/api/ssh-authority")).status_code == 401
 
 

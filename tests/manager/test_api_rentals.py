@@ -37,10 +37,10 @@ async def until_queued(house: House, known: int = 0) -> None:
 
 async def rent_and_wait(house: House, client: httpx.AsyncClient, **body: Any) -> httpx.Response:
     known = len(await house.events("rental.queued"))
-    asked = asyncio.create_task(client.post("/api/rent", json=body))
+    waiting = asyncio.create_task(client.post("/api/rent", json=body))
     await until_queued(house, known)
     await house.settle()
-    return await asyncio.wait_for(asked, 20)
+    return await asyncio.wait_for(waiting, 20)
 
 
 async def test_a_rent_answers_201_with_the_rental_when_it_is_active(
@@ -61,19 +61,19 @@ async def test_a_rent_answers_201_with_the_rental_when_it_is_active(
 async def test_the_key_that_is_made_opens_the_rental_and_is_told_this_once(
     house: House, alice: httpx.AsyncClient, agent: Agent
 ) -> None:
-    told = (await rent_and_wait(house, alice)).json()
-    public = asyncssh.import_private_key(told["ssh_private_key"]).export_public_key().decode().strip()
-    assert agent.node.accounts[told["id"]].keys == (public,)
-    assert "ssh_private_key" not in (await alice.get(f"/api/rentals/{told['id']}")).json()
+    rental = (await rent_and_wait(house, alice)).json()
+    public = asyncssh.import_private_key(rental["ssh_private_key"]).export_public_key().decode().strip()
+    assert agent.node.accounts[rental["id"]].keys == (public,)
+    assert "ssh_private_key" not in (await alice.get(f"/api/rentals/{rental['id']}")).json()
     assert not any("PRIVATE" in str(event) for event in await house.events())
 
 
 async def test_the_renter_s_own_key_is_used_without_its_comment_and_none_is_made(
     house: House, alice: httpx.AsyncClient, agent: Agent
 ) -> None:
-    told = (await rent_and_wait(house, alice, ssh_public_key=f"{host_key(7)} alice@home")).json()
-    assert told["ssh_private_key"] is None
-    assert agent.node.accounts[told["id"]].keys == (host_key(7),)
+    rental = (await rent_and_wait(house, alice, ssh_public_key=f"{host_key(7)} alice@home")).json()
+    assert rental["ssh_private_key"] is None
+    assert agent.node.accounts[rental["id"]].keys == (host_key(7),)
 
 
 async def test_a_rent_that_does_not_wait_answers_202_at_once(house: House, alice: httpx.AsyncClient) -> None:
@@ -82,11 +82,11 @@ async def test_a_rent_that_does_not_wait_answers_202_at_once(house: House, alice
 
 
 async def test_a_rent_that_waited_in_vain_says_what_it_waits_for(house: House, alice: httpx.AsyncClient) -> None:
-    asked = asyncio.create_task(alice.post("/api/rent", json={"wait_s": 0.05}))
+    waiting = asyncio.create_task(alice.post("/api/rent", json={"wait_s": 0.05}))
     await until_queued(house)
     await house.settle()
     house.clock.now += 1
-    reply = await asyncio.wait_for(asked, 20)
+    reply = await asyncio.wait_for(waiting, 20)
     assert reply.status_code == 202
     assert reply.json()["explanation"] == "waiting: the pool has no worker. It starts by itself when one joins"
 
@@ -107,10 +107,10 @@ async def test_a_replay_answers_with_the_same_rental_and_a_key_that_opens_it(
     headers = {"Idempotency-Key": "once"}
     first = (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0}, headers=headers)).json()
     await house.settle()
-    asked = asyncio.create_task(alice.post("/api/rent", json={"name": "lab"}, headers=headers))
-    while not asked.done():
+    waiting = asyncio.create_task(alice.post("/api/rent", json={"name": "lab"}, headers=headers))
+    while not waiting.done():
         await house.settle()
-    again = asked.result()
+    again = waiting.result()
     assert (again.status_code, again.json()["id"]) == (201, first["id"])
     public = asyncssh.import_private_key(again.json()["ssh_private_key"]).export_public_key().decode().strip()
     assert agent.node.accounts[first["id"]].keys == (public,)
@@ -271,11 +271,11 @@ async def test_showing_waits_for_the_state_that_was_asked_for_and_is_woken_by_th
     house: House, alice: httpx.AsyncClient
 ) -> None:
     rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
-    asked = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
+    waiting = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
     await house.settle()
-    assert not asked.done()
+    assert not waiting.done()
     await house.join()
-    reply = await asyncio.wait_for(asked, 20)
+    reply = await asyncio.wait_for(waiting, 20)
     assert reply.json()["state"] == "active"
 
 
@@ -283,10 +283,10 @@ async def test_waiting_for_a_state_that_will_not_come_ends_with_the_rental(
     house: House, alice: httpx.AsyncClient
 ) -> None:
     rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
-    asked = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
+    waiting = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
     await alice.delete(f"/api/rentals/{rental_id}")
     await house.settle()
-    assert (await asyncio.wait_for(asked, 20)).json()["state"] == "released"
+    assert (await asyncio.wait_for(waiting, 20)).json()["state"] == "released"
 
 
 async def test_a_renewal_counts_again_from_now(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:

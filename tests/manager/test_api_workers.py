@@ -26,11 +26,11 @@ def keys_become(agent: Agent, *keys: str) -> None:
 
 async def test_a_registration_answers_with_all_that_the_agent_needs(house: House) -> None:
     agent = house.new_agent()
-    told = wire.RegisterReply.model_validate((await agent.register()).json())
-    assert (told.heartbeat_interval_s, told.lease_s) == (30, 75)
-    assert told.authorized_keys == [house.secrets.ssh_public_key]
-    assert told.worker_token.startswith(f"orion_worker_{told.worker_id}_")
-    assert told.placements == []
+    answer = wire.RegisterReply.model_validate((await agent.register()).json())
+    assert (answer.heartbeat_interval_s, answer.lease_s) == (30, 75)
+    assert answer.authorized_keys == [house.secrets.ssh_public_key]
+    assert answer.worker_token.startswith(f"orion_worker_{answer.worker_id}_")
+    assert answer.placements == []
 
 
 async def test_a_worker_s_address_is_the_one_that_the_proxy_saw(house: House, agent: Agent) -> None:
@@ -176,10 +176,10 @@ async def test_a_registration_out_of_the_contract_is_refused(house: House, chang
 
 
 async def test_a_heartbeat_renews_and_tells_the_next_one_with_jitter(house: House, agent: Agent) -> None:
-    told = [wire.HeartbeatReply.model_validate((await agent.beat()).json()) for _ in range(20)]
-    assert {reply.lease_s for reply in told} == {75.0}
-    assert all(27 <= reply.next_heartbeat_s <= 31.5 for reply in told)
-    assert len({reply.next_heartbeat_s for reply in told}) > 1
+    replies = [wire.HeartbeatReply.model_validate((await agent.beat()).json()) for _ in range(20)]
+    assert {reply.lease_s for reply in replies} == {75.0}
+    assert all(27 <= reply.next_heartbeat_s <= 31.5 for reply in replies)
+    assert len({reply.next_heartbeat_s for reply in replies}) > 1
 
 
 async def test_a_worker_with_the_longer_lease_of_other_clocks_is_asked_again_at_once(
@@ -204,10 +204,10 @@ async def test_what_was_heard_is_shown_before_it_is_written_down(house: House, a
     await agent.beat(load={"processes": 3})
     (listed,) = (await house.as_admin.get("/api/workers")).json()["items"]
     for shown in (listed, await house.worker(agent)):
-        told = wire.Worker.model_validate(shown)
-        assert told.load.processes == 3
-        assert told.last_heartbeat_at is not None
-        assert told.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
+        worker = wire.Worker.model_validate(shown)
+        assert worker.load.processes == 3
+        assert worker.last_heartbeat_at is not None
+        assert worker.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
 
 
 async def test_a_heartbeat_of_another_session_or_an_old_number_is_told_to_register(house: House, agent: Agent) -> None:

@@ -177,10 +177,10 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
         await house.manager.copies._sweep()
     assert (await house.rental(rental["id"]))["state"] != "releasing"
     assert over["id"] in await home.rentals()
-    told = await doubted(house)
-    assert told is not None
-    assert "40.0 days ahead" in told
-    assert "orion admin confirm-clock" in told
+    reasons = await doubted(house)
+    assert reasons is not None
+    assert "40.0 days ahead" in reasons
+    assert "orion admin confirm-clock" in reasons
     assert len(await house.events("manager.clock_doubted")) == 1
     assert (await (await house.new_client("alice")).post("/api/admin/clock")).status_code == 403
 

@@ -59,9 +59,9 @@ async def test_another_clients_token_opens_nothing_and_reaches_no_worker(house: 
 async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house: House, sshds: Sshds) -> None:
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
-        told = await client.refusal()
-    assert (told["status"], told["code"]) == (409, "not_active")
-    assert "queued" in told["detail"]
+        refused = await client.refusal()
+    assert (refused["status"], refused["code"]) == (409, "not_active")
+    assert "queued" in refused["detail"]
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()
     async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
@@ -98,9 +98,9 @@ async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(
 
     await hold(1)
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
-        told = await client.refusal()
-        assert (told["status"], told["code"]) == (409, "not_active")
-        assert "stands still for a moment" in told["detail"]
+        refused = await client.refusal()
+        assert (refused["status"], refused["code"]) == (409, "not_active")
+        assert "stands still for a moment" in refused["detail"]
     async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=50") as client:
         await hold(0)
         assert await client.is_in()
@@ -115,9 +115,9 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
     await house.store.write(lambda connection: connection.execute(update(rentals).values(copy_problem=problem)))
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         accepted = await client.hears()
-        [(name, said)] = accepted["headers"]
+        [(name, banner)] = accepted["headers"]
         assert name == b"X-Orion-Notice"
-        assert said.decode() == f"{rental['name']} is not copied: {problem}".replace("\r", "?").replace(
+        assert banner.decode() == f"{rental['name']} is not copied: {problem}".replace("\r", "?").replace(
             "\n", "?"
         ).replace("\u00e9", "?")
         await client.leave()
@@ -139,15 +139,15 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
 ) -> None:
     await house.join()
     rental = await nearly_full_with_a_salvage(house)
-    told = (
+    refused = (
         f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; a lost worker had newer files, which are "
         f"kept as a recovered snapshot: orion restore {rental['name']} --from 1-4"
     )
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
-        assert (await client.hears())["headers"] == [(b"X-Orion-Remark", told.encode())]
+        assert (await client.hears())["headers"] == [(b"X-Orion-Remark", refused.encode())]
         await client.leave()
     async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
-        assert (await is_connected(page))["notice"] == told
+        assert (await is_connected(page))["notice"] == refused
 
 
 async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: House) -> None:
@@ -196,8 +196,12 @@ async def test_a_session_ends_at_once_when_its_worker_is_lost_and_says_so(house:
         worker.die()
         await house.silence(worker, 100)
         await house.pass_time(10)
-        told = await client.hears()
-        assert (told["type"], told["code"], told["reason"]) == ("websocket.close", LEFT_WORKER, "its worker is down")
+        refused = await client.hears()
+        assert (refused["type"], refused["code"], refused["reason"]) == (
+            "websocket.close",
+            LEFT_WORKER,
+            "its worker is down",
+        )
         await client.ended()
     assert sshds.connected[0][1].recv(1) == b"", "and its connection to the worker is closed"
 
@@ -230,8 +234,8 @@ async def test_a_revoked_token_ends_its_own_sessions_at_once_and_no_others(house
         assert await ending.is_in()
         assert await staying.is_in()
         await house.revoke("alice")
-        told = await ending.hears()
-        assert (told["code"], told["reason"]) == (TOKEN_OVER, "the token by which it was opened has been revoked")
+        refused = await ending.hears()
+        assert (refused["code"], refused["reason"]) == (TOKEN_OVER, "the token by which it was opened has been revoked")
         assert staying.heard.empty()
         await staying.leave()
 
@@ -301,7 +305,7 @@ async def test_every_session_is_two_events_and_never_what_was_said(house: House,
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("limits", "reason"),
     [
         (SessionLimits(of_a_rental=2), "the rental has 2 open sessions"),
         (SessionLimits(of_all=4), "the rentals of admin have 2 open sessions"),
@@ -309,7 +313,7 @@ async def test_every_session_is_two_events_and_never_what_was_said(house: House,
         (SessionLimits(young_of_a_worker=4), "began on this worker at once"),
     ],
 )
-async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: SessionLimits, said: str) -> None:
+async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: SessionLimits, reason: str) -> None:
     await house.join()
     rental = await house.rent()
     house.manager.sessions.limits = limits
@@ -318,9 +322,9 @@ async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limit
             client = await inside.enter_async_context(coming_in(house, rental["id"], house.secrets.admin_token))
             assert await client.is_in()
         async with coming_in(house, rental["id"], house.secrets.admin_token) as one_more:
-            told = await one_more.refusal()
-        assert (told["status"], told["code"]) == (429, "too_many_sessions")
-        assert said in told["detail"]
+            refused = await one_more.refusal()
+        assert (refused["status"], refused["code"]) == (429, "too_many_sessions")
+        assert reason in refused["detail"]
         assert len(sshds.connected) == 2
         if limits.young_of_a_rental == 2:
             house.clock.now += limits.young_s

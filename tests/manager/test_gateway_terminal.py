@@ -148,8 +148,8 @@ async def test_a_page_from_elsewhere_opens_nothing_and_spends_no_ticket(house: H
     one = await ticket(house.as_admin, rental_id)
     for origin in STRANGE_ORIGINS:
         async with opening(house, rental_id, one, origin=origin, **HOST) as page:
-            told = await page.client.refusal()
-        assert (told["status"], told["code"]) == (403, "cross_site"), origin
+            refused = await page.client.refusal()
+        assert (refused["status"], refused["code"]) == (403, "cross_site"), origin
     async with opening(house, rental_id, one, origin="https://ORION.example:8443", **HOST) as page:
         assert await page.client.is_in()
 
@@ -238,9 +238,9 @@ async def test_a_reload_gives_a_terminal_no_more_time_than_it_had(house: House) 
     house.clock.now += 100.0
     async with opening(house, rental_id, key) as page:
         assert await page.client.is_in()
-        while (told := await page.control())["state"] != "ended":
+        while (control := await page.control())["state"] != "ended":
             pass
-    assert told["message"] == "a terminal stays open for 1 min at most"
+    assert control["message"] == "a terminal stays open for 1 min at most"
 
 
 async def test_pages_that_have_left_keep_a_bounded_number_of_keys(house: House) -> None:
@@ -501,9 +501,9 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
     has_terms(house, **terms)
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
         assert await page.client.is_in()
-        while (told := await page.control())["state"] != "ended":
+        while (control := await page.control())["state"] != "ended":
             pass  # how far it had come by then does not matter
-        assert told["message"] == words
+        assert control["message"] == words
         closed = await page.client.hears()
         assert (closed["code"], closed["reason"]) == (4002, words)
         await page.client.ended()
@@ -512,8 +512,8 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
 
 async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrying, "CLOSE_TIMEOUT_S", 0.01)
-    said: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-    said.put_nowait({"type": "websocket.connect"})
+    controls: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    controls.put_nowait({"type": "websocket.connect"})
     sent: list[str] = []
 
     async def send(message: MutableMapping[str, object]) -> None:
@@ -525,7 +525,7 @@ async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(mon
         while True:
             await page.show(b"x")
 
-    websocket = WebSocket({"type": "websocket", "headers": []}, said.get, send)
+    websocket = WebSocket({"type": "websocket", "headers": []}, controls.get, send)
     await websocket.accept()
     page = TerminalPage(websocket, Terms(idle_s=0.01))
     ending = await asyncio.wait_for(serve(page, visits(page)), 20)

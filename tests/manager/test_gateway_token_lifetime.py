@@ -110,8 +110,8 @@ async def test_a_session_ends_and_says_why(house: House, sshds: Sshds, short: Sh
     async with coming_in(house, rental["id"], await short.begins()) as client:
         assert await client.is_in()
         await short.ends()
-        told = await client.hears()
-        assert (told["code"], told["reason"]) == (TOKEN_OVER, short.reason)
+        ending = await client.hears()
+        assert (ending["code"], ending["reason"]) == (TOKEN_OVER, short.reason)
         await client.ended()
 
 
@@ -146,14 +146,14 @@ async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_t
 
     house.change_services(SnapshotServices, snapshot_now=copy_now)
     client = house.client(await short.begins())
-    asked = asyncio.create_task(client.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True}))
+    restoring = asyncio.create_task(client.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True}))
     await asyncio.wait_for(copying.wait(), WITHIN_S)
     await short.ends()
     _, waiting = await asyncio.wait([opening.over for opening in open_now(house)], timeout=WITHIN_S)
     assert not waiting
     assert (await client.get("/api/rentals")).status_code == 401
     copied.set()
-    assert (await asked).status_code == 401
+    assert (await restoring).status_code == 401
     assert not await house.events("rental.restore")
 
 

@@ -34,8 +34,8 @@ class Asking:
         self.on_own_host = {"X-Orion-Own-Host": "1", "X-Forwarded-Host": OWN_HOST}
 
     async def way(self, **headers: str) -> httpx.Response:
-        told = self.about | {name.replace("_", "-"): value for name, value in headers.items()}
-        return await self.house.http.get("/web/way", headers=told)
+        headers_of_proxy = self.about | {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.house.http.get("/web/way", headers=headers_of_proxy)
 
     async def by_cookie(self, key: str, **headers: str) -> httpx.Response:
         return await self.way(**self.on_own_host, cookie=f"a=b; orion_port={key}; c=d", **headers)
@@ -55,13 +55,13 @@ class Asking:
 def shown(reply: httpx.Response) -> httpx.Response:
     """Return what the proxy makes of a refusal (manager_proxy/web_access.conf)."""
     assert (reply.status_code, reply.content) == (403, b"")
-    told = {
+    headers = {
         name: reply.headers[name] for name in ("location", "www-authenticate", "retry-after") if name in reply.headers
     }
     kind = {"json": "application/problem+json", "html": "text/html; charset=utf-8"}[reply.headers["x-orion-refused-as"]]
     content = unquote_to_bytes(reply.headers["x-orion-refused-text"])
     return httpx.Response(
-        int(reply.headers["x-orion-refused-status"]), headers=told | {"Content-Type": kind}, content=content
+        int(reply.headers["x-orion-refused-status"]), headers=headers | {"Content-Type": kind}, content=content
     )
 
 
@@ -75,9 +75,9 @@ async def ticket(client: httpx.AsyncClient, rental_id: str, port: int = PORT) ->
     return str(reply.json()["ticket"])
 
 
-async def give(house: House, rental_id: str, told: str, port: int = PORT, **headers: str) -> httpx.Response:
+async def give(house: House, rental_id: str, ticket: str, port: int = PORT, **headers: str) -> httpx.Response:
     """As the page that `orion open` leads to does."""
-    form = {"rental": rental_id, "port": str(port), "ticket": told}
+    form = {"rental": rental_id, "port": str(port), "ticket": ticket}
     return await house.http.post("/web/open", data=form, headers={n.replace("_", "-"): v for n, v in headers.items()})
 
 
@@ -125,8 +125,11 @@ async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_afte
 
     assert (await expose(alice, rental_id, public=False)).json()["public"] is False
     assert not await port.lets_in()
-    told = [(e["kind"], e["actor"], e["details"]) for e in await house.events("rental.port")]
-    assert told == [("rental.port_published", "alice", {"port": PORT}), ("rental.port_closed", "alice", {"port": PORT})]
+    found = [(e["kind"], e["actor"], e["details"]) for e in await house.events("rental.port")]
+    assert found == [
+        ("rental.port_published", "alice", {"port": PORT}),
+        ("rental.port_closed", "alice", {"port": PORT}),
+    ]
 
 
 async def test_a_stranger_learns_nothing_of_what_there_is(house: House) -> None:
@@ -183,8 +186,8 @@ async def test_only_the_proxy_asks_the_way(house: House) -> None:
 
 @pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
 async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
-    told = Asking(house, "abcdefghij").about | {"X-Orion-Port": port}
-    reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in told.items()}))
+    headers = Asking(house, "abcdefghij").about | {"X-Orion-Port": port}
+    reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in headers.items()}))
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
 
 
@@ -271,12 +274,12 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
 async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House) -> None:
     _, rental_id, alice = await rented(house)
     await expose(alice, rental_id)
-    held = await key(house, alice, rental_id)
+    key_value = await key(house, alice, rental_id)
     asking = Asking(house, rental_id)
     await alice.delete(f"/api/rentals/{rental_id}")
     assert await asking.refusal() == (401, "private")
     assert await asking.refusal(**token(alice)) == (404, "ended")
-    assert await asking.refusal(X_Orion_Key=held) == (404, "ended")
+    assert await asking.refusal(X_Orion_Key=key_value) == (404, "ended")
 
 
 async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -> None:
@@ -284,9 +287,9 @@ async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -
     page = shown(await asking.way(Accept="text/html,*/*"))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert f"orion open abcdefghij {PORT}" in page.text
-    told = shown(await asking.way(Accept="*/*"))
-    assert told.headers["content-type"] == "application/problem+json"
-    assert told.headers["www-authenticate"].startswith("Bearer")
+    refusal = shown(await asking.way(Accept="*/*"))
+    assert refusal.headers["content-type"] == "application/problem+json"
+    assert refusal.headers["www-authenticate"].startswith("Bearer")
 
 
 # Browsers
@@ -294,9 +297,9 @@ async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -
 
 async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> None:
     _, rental_id, alice = await rented(house)
-    told = await ticket(alice, rental_id)
-    assert (await give(house, rental_id, told, 8001)).status_code == 401
-    assert (await give(house, rental_id, told)).status_code == 401, "it was used up by the attempt"
+    bought = await ticket(alice, rental_id)
+    assert (await give(house, rental_id, bought, 8001)).status_code == 401
+    assert (await give(house, rental_id, bought)).status_code == 401, "it was used up by the attempt"
     late = await ticket(alice, rental_id)
     house.clock.now += tickets.LIFETIME_S
     assert (await give(house, rental_id, late)).status_code == 401
@@ -309,18 +312,20 @@ async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> Non
 
 async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: House) -> None:
     _, rental_id, alice = await rented(house)
-    held = await key(house, alice, rental_id)
+    key_value = await key(house, alice, rental_id)
     asking = Asking(house, rental_id)
-    assert await asking.lets_in(X_Orion_Key=held)
-    assert not await Asking(house, rental_id, 8001).lets_in(X_Orion_Key=held)
-    assert not await asking.lets_in(cookie=f"orion_port={held}"), "there are no cookies on the platform's own address"
+    assert await asking.lets_in(X_Orion_Key=key_value)
+    assert not await Asking(house, rental_id, 8001).lets_in(X_Orion_Key=key_value)
+    assert not await asking.lets_in(cookie=f"orion_port={key_value}"), (
+        "there are no cookies on the platform's own address"
+    )
     await house.restart()
     asking = Asking(house, rental_id)
-    assert await asking.lets_in(X_Orion_Key=held), "a restart of the manager ends nobody's work"
+    assert await asking.lets_in(X_Orion_Key=key_value), "a restart of the manager ends nobody's work"
     house.clock.wall_offset += 40 * 86_400
-    assert await asking.lets_in(X_Orion_Key=held), "nobody believes this clock"
+    assert await asking.lets_in(X_Orion_Key=key_value), "nobody believes this clock"
     house.clock.now += port_keys.LIFETIME_S
-    assert not await asking.lets_in(X_Orion_Key=held)
+    assert not await asking.lets_in(X_Orion_Key=key_value)
 
 
 async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(house: House) -> None:
@@ -329,26 +334,26 @@ async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(ho
     sent_on = await give(house, rental_id, await ticket(alice, rental_id), **on_host, X_Forwarded_Proto="https")
     assert (sent_on.status_code, sent_on.headers["location"]) == (303, "/")
     name, _, rest = sent_on.headers["set-cookie"].partition("=")
-    held, _, attributes = rest.partition("; ")
+    key_value, _, attributes = rest.partition("; ")
     assert name == "orion_port"
     assert attributes == "HttpOnly; Max-Age=28800; Path=/; SameSite=lax; Secure"
     asking = Asking(house, rental_id)
-    assert (await asking.by_cookie(held)).status_code == 204
-    forged = await asking.way(**asking.on_own_host, cookie=f"orion_port=forged; orion_port={held}")
+    assert (await asking.by_cookie(key_value)).status_code == 204
+    forged = await asking.way(**asking.on_own_host, cookie=f"orion_port=forged; orion_port={key_value}")
     assert forged.status_code == 204, "another host of the same site may have set one that is none"
-    assert not await asking.lets_in(**asking.on_own_host, X_Orion_Key=held)
+    assert not await asking.lets_in(**asking.on_own_host, X_Orion_Key=key_value)
     elsewhere = await give(house, rental_id, await ticket(alice, rental_id), **on_host | {"X_Orion_Port": "8001"})
     assert elsewhere.status_code == 422
 
 
 async def test_a_key_is_worth_what_its_token_is_worth_now(house: House) -> None:
     _, rental_id, alice = await rented(house)
-    held = await key(house, alice, rental_id)
+    key_value = await key(house, alice, rental_id)
     known = (await house.as_admin.get("/api/tokens")).json()["items"]
     its_id = next(one["id"] for one in known if one["name"] == "alice")
     bought = await ticket(alice, rental_id)
     await house.as_admin.delete(f"/api/tokens/{its_id}")
-    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)
     assert (await give(house, rental_id, bought)).status_code == 401
 
 
@@ -362,9 +367,14 @@ def test_a_key_is_nothing_but_what_was_signed() -> None:
     keys, named = PortKeys("secret"), TokenReference("client", "t-1", "0123456789abcdef")
     made = keys.make("abcdefghij", PORT, named, 1000.0)
     assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
-    signature, _, told = made.partition(".")
+    signature, _, content = made.partition(".")
     assert PortKeys("another").read(made, "abcdefghij", PORT, 1000.0) is None
-    for other in (f"{signature}.{told}0", f"{signature}.f{told}", f"{signature}.{told.replace('client', 'admin')}", ""):
+    for other in (
+        f"{signature}.{content}0",
+        f"{signature}.f{content}",
+        f"{signature}.{content.replace('client', 'admin')}",
+        "",
+    ):
         assert keys.read(other, "abcdefghij", PORT, 1000.0) is None, other
     for rental_id, port in (("abcdefghi", PORT), ("abcdefghij", 8001), ("abcdefghij 8", 0)):
         assert keys.read(made, rental_id, port, 1000.0) is None
@@ -394,9 +404,9 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
     house: House, headers: dict[str, str]
 ) -> None:
     _, rental_id, alice = await rented(house)
-    held = await key(house, alice, rental_id)
+    key_value = await key(house, alice, rental_id)
     asking = Asking(house, rental_id)
-    assert shown(await asking.by_cookie(held, **headers)).json()["code"] == "cross_site"
+    assert shown(await asking.by_cookie(key_value, **headers)).json()["code"] == "cross_site"
 
 
 @pytest.mark.parametrize(
@@ -409,8 +419,8 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
 )
 async def test_its_own_page_and_a_link_from_elsewhere_are_let_in(house: House, headers: dict[str, str]) -> None:
     _, rental_id, alice = await rented(house)
-    held = await key(house, alice, rental_id)
-    assert (await Asking(house, rental_id).by_cookie(held, **headers)).status_code == 204
+    key_value = await key(house, alice, rental_id)
+    assert (await Asking(house, rental_id).by_cookie(key_value, **headers)).status_code == 204
 
 
 @pytest.mark.parametrize(
@@ -429,9 +439,9 @@ async def test_a_port_has_a_host_of_its_own_where_there_is_a_domain_or_the_brows
     _, rental_id, alice = await rented(house)
     house.change_services(WebPortServices, apps_domain=domain)
     alice.headers["X-Forwarded-Host"] = host
-    told: dict[str, Any] = (await expose(alice, rental_id)).json()
-    assert told["host"] == (expected.format(rental_id) if expected else None)
-    assert told["path"] == f"/r/{rental_id}/8000/"
+    port: dict[str, Any] = (await expose(alice, rental_id)).json()
+    assert port["host"] == (expected.format(rental_id) if expected else None)
+    assert port["path"] == f"/r/{rental_id}/8000/"
 
 
 @pytest.mark.parametrize(
@@ -481,12 +491,12 @@ async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: 
     worker, rental_id, alice = await rented(house)
     await house.join()
     doors = Doors(house)
-    way = await passed(house, worker, rental_id, **token(alice))
+    passed_token = await passed(house, worker, rental_id, **token(alice))
     other = await passed(house, worker, rental_id, **token(house.as_admin))
-    assert way.grant.startswith("client.")
-    assert way.number < other.number
+    assert passed_token.grant.startswith("client.")
+    assert passed_token.number < other.number
     await house.revoke("alice")
-    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
 async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) -> None:
@@ -504,10 +514,10 @@ async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
     monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 0.01)
     worker, rental_id, alice = await rented(house)
     doors = Doors(house)
-    way = await passed(house, worker, rental_id, **token(alice))
+    passed_token = await passed(house, worker, rental_id, **token(alice))
     doors.away = 3
     await house.revoke("alice")
-    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
 async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
@@ -565,16 +575,16 @@ async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
 async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     assert (await passed(house, worker, rental_id, **token(alice))).left_ms == 0
-    held = await key(house, alice, rental_id)
-    assert (await passed(house, worker, rental_id, X_Orion_Key=held)).left_ms == port_keys.LIFETIME_S * 1000
+    key_value = await key(house, alice, rental_id)
+    assert (await passed(house, worker, rental_id, X_Orion_Key=key_value)).left_ms == port_keys.LIFETIME_S * 1000
     short = await house.new_client("alice", ttl_s=600)
     assert (await passed(house, worker, rental_id, **token(short))).left_ms == 600_000
 
 
 async def test_a_key_of_a_token_that_was_made_anew_in_its_file_opens_nothing(house: House) -> None:
     _, rental_id, _ = await rented(house)
-    held = await key(house, house.as_admin, rental_id)
-    assert await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    key_value = await key(house, house.as_admin, rental_id)
+    assert await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)
     house.secrets = replace(house.secrets, admin_token=make_token("admin", "admin"))
     await house.restart()
-    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)

@@ -102,9 +102,9 @@ async def test_another_worker_at_its_address_says_so_and_takes_the_doubled_grace
     assert (await newcomer.register()).status_code == 201
     await house.settle()
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
-        told = await client.refusal()
-    assert (told["status"], told["code"]) == (502, "worker_unreachable")
-    assert f"{newcomer.worker_id} has its address now" in told["detail"]
+        refused = await client.refusal()
+    assert (refused["status"], refused["code"]) == (502, "worker_unreachable")
+    assert f"{newcomer.worker_id} has its address now" in refused["detail"]
     assert sshds.connected == [], "nobody is brought to a worker that is another one"
     shown = await house.worker(lost)
     assert shown["health"] == "unknown"

@@ -143,20 +143,20 @@ async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_ano
 ) -> None:
     worker = await house.join(slots=2)
     monkeypatch.setattr(host_certificates, "CERTIFY_WITHIN_S", 600.0)
-    slow, job = [replace(await job_of(house, (await house.rent())["id"]), owner=owner) for owner in ("slow", "other")]
+    slow, other = [replace(await job_of(house, (await house.rent())["id"]), owner=owner) for owner in ("slow", "other")]
     house.clock.now += LIFETIME_S
     run, before = house.manager.certificates._engine.run, worker.node.host_certificate
 
-    async def held_up(asked: Job) -> Outcome:
-        if asked.order.rental_id == slow.order.rental_id:
+    async def held_up(job: Job) -> Outcome:
+        if job.order.rental_id == slow.order.rental_id:
             await asyncio.Event().wait()
-        return await run(asked)
+        return await run(job)
 
     monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
     waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
     await asyncio.sleep(0)
     async with asyncio.timeout(60):  # less than it would wait for the other one
-        await house.manager.certificates.ensure(job)
+        await house.manager.certificates.ensure(other)
     assert worker.node.host_certificate != before
     waiting.cancel()
 

@@ -66,7 +66,7 @@ def lets_in_and_dies(agent: Agent, written: str) -> None:
 
 
 @pytest.fixture
-async def watched(house: House) -> House:
+async def connected_house(house: House) -> House:
     """Prove deaths before a second try to make a rental there has failed."""
     await house.hold_liveness_connections()
     house.end_the_brake_of_the_start()
@@ -221,70 +221,74 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
 
 @pytest.mark.parametrize("first_back", ["the latest", "the one before"])
 async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_back_first(
-    watched: House, first_back: str
+    connected_house: House, first_back: str
 ) -> None:
     """The second worker activates the rental and dies; the manager knows only of the first until both are back."""
-    first = await watched.join()
-    rental = await watched.rent(name="lab")
-    files(watched, rental)["file"] = "copied"
-    await copied(watched, rental)
-    files(watched, rental)["file"] = "written at epoch 1"
-    second = await watched.join()
+    first = await connected_house.join()
+    rental = await connected_house.rent(name="lab")
+    files(connected_house, rental)["file"] = "copied"
+    await copied(connected_house, rental)
+    files(connected_house, rental)["file"] = "written at epoch 1"
+    second = await connected_house.join()
     lets_in_and_dies(second, "written at epoch 2")
     first.die()
-    await watched.pass_time(12)
-    assert (await watched.rental(rental["id"]))["state"] == "queued"
+    await connected_house.pass_time(12)
+    assert (await connected_house.rental(rental["id"]))["state"] == "queued"
     for agent in (first, second):
-        await intend(watched, agent, "drain")  # nothing is made anew before both are back
+        await intend(connected_house, agent, "drain")  # nothing is made anew before both are back
     for agent in (second, first) if first_back == "the latest" else (first, second):
         await agent.come_back()
-        await watched.pass_time(8)
+        await connected_house.pass_time(8)
         assert agent.node.homes == {}
-    shown = await watched.rental(rental["id"])
-    found = (await watched.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
+    shown = await connected_house.rental(rental["id"])
+    found = (await connected_house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
     newest = next(one for one in found if one["generation"] == "2-1")
     assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), "the age of what it begins with"
-    told = {event["details"]["generation"]: event["reason"] for event in await watched.events("rental.salvaged")}
-    assert "from which it is restored" in told["2-1"]
-    assert ("orion restore lab --from 1-2" in told["1-2"]) == (first_back == "the latest")
-    await intend(watched, first, "resume")
-    await watched.pass_time(8)
-    back = await watched.rental(rental["id"])
-    assert (back["state"], files(watched, back)) == ("active", {"file": "written at epoch 2"})
+    reasons = {
+        event["details"]["generation"]: event["reason"] for event in await connected_house.events("rental.salvaged")
+    }
+    assert "from which it is restored" in reasons["2-1"]
+    assert ("orion restore lab --from 1-2" in reasons["1-2"]) == (first_back == "the latest")
+    await intend(connected_house, first, "resume")
+    await connected_house.pass_time(8)
+    back = await connected_house.rental(rental["id"])
+    assert (back["state"], files(connected_house, back)) == ("active", {"file": "written at epoch 2"})
 
 
-async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_unheard(watched: House) -> None:
-    only = await watched.join()
+async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_unheard(connected_house: House) -> None:
+    only = await connected_house.join()
     lets_in_and_dies(only, "written before anybody knew")
-    rental = await watched.rent()
-    await watched.pass_time(8)
-    waiting = await watched.rental(rental["id"])
+    rental = await connected_house.rent()
+    await connected_house.pass_time(8)
+    waiting = await connected_house.rental(rental["id"])
     assert (waiting["state"], waiting["last_safe_copy_at"]) == ("queued", None)
     await only.come_back()
-    await watched.pass_time(8)
-    back = await watched.rental(rental["id"])
-    assert (back["state"], files(watched, back)) == ("active", {"file": "written before anybody knew"})
+    await connected_house.pass_time(8)
+    back = await connected_house.rental(rental["id"])
+    assert (back["state"], files(connected_house, back)) == ("active", {"file": "written before anybody knew"})
     assert back["last_safe_copy_at"]
 
 
-async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept_aside(watched: House) -> None:
-    dead = await watched.join()
+async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept_aside(connected_house: House) -> None:
+    dead = await connected_house.join()
     lets_in_and_dies(dead, "written before anybody knew")
-    rental = await watched.rent(name="lab")
-    await watched.pass_time(8)
-    await watched.join()
-    made = await watched.rental(rental["id"])
-    assert (made["state"], files(watched, made)) == ("active", {})
+    rental = await connected_house.rent(name="lab")
+    await connected_house.pass_time(8)
+    await connected_house.join()
+    made = await connected_house.rental(rental["id"])
+    assert (made["state"], files(connected_house, made)) == ("active", {})
     await dead.come_back()
-    await watched.pass_time(8)
-    assert (await watched.health(dead), dead.node.homes) == ("ready", {})
-    assert await snapshots(watched, made) == [("1-1", True)]
-    (event,) = await watched.events("rental.salvaged")
+    await connected_house.pass_time(8)
+    assert (await connected_house.health(dead), dead.node.homes) == ("ready", {})
+    assert await snapshots(connected_house, made) == [("1-1", True)]
+    (event,) = await connected_house.events("rental.salvaged")
     assert "orion restore lab --from 1-1" in event["reason"]
 
 
-async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_nothing_is_said(watched: House) -> None:
-    only = await watched.join()
+async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_nothing_is_said(
+    connected_house: House,
+) -> None:
+    only = await connected_house.join()
     create = only.node.create
 
     def make_and_die(job: Job) -> dict[str, Any]:
@@ -293,14 +297,14 @@ async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_not
         raise RefusedOrder("the connection broke")
 
     only.node.create = make_and_die  # type: ignore[method-assign]
-    rental = await watched.rent()
-    await watched.pass_time(8)
+    rental = await connected_house.rent()
+    await connected_house.pass_time(8)
     only.node.create = create  # type: ignore[method-assign]
     await only.come_back()
-    await watched.pass_time(8)
-    assert (await watched.rental(rental["id"]))["state"] == "active"
-    assert await snapshots(watched, rental) == []
-    assert await watched.events("rental.salvage") == []
+    await connected_house.pass_time(8)
+    assert (await connected_house.rental(rental["id"]))["state"] == "active"
+    assert await snapshots(connected_house, rental) == []
+    assert await connected_house.events("rental.salvage") == []
 
 
 async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:

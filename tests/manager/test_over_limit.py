@@ -42,9 +42,9 @@ def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path
     freezer = Freezer(tmp_path)
     freezer.freeze(RECORD, 5.0)
     mark = tmp_path / "run/orion/frozen/one"
-    told = json.loads(mark.read_text())
-    del told["over"]
-    mark.write_text(json.dumps(told))
+    freeze_mark = json.loads(mark.read_text())
+    del freeze_mark["over"]
+    mark.write_text(json.dumps(freeze_mark))
     assert freezer.over_limit_reason("one") == ""
     assert freezer.thaw(RECORD, requested_at=6.0)
 

@@ -115,8 +115,8 @@ async def test_one_that_keeps_losing_its_workers_is_run_no_more_until_it_is_aske
     assert "orion start lab" in rental["start_problem"]
     assert runs(house, rental) == []
     assert len(await house.events("rental.start_stopped")) == 1
-    asked = await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
-    assert (asked.status_code, asked.json()["start_problem"]) == (202, "")
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
+    assert (reply.status_code, reply.json()["start_problem"]) == (202, "")
     await house.settle()
     assert runs(house, rental) == ["2@boot-0001"]
     rental = await lose(house, rental)

@@ -194,9 +194,9 @@ def test_a_rental_that_was_active_waits_and_a_person_is_told() -> None:
     rental = active_rental(state=R.QUEUED)
     world = decided(new_world(rental), rental.id)
     assert world.rentals[rental.id].state is R.QUEUED
-    (told,) = overdue(world, {rental.id: QUEUE_DEADLINE_S})
-    assert "no worker" in told.why
-    assert "start more workers" in told.what_to_do
+    (notice,) = overdue(world, {rental.id: QUEUE_DEADLINE_S})
+    assert "no worker" in notice.why
+    assert "start more workers" in notice.what_to_do
 
 
 @pytest.mark.parametrize("state", [R.PROVISIONING, R.MIGRATING])
@@ -231,11 +231,11 @@ def test_what_is_over_its_deadline_is_told_with_why_and_what_to_do(kind: str, st
     world = new_world(rental, worker, placement)
     late = {"rental": rental.id, "worker": worker.id, "placement": placement.id}[kind]
     assert overdue(world, {late: 60.0 if state != P.RESERVED else 59.0}) == []
-    (told,) = overdue(world, {late: 1e6})
-    assert (told.kind, told.id, told.state, told.since_s) == (kind, late, state, 1e6)
-    assert "something is wrong" in told.why
-    assert told.what_to_do
-    assert "{" not in told.what_to_do
+    (notice,) = overdue(world, {late: 1e6})
+    assert (notice.kind, notice.id, notice.state, notice.since_s) == (kind, late, state, 1e6)
+    assert "something is wrong" in notice.why
+    assert notice.what_to_do
+    assert "{" not in notice.what_to_do
 
 
 async def test_the_status_tells_an_admin_what_waits_and_a_client_nothing_of_others(house: House) -> None:
@@ -243,9 +243,9 @@ async def test_the_status_tells_an_admin_what_waits_and_a_client_nothing_of_othe
     await house.pass_time(600.0)
     client = await house.new_client("alice")
     assert (await client.get("/api/status")).json()["overdue"] == []
-    (told,) = (await house.as_admin.get("/api/status")).json()["overdue"]
-    assert (told["kind"], told["id"], told["state"]) == ("rental", rental["id"], "queued")
-    assert told["since_s"] == pytest.approx(600.0, abs=10.0)
-    assert "no worker" in told["why"]
+    (notice,) = (await house.as_admin.get("/api/status")).json()["overdue"]
+    assert (notice["kind"], notice["id"], notice["state"]) == ("rental", rental["id"], "queued")
+    assert notice["since_s"] == pytest.approx(600.0, abs=10.0)
+    assert "no worker" in notice["why"]
     await house.join()
     assert (await house.as_admin.get("/api/status")).json()["overdue"] == []

@@ -198,9 +198,9 @@ class PoolHistory(RuleBasedStateMachine):
         assert decision.steps == ()
         down = {w.id for w in self.world.workers.values() if w.health is Health.DOWN}
         for rental in self.world.rentals.values():
-            held = {p.worker_id for p in self._placements_of(rental) if p.state in HOLDING}
+            held_on = {p.worker_id for p in self._placements_of(rental) if p.state in HOLDING}
             if rental.state is RentalState.RELEASING:
-                assert held - down, "a release waits for nothing but a clean-up on a worker that is there"
+                assert held_on - down, "a release waits for nothing but a clean-up on a worker that is there"
             if rental.state is RentalState.MIGRATING:
                 assert self.world.live_placement(rental.id), "what has nowhere to go is queued"
 
@@ -238,8 +238,8 @@ class PoolHistory(RuleBasedStateMachine):
 
     @invariant()
     def no_two_placements_share_a_slot(self) -> None:
-        held = Counter((p.worker_id, p.slot) for p in self.world.placements.values() if p.state in HOLDING)
-        assert all(number == 1 for number in held.values())
+        placed = Counter((p.worker_id, p.slot) for p in self.world.placements.values() if p.state in HOLDING)
+        assert all(number == 1 for number in placed.values())
 
     @invariant()
     def the_epoch_of_a_rental_is_that_of_its_newest_placement(self) -> None:

@@ -72,7 +72,7 @@ def test_the_counts_of_a_refusal_add_up_to_the_pool(pool: list[Candidate]) -> No
     choice = choose(pool)
     if isinstance(choice, Chosen) or not pool:
         return
-    told = re.fullmatch(r"waiting: of (\d+) workers?, (.+)\. It starts by itself.*", choice.explanation)
-    assert told is not None
-    assert int(told[1]) == len(pool)
-    assert sum(int(part.split(" ", 1)[0]) for part in told[2].split(", ")) == len(pool)
+    counts = re.fullmatch(r"waiting: of (\d+) workers?, (.+)\. It starts by itself.*", choice.explanation)
+    assert counts is not None
+    assert int(counts[1]) == len(pool)
+    assert sum(int(part.split(" ", 1)[0]) for part in counts[2].split(", ")) == len(pool)

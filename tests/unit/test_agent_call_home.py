@@ -360,8 +360,8 @@ def test_a_manager_that_takes_start_ends_gets_them(bench: CallHomeBench, ended: 
     assert "start_ends" not in bench.last[2], "the manager had not said so yet"
     bench.step(of_a_manager_that_takes_ends())
     assert bench.last[2]["start_ends"] == [ended]
-    (told,) = HeartbeatRequest.model_validate(bench.last[2]).start_ends
-    assert told.model_dump() == ended
+    (end,) = HeartbeatRequest.model_validate(bench.last[2]).start_ends
+    assert end.model_dump() == ended
 
 
 @pytest.mark.parametrize("takes", [None, "start_ends", 7, [["start_ends"]], {"start_ends": True}])

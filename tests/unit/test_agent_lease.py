@@ -44,11 +44,11 @@ def test_when_the_liveness_connection_has_ended_earlier_answers_count_for_a_seco
     assert not may_run(excused, 1010.0, 1011.0)
 
 
-@pytest.mark.parametrize("heard", ["acknowledged_at", "unreached_at"])
-def test_only_a_call_from_after_the_manager_saw_the_end_makes_up_for_it(heard: str) -> None:
+@pytest.mark.parametrize("settled_by", ["acknowledged_at", "unreached_at"])
+def test_only_a_call_from_after_the_manager_saw_the_end_makes_up_for_it(settled_by: str) -> None:
     settled = 1010.0 + LIVENESS_SETTLES_S
-    assert may_run(replace(LEASED, **{heard: settled}), 1010.0, 1012.0)
-    assert not may_run(replace(LEASED, **{heard: settled - 0.01}), 1010.0, 1012.0)
+    assert may_run(replace(LEASED, **{settled_by: settled}), 1010.0, 1012.0)
+    assert not may_run(replace(LEASED, **{settled_by: settled - 0.01}), 1010.0, 1012.0)
 
 
 def test_a_worker_that_is_sure_of_its_lease_waits_for_its_interval() -> None:

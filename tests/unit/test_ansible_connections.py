@@ -79,10 +79,10 @@ def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(
 
 
 @pytest.mark.parametrize(
-    "said", ["nonsense", "[]", "null", '{"id": 7, "status": 0, "report": {}}', '{"id": 1, "status": 0, "report": 5}']
+    "output", ["nonsense", "[]", "null", '{"id": 7, "status": 0, "report": {}}', '{"id": 1, "status": 0, "report": 5}']
 )
-def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: ConnectionsBench, said: str) -> None:
-    made = bench.to(f"{READY}\nread -r line\necho '{said}'\nread -r line")
+def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: ConnectionsBench, output: str) -> None:
+    made = bench.to(f"{READY}\nread -r line\necho '{output}'\nread -r line")
     bench.until(lambda: made.state is State.OPEN)
     answers: list[dict[str, Any]] = []
     made.ask("run", {}, answers.append)
@@ -99,17 +99,17 @@ def test_more_than_an_answer_can_be_is_not_kept(bench: ConnectionsBench) -> None
 
 
 @pytest.mark.parametrize(
-    ("complaint", "told"),
+    ("complaint", "reason"),
     [
         ("Host key verification failed.", "it has another host key than the pinned one"),
         ("ssh: connect to host 192.0.2.7 port 22: No route to host", "No route to host"),
         ("", "the connection was closed"),
     ],
 )
-def test_why_it_did_not_open_is_what_ssh_said(bench: ConnectionsBench, complaint: str, told: str) -> None:
+def test_why_it_did_not_open_is_what_ssh_said(bench: ConnectionsBench, complaint: str, reason: str) -> None:
     made = bench.to(f"echo '{complaint}' >&2\nexit 255")
     bench.until(lambda: made.closed)
-    assert made.complaint.endswith(told)
+    assert made.complaint.endswith(reason)
     assert not made.was_open
 
 

@@ -46,20 +46,20 @@ def request(path: str, connection: str = "keep-alive") -> bytes:
 
 
 async def test_the_connection_of_a_peer_that_is_not_the_proxy_is_closed_and_logged() -> None:
-    with capture_logs() as said:
+    with capture_logs() as logged:
         async with connected("192.0.2.1") as (reader, writer):
             writer.write(request("/"))
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await asyncio.wait_for(reader.readexactly(1), 60)
-    assert [(line["peer"], line["accepted"], line["connections"]) for line in said] == [(LOOPBACK, "192.0.2.1", 1)]
+    assert [(line["peer"], line["accepted"], line["connections"]) for line in logged] == [(LOOPBACK, "192.0.2.1", 1)]
 
 
 def test_closed_connections_cost_one_line_a_minute() -> None:
     rejected = RejectedPeers(frozenset({"192.0.2.1", LOOPBACK}))
-    with capture_logs() as said:
+    with capture_logs() as logged:
         for tenth in range(1201):
             rejected.note("192.0.2.7", tenth / 10)
-    assert [line["connections"] for line in said] == [1, 600, 600]
+    assert [line["connections"] for line in logged] == [1, 600, 600]
 
 
 async def test_head_and_body_of_a_reply_are_sent_together() -> None:

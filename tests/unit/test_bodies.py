@@ -37,8 +37,8 @@ class ScriptedCall:
         known: Any = Store()
         services = {Authentication: Authentication(known, lambda: 1.0)}
         app = SimpleNamespace(state=SimpleNamespace(services=services))
-        told = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": told, "app": app}
+        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": raw_headers, "app": app}
         self.whole = int(headers.get("content-length", 1 << 30))
         self.parts = parts
         self.taken = 0
@@ -65,11 +65,11 @@ class ScriptedCall:
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with the length of the body, also when the client hangs up before its end, as FastAPI does."""
     try:
-        said, status = str(len(await Request(scope, receive).body())), 200
+        content, status = str(len(await Request(scope, receive).body())), 200
     except ClientDisconnect:
-        said, status = "gone", 400
+        content, status = "gone", 400
     await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": said.encode()})
+    await send({"type": "http.response.body", "body": content.encode()})
 
 
 async def answered(call: ScriptedCall, whole_within_s: float = 60.0, unknown_within_s: float = 60.0) -> tuple[int, str]:

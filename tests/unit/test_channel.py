@@ -160,28 +160,28 @@ def test_a_message_larger_than_what_can_be_written_at_once_arrives_whole(pair: t
     loop.channel.send({"text": "-" * (4 << 20)})
     loop.channel.send({"text": "y"})
     other.setblocking(False)
-    heard = bytearray()
+    received = bytearray()
 
     def arrived() -> bool:
         with suppress(BlockingIOError):
-            heard.extend(other.recv(1 << 16))
-        return heard.endswith(b'{"text": "y"}\n')
+            received.extend(other.recv(1 << 16))
+        return received.endswith(b'{"text": "y"}\n')
 
     loop.until(arrived)
-    assert heard.count(b"-") == 4 << 20
+    assert received.count(b"-") == 4 << 20
     other.sendall(b"still heard\n")
     loop.until(lambda: loop.lines == [b"still heard"])
 
 
 @pytest.mark.parametrize(
-    ("said", "error"), [(b"x" * (MAX_LINE_BYTES + 1), LineTooLong), (b"first\nrefuse\nthird\n", BrokenLine)]
+    ("sent", "error"), [(b"x" * (MAX_LINE_BYTES + 1), LineTooLong), (b"first\nrefuse\nthird\n", BrokenLine)]
 )
 def test_what_is_no_message_ends_a_channel_once(
-    pair: tuple[Loop, socket.socket], said: bytes, error: type[ChannelError]
+    pair: tuple[Loop, socket.socket], sent: bytes, error: type[ChannelError]
 ) -> None:
     loop, other = pair
     other.setblocking(False)
-    unsent = bytearray(said)
+    unsent = bytearray(sent)
 
     def over() -> bool:
         if unsent:
@@ -294,10 +294,10 @@ async def test_an_end_in_asyncio_says_when_the_other_end_closes_and_when_it_does
 
     path = tmp_path / "socket"
     async with await asyncio.start_unix_server(end, path):
-        for said, error in ((b"{}\n", None), (b"{}.", CutShort)):
+        for sent, error in ((b"{}\n", None), (b"{}.", CutShort)):
             reader, writer = await asyncio.open_unix_connection(path)
             channel = AsyncChannel(reader, writer)
-            writer.write(said)
+            writer.write(sent)
             if error:
                 with pytest.raises(error):
                     await channel.receive()

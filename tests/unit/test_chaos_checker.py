@@ -92,8 +92,8 @@ def test_a_process_that_outlives_the_next_epoch_is_noticed_with_its_history() ->
     history = replace(GOOD, ticks=(*GOOD.ticks, late))
     (found,) = check(history)
     assert "never two live copies: epoch 1" in str(found)
-    told = story(history, found.rental, found.since, found.until)
-    assert told.index("NEMESIS kill") < told.index("worker.became_down") < told.index(f"lives on {SECOND}")
+    lines = story(history, found.rental, found.since, found.until)
+    assert lines.index("NEMESIS kill") < lines.index("worker.became_down") < lines.index(f"lives on {SECOND}")
 
 
 def test_it_counts_from_the_activation_even_if_nothing_ticked_there_yet() -> None:
@@ -158,8 +158,8 @@ def test_a_state_that_never_existed_is_noticed_where_it_was_given_back_and_in_th
         f"a state that existed: the files of {LAB} on {SECOND} in epoch 2 never existed like this: "
         "19999988 of 20000000 units"
     )
-    told = story(replace(GOOD, found=(Found.parse(line),)), LAB, found.since, found.until)
-    assert f"its bank on {SECOND}, epoch 2: 19999988 of" in told
+    lines = story(replace(GOOD, found=(Found.parse(line),)), LAB, found.since, found.until)
+    assert f"its bank on {SECOND}, epoch 2: 19999988 of" in lines
     (text,) = _broken(_with_end(faults=("< './tree/x' file 0000",)))
     assert text.startswith("a state that existed: the final files of ")
     assert text.endswith("never existed like this: < './tree/x' file 0000")

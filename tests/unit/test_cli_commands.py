@@ -175,18 +175,18 @@ SALVAGE = {
 def test_a_nearly_full_home_and_a_recovered_snapshot_are_shown(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
-    told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", salvage=SALVAGE)
-    platform.answer("GET", "/api/rentals", page(told))
+    shown_rental = rental(home_warning="its home holds 9.0 MB of 10.0 MB", salvage=SALVAGE)
+    platform.answer("GET", "/api/rentals", page(shown_rental))
     result = orion(*arguments)
     for words in ("its home holds 9.0 MB of 10.0 MB", "1-4, 12 kB, ", "orion restore box --from 1-4"):
         assert words in result.out + result.err
 
 
 def test_a_home_over_its_limit_is_not_called_nearly_full(platform: ScriptedPlatform, orion: Command) -> None:
-    told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", copy_problem="it is frozen")
-    platform.answer("GET", "/api/rentals", page(told))
-    said = orion("ls").out
-    assert ("it is frozen" in said, "9.0 MB" in said) == (True, False)
+    shown_rental = rental(home_warning="its home holds 9.0 MB of 10.0 MB", copy_problem="it is frozen")
+    platform.answer("GET", "/api/rentals", page(shown_rental))
+    output = orion("ls").out
+    assert ("it is frozen" in output, "9.0 MB" in output) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_a_home_over_its_limit_is_not_called_nearly_full(platform: ScriptedPlatf
 def test_the_end_of_a_start_command_is_shown_with_the_next_commands(
     platform: ScriptedPlatform, orion: Command, end: str, short: str, whole: str
 ) -> None:
-    told = rental(start="./serve", start_end=end, start_ended_at="2020-01-01T00:00:00Z")
-    platform.answer("GET", "/api/rentals", page(told))
-    platform.answer("GET", "/api/rentals/box", told)
+    shown_rental = rental(start="./serve", start_end=end, start_ended_at="2020-01-01T00:00:00Z")
+    platform.answer("GET", "/api/rentals", page(shown_rental))
+    platform.answer("GET", "/api/rentals/box", shown_rental)
     assert short in orion("ls").out
     shown = orion("show", "box").out
     for words in (whole, "to see its output: orion logs box", "to run it again: orion start box"):
@@ -403,8 +403,8 @@ def test_the_address_of_a_web_port_has_its_ticket_after_the_hash(
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
     platform.answer("GET", "/api/rentals/box", rental())
-    told = WEB_PORT | {"host": "8000-abcdefgh23.localhost", "ticket": "t-_1", "expires_in_s": 60.0}
-    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    ticket = WEB_PORT | {"host": "8000-abcdefgh23.localhost", "ticket": "t-_1", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, ticket))
     behind = "/.orion/open/#abcdefgh23/8000/t-_1"
     own = platform.url.replace("127.0.0.1", "8000-abcdefgh23.localhost")
     assert orion("open", "box", "8000").out == f"{own}{behind}\n"
@@ -429,8 +429,8 @@ def test_the_limits_of_an_address_with_a_path_are_shown_with_an_alternative(
     """Jupyter stays blank at such an address, and Vite's scripts are blocked."""
     monkeypatch.setattr("webbrowser.open", lambda _url: True)
     platform.answer("GET", "/api/rentals/box", rental())
-    told = WEB_PORT | {"host": host, "ticket": "t-_1", "expires_in_s": 60.0}
-    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    ticket = WEB_PORT | {"host": host, "ticket": "t-_1", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, ticket))
     result = orion("open", "box", "8000", *(["--path"] if host else []), *further)
     assert result.status == 0
     assert result.err.count("\n") == 1
@@ -457,8 +457,8 @@ def test_a_web_port_is_made_public_and_private_and_is_shown(platform: ScriptedPl
 @pytest.mark.parametrize("host", ["evil.example/x", "a@evil.example", "evil.example:1", "-x\n"])
 def test_an_invalid_host_is_not_opened(platform: ScriptedPlatform, orion: Command, host: str) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
-    told = WEB_PORT | {"host": host, "ticket": "t", "expires_in_s": 60.0}
-    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    ticket = WEB_PORT | {"host": host, "ticket": "t", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, ticket))
     assert orion("open", "box", "8000").status == 1
 
 
@@ -493,7 +493,7 @@ def test_a_time_out_of_bounds_is_refused_and_nothing_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--name", "Lab"), "name must be lowercase letters, digits and hyphens"),
         (("--label", "team=two words"), "labels.team must be letters, digits and . _ / -"),
@@ -501,11 +501,11 @@ def test_a_time_out_of_bounds_is_refused_and_nothing_is_sent(
     ],
 )
 def test_an_invalid_rent_is_refused_with_the_reason(
-    platform: ScriptedPlatform, orion: Command, public_key: Path, arguments: tuple[str, ...], said: str
+    platform: ScriptedPlatform, orion: Command, public_key: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     result = orion("rent", "--key", str(public_key), *arguments)
     assert (result.status, platform.calls) == (2, [])
-    assert said in result.err
+    assert message in result.err
 
 
 def test_ctrl_c_while_renting_shows_what_stays_rented(
@@ -543,7 +543,7 @@ def test_ctrl_c_while_renting_without_a_platform_says_where_to_look(
 
 
 @pytest.mark.parametrize(
-    ("call", "arguments", "said"),
+    ("call", "arguments", "message"),
     [
         ("migrate", ("migrate", "box"), "the migration of box has begun, it continues"),
         ("release", ("release", "box", "--yes"), "the release of box has begun, it continues"),
@@ -558,7 +558,7 @@ def test_ctrl_c_says_what_continues(
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     arguments: tuple[str, ...],
-    said: str,
+    message: str,
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -570,7 +570,7 @@ def test_ctrl_c_says_what_continues(
         platform.answer("POST", f"/api/workers/w-aaaa2222/{what}", worker())
     result = orion(*arguments)
     assert result.status == 130
-    assert said in result.err
+    assert message in result.err
 
 
 def test_an_admins_own_rental_goes_before_others_of_its_name(platform: ScriptedPlatform, orion: Command) -> None:
@@ -599,9 +599,9 @@ def test_a_rental_that_was_not_frozen_is_not_called_thawed(
 def test_a_thawed_rental_is_shown_with_the_time_that_it_has(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental(copy_problem="its home holds too much; it is frozen"))
     platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=THAWED))
-    said = orion("thaw", "box").out
-    assert f"box runs again: {THAWED}." in said
-    assert "Remove files" in said
+    output = orion("thaw", "box").out
+    assert f"box runs again: {THAWED}." in output
+    assert "Remove files" in output
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -726,9 +726,9 @@ def test_workers_can_be_named_by_hostname(platform: ScriptedPlatform, orion: Com
 def test_prune_names_the_forgotten_and_the_kept_workers(platform: ScriptedPlatform, orion: Command) -> None:
     kept = {"id": "w-bbbb3333", "why": "it may still have what was written last in desk"}
     platform.answer("POST", "/api/workers/prune", {"forgotten": ["w-aaaa2222"], "kept": [kept]})
-    said = orion("workers", "prune").out
-    assert "Forgotten: w-aaaa2222." in said
-    assert "Kept: w-bbbb3333: it may still have what was written last in desk" in said
+    output = orion("workers", "prune").out
+    assert "Forgotten: w-aaaa2222." in output
+    assert "Kept: w-bbbb3333: it may still have what was written last in desk" in output
     assert json.loads(orion("workers", "prune", "--json").out)["kept"] == [kept]
 
 
@@ -780,7 +780,7 @@ def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command
 
 
 @pytest.mark.parametrize(
-    ("answer", "status", "said"),
+    ("answer", "status", "message"),
     [
         (problem(409, "nowhere_to_go", "no other worker can take it"), 6, "no other worker can take it"),
         (Answer(202, rental(moving_to="w-bbbb3333")), 7, "The migration continues by itself"),
@@ -788,13 +788,13 @@ def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command
     ],
 )
 def test_migrate_says_why_the_rental_is_not_on_another_worker(
-    platform: ScriptedPlatform, orion: Command, answer: Answer | dict[str, Any], status: int, said: str
+    platform: ScriptedPlatform, orion: Command, answer: Answer | dict[str, Any], status: int, message: str
 ) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("POST", "/api/rentals/abcdefgh23/migrate", answer)
     result = orion("migrate", "box", "--wait", "1s")
     assert result.status == status
-    assert said in result.err
+    assert message in result.err
 
 
 @pytest.mark.usefixtures("no_pauses")

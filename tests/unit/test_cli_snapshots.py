@@ -70,9 +70,9 @@ def test_the_reason_for_a_refused_restore_is_shown(platform: ScriptedPlatform, o
 
 
 def test_age_size_and_problems_of_snapshots_are_shown_with_a_rental(platform: ScriptedPlatform, orion: Command) -> None:
-    told = {"last_safe_copy_at": UP_TO_NOW, "last_safe_copy_bytes": 999, "copy_problem": "its home holds too much"}
-    platform.answer("GET", f"/api/rentals/{RENTAL}", rental(**told))
-    platform.answer("GET", "/api/rentals", page(rental(**told)))
+    ages = {"last_safe_copy_at": UP_TO_NOW, "last_safe_copy_bytes": 999, "copy_problem": "its home holds too much"}
+    platform.answer("GET", f"/api/rentals/{RENTAL}", rental(**ages))
+    platform.answer("GET", "/api/rentals", page(rental(**ages)))
     for arguments in (("show", RENTAL), ("ls",)):
         out = orion(*arguments).out
         for shown in ("ago", "999 B", "its home holds too much"):

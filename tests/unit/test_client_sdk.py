@@ -115,11 +115,11 @@ def test_retrying_ends(platform: ScriptedPlatform, orion: Orion, clock: RetryClo
 
 
 def test_each_retry_is_reported(platform: ScriptedPlatform, orion: Orion, clock: RetryClock) -> None:
-    told: list[float] = []
-    orion.when_retrying(lambda _error, pause: told.append(pause))
+    waits: list[float] = []
+    orion.when_retrying(lambda _error, pause: waits.append(pause))
     platform.answer("POST", "/api/rent", Answer(breaks=True), Answer(201, rental()))
     orion.rent()
-    assert told == clock.slept
+    assert waits == clock.slept
 
 
 def test_a_read_is_not_repeated_unless_the_caller_asks_for_that(platform: ScriptedPlatform, orion: Orion) -> None:

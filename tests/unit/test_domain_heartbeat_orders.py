@@ -30,14 +30,14 @@ def item(epoch: int = 3, rental_id: str = RENTAL.id) -> Item:
     ],
 )
 def test_each_state_of_a_placement_has_its_order(state: P, want: str | None) -> None:
-    told = orders([item()], [new_placement(RENTAL, WORKER, state)], down=False)
-    assert told == ([(item(), want)] if want else [])
+    found = orders([item()], [new_placement(RENTAL, WORKER, state)], down=False)
+    assert found == ([(item(), want)] if want else [])
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 4])
 def test_only_the_very_epoch_that_is_placed_there_runs(epoch: int) -> None:
-    told = orders([item(epoch)], [new_placement(RENTAL, WORKER, P.RUNNING)], down=False)
-    assert told == [(item(epoch), "purge")]
+    found = orders([item(epoch)], [new_placement(RENTAL, WORKER, P.RUNNING)], down=False)
+    assert found == [(item(epoch), "purge")]
 
 
 def test_what_has_no_placement_there_is_purged() -> None:
@@ -54,5 +54,5 @@ def test_nothing_is_said_of_what_the_worker_does_not_show() -> None:
     ("state", "want"), [(P.RUNNING, "hold"), (P.PREPARING, None), (P.LOST, "purge"), (P.STOPPING, "purge")]
 )
 def test_a_worker_that_was_declared_down_runs_nothing_before_that_is_taken_back(state: P, want: str | None) -> None:
-    told = orders([item()], [new_placement(RENTAL, WORKER, state)], down=True)
-    assert told == ([(item(), want)] if want else [])
+    found = orders([item()], [new_placement(RENTAL, WORKER, state)], down=True)
+    assert found == ([(item(), want)] if want else [])

@@ -15,7 +15,7 @@ def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], 
 
     Return the times and pauses of the snapshots, and the times at which the owner was told of another interval.
     """
-    pace, now, made, told = Pace(usual_s=USUAL_S, share=SHARE), 0.0, [], []
+    pace, now, made, notices = Pace(usual_s=USUAL_S, share=SHARE), 0.0, [], []
     waiting = list(pauses)
     while now < until:
         pause_s = waiting[0] if len(waiting) == 1 else waiting.pop(0)
@@ -24,48 +24,48 @@ def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], 
             changed = pace.copied(now, pause_s)
         else:
             changed = pace.too_long(now, 0.0)
-        told += [now] if changed else []
+        notices += [now] if changed else []
         now += pace.wait_s
-    return made, told
+    return made, notices
 
 
 def test_short_pauses_change_nothing() -> None:
-    made, told = play([0.02], 300)
+    made, notices = play([0.02], 300)
     assert [at for at, _ in made] == [30.0 * number for number in range(10)]
-    assert told == []
+    assert notices == []
 
 
 def test_one_long_pause_keeps_nobody_from_being_copied_who_writes_little_afterwards() -> None:
     """A tree was unpacked during the snapshot: after a wait of 1,000 s all later files would have none."""
-    made, told = play([5.0, 0.02], 300)
+    made, notices = play([5.0, 0.02], 300)
     assert [at for at, _ in made] == [30.0 * number for number in range(10)]
-    assert told == []
+    assert notices == []
 
 
 def test_what_is_written_in_a_burst_is_copied_soon_after_it() -> None:
-    made, told = play([5.0, 2.0, 2.0, 0.02], 400)
+    made, notices = play([5.0, 2.0, 2.0, 0.02], 400)
     assert [at for at, _ in made][:4] == [0.0, 30 + 60 + 120, 240.0, 270.0]
-    assert told == [30.0, 210.0], "once that its snapshots are rarer, and once that they no longer are"
+    assert notices == [30.0, 210.0], "once that its snapshots are rarer, and once that they no longer are"
 
 
 @pytest.mark.parametrize("pause_s", [0.16, 0.3, 0.6, 2.0, 9.0])
 def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_told_once(pause_s: float) -> None:
     hours = 20 * 3600.0
-    made, told = play([pause_s], hours)
+    made, notices = play([pause_s], hours)
     assert sum(pause for _, pause in made) <= SHARE * hours + pause_s
     assert len(made) == pytest.approx(hours * SHARE / pause_s, abs=1), "snapshots are as frequent as that share allows"
-    assert len(told) == (pause_s / SHARE > WARN_FROM * USUAL_S)
+    assert len(notices) == (pause_s / SHARE > WARN_FROM * USUAL_S)
 
 
 def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:
-    made, told = play([0.25], 160)
+    made, notices = play([0.25], 160)
     assert [at for at, _ in made] == [0.0, 50.0, 100.0, 150.0], "no attempt in between fails"
-    assert told == [0.0]
+    assert notices == [0.0]
 
 
 def test_what_no_pause_is_enough_for_is_tried_in_all_intervals_and_told_once() -> None:
-    made, told = play([LONGEST_PAUSE_S + 1], 5000)
-    assert (made, told) == ([], [0.0])
+    made, notices = play([LONGEST_PAUSE_S + 1], 5000)
+    assert (made, notices) == ([], [0.0])
 
 
 def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -> None:

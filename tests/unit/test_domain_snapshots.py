@@ -185,15 +185,15 @@ def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
 def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_it_was_not() -> None:
     worker, rental = new_worker(1), active_rental(1)
     runs = new_placement(rental, worker, PlacementState.RUNNING)
-    told: list[str] = []
+    reasons: list[str] = []
     for size, files_ in ((799, 1), (800, 1), (900, 79), (100, 80), (799, 79), (1000, 100)):
         copy = replace(copy_of(SnapshotId(1, 1)), bytes=size, files=files_)
         step = accepted(rental, runs, copy, nearly_full(copy, 1000, 100))
         rental = replace(rental, **{k: v for k, v in step.writes[1].change.items() if hasattr(rental, k)})
-        told += [f"{size}: {event.reason}" for event in step.events if event.kind == "rental.home_nearly_full"]
+        reasons += [f"{size}: {event.reason}" for event in step.events if event.kind == "rental.home_nearly_full"]
         assert bool(rental.home_warning) is (size >= 800 or files_ >= 80)
-    assert [reason.partition(":")[0] for reason in told] == ["800", "1000"]
-    assert "100 of 100 files" in told[-1]
+    assert [reason.partition(":")[0] for reason in reasons] == ["800", "1000"]
+    assert "100 of 100 files" in reasons[-1]
 
 
 def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_and_does_not_hide_its_event() -> None:
@@ -209,8 +209,8 @@ def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_an
     ):
         step = accepted(replace(rental, home_warning=before), runs, copy, warning, slower)
         assert step.writes[1].change["home_warning"] == shown
-        told = [event.kind for event in step.events if event.kind == "rental.home_nearly_full"]
-        assert bool(told) is (bool(warning) and full not in before)
+        notices = [event.kind for event in step.events if event.kind == "rental.home_nearly_full"]
+        assert bool(notices) is (bool(warning) and full not in before)
     for before, shown in (("", rarely), (full, f"{full}; {rarely}"), (f"{full}; {rarely}", f"{full}; {rarely}")):
         step = slowed(replace(rental, home_warning=before), runs, "it would stand still", rarely)
         assert step.writes[1].change["home_warning"] == shown

@@ -63,7 +63,7 @@ class FencedRentals:
     rentals: Rentals
     fence: Fence
     right: list[bool]
-    said: list[str]
+    log: list[str]
 
     @property
     def shown(self) -> str:
@@ -99,10 +99,10 @@ def fenced(tmp_path: Path, kernel: Kernel) -> FencedRentals:
     rentals = Rentals(WorkerPaths(tmp_path), lock_wait_s=0.0)
     rentals.records.save(RentalRecord("one", "r-one", UID, 1))
     (tmp_path / "etc/orion/locked/r-one").write_text("key\n")
-    right, said = [False], list[str]()
-    fence = Fence(rentals, lambda: right[0], said.append)
+    right, log = [False], list[str]()
+    fence = Fence(rentals, lambda: right[0], log.append)
     fence.begin()
-    return FencedRentals(tmp_path, kernel, rentals, fence, right, said)
+    return FencedRentals(tmp_path, kernel, rentals, fence, right, log)
 
 
 def test_at_its_start_nobody_is_activated_before_there_is_a_lease(fenced: FencedRentals) -> None:
@@ -120,7 +120,7 @@ def test_without_the_right_everything_stops_and_the_keys_go(fenced: FencedRental
     assert fenced.shown == "frozen"
     assert (fenced.root / "etc/orion/locked/r-one").exists()
     assert fenced.kernel.stopped == {UID}
-    assert fenced.said == ["no right to run: 1 rentals frozen"]
+    assert fenced.log == ["no right to run: 1 rentals frozen"]
 
 
 def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(fenced: FencedRentals) -> None:
@@ -198,7 +198,7 @@ def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(fenced: Fen
     fenced.kernel.running.add(UID)  # in place of rsync, which keeps the rental's lock while it is stopped
     fenced.may_run(False)
     assert (fenced.kernel.running, fenced.kernel.stopped) == (set(), set())
-    assert (fenced.shown, fenced.said) == ("locked", ["no right to run: 0 rentals frozen"])
+    assert (fenced.shown, fenced.log) == ("locked", ["no right to run: 0 rentals frozen"])
     with pytest.raises(RequestRefused, match="no lease"):
         fenced.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
     fenced.may_run(True)
@@ -305,7 +305,7 @@ def test_a_pause_whose_snapshot_died_is_ended_by_the_fence(
     pause(fenced, seconds=-1)
     fenced.fence.look()
     assert fenced.kernel.running == {UID}
-    assert "did not end" in fenced.said[-1]
+    assert "did not end" in fenced.log[-1]
 
 
 def test_a_frozen_rental_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenced: FencedRentals) -> None:

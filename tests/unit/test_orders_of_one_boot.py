@@ -40,8 +40,8 @@ def test_a_worker_of_a_former_version_is_sent_no_field_that_it_would_refuse(vers
 
 @pytest.mark.parametrize("action", list(Action))
 def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) -> None:
-    told = ordered(replace(new_job(HOST), action=action))
-    assert told.get("boot_id", "") == ("boot-0002" if action in OF_ONE_BOOT else "")
+    order = ordered(replace(new_job(HOST), action=action))
+    assert order.get("boot_id", "") == ("boot-0002" if action in OF_ONE_BOOT else "")
 
 
 def test_the_worker_s_program_understands_both() -> None:

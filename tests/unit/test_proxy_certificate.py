@@ -40,8 +40,8 @@ class Tls:
 
     def lasts(self) -> tuple[float, float]:
         """Return the begin and the end of the certificate's validity, in Unix seconds."""
-        told = ["openssl", "x509", "-in", str(self.tls / "tls.crt"), "-noout", "-dates"]
-        shown = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+        command = ["openssl", "x509", "-in", str(self.tls / "tls.crt"), "-noout", "-dates"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         dates = dict(line.split("=", 1) for line in shown.splitlines())
         return ssl.cert_time_to_seconds(dates["notBefore"]), ssl.cert_time_to_seconds(dates["notAfter"])
 
@@ -63,8 +63,8 @@ def test_a_client_whose_clock_is_late_takes_the_certificate_that_was_just_made(p
 
 
 def test_the_certificate_is_for_a_server_of_these_names_and_for_nothing_else(proxy: Tls) -> None:
-    said = proxy.see_to_it(ORION_TLS_NAMES="lab.example,192.0.2.7", ORION_APPS_DOMAIN="apps.example")
-    assert "DNS:lab.example" in said
+    output = proxy.see_to_it(ORION_TLS_NAMES="lab.example,192.0.2.7", ORION_APPS_DOMAIN="apps.example")
+    assert "DNS:lab.example" in output
     now = (proxy.tls / "tls.crt").stat().st_mtime
     for name in ("localhost", "manager_proxy", "lab.example", "x.apps.example"):
         assert proxy.verifies(now, "-verify_hostname", name), name

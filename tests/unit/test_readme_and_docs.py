@@ -98,7 +98,7 @@ REFUSED = '{"status": 409, "code": "%s", "detail": "%s"}'
 
 
 @pytest.mark.parametrize(
-    ("rent", "show", "said"),
+    ("rent", "show", "complaint"),
     [
         (REFUSED % ("name_taken", "you have a rental named lab"), REFUSED % ("not_found", "-"), "a rental named lab"),
         (REFUSED % ("unauthorized", "the token is unknown"),) * 2 + ("the token is unknown",),
@@ -108,16 +108,18 @@ REFUSED = '{"status": 409, "code": "%s", "detail": "%s"}'
     ],
     ids=["refused", "not let in", "queued", "gone", "no answer"],
 )
-def test_the_curl_flow_ends_nothing_where_nothing_was_rented(tmp_path: Path, rent: str, show: str, said: str) -> None:
+def test_the_curl_flow_ends_nothing_where_nothing_was_rented(
+    tmp_path: Path, rent: str, show: str, complaint: str
+) -> None:
     """Each line that fails says why, and the shell stays open."""
     (tmp_path / ".ssh").mkdir()
     script = "\n".join([*commands(block_with("$API/rent ")), "echo the shell goes on"])
-    asked = f"{tmp_path}/asked"
-    curl = f"""echo "$*" >> {asked}; case "$*" in */api/rent) echo '{rent}';; *) echo '{show}';; esac"""
-    programs = {"curl": curl, "docker": f'echo "docker $*" >> {asked}', "make": "echo token"}
+    call_log = f"{tmp_path}/asked"
+    curl = f"""echo "$*" >> {call_log}; case "$*" in */api/rent) echo '{rent}';; *) echo '{show}';; esac"""
+    programs = {"curl": curl, "docker": f'echo "docker $*" >> {call_log}', "make": "echo token"}
     done = typed(script, tmp_path, ("bash", "--norc", "--noprofile", "-i"), **programs)
     assert "the shell goes on" in done.stdout
-    assert said in "".join(re.findall("^(?:bash|jq): .*", done.stderr, re.MULTILINE)), done.stderr
+    assert complaint in "".join(re.findall("^(?:bash|jq): .*", done.stderr, re.MULTILINE)), done.stderr
     calls = (tmp_path / "asked").read_text()
     assert "docker" not in calls
     assert "null" not in calls

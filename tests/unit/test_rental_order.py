@@ -310,8 +310,8 @@ def played(folder: Path, playbook: str, variables: dict[str, Any]) -> tuple[str,
 @pytest.mark.parametrize("playbook", BY_HAND)
 def test_a_playbook_by_hand_passes_the_fields_that_its_command_uses(playbook: str, tmp_path: Path) -> None:
     expected, variables = BY_HAND[playbook]
-    command, order, told = played(tmp_path, playbook, variables | {"kill": True, "unknown": "x"})
-    assert command == expected, told
+    command, order, output = played(tmp_path, playbook, variables | {"kill": True, "unknown": "x"})
+    assert command == expected, output
     assert json.loads(order)["rentals"] == [variables]
 
 
@@ -321,5 +321,5 @@ def test_a_playbook_by_hand_takes_a_list_and_says_which_field_is_missing(tmp_pat
         "freeze",
         json.dumps({"rentals": several}),
     )
-    command, _, told = played(tmp_path, "freeze", {"epoch": 3})
-    assert (command, "rental_id" in told) == ("", True)
+    command, _, output = played(tmp_path, "freeze", {"epoch": 3})
+    assert (command, "rental_id" in output) == ("", True)

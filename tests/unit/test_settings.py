@@ -94,7 +94,7 @@ def test_settings_do_not_change_afterwards() -> None:
 
 def test_secrets_come_once_through_a_pipe_and_are_not_shown() -> None:
     reading, writing = os.pipe()
-    told = {
+    sent = {
         "admin_token": "orion_admin_admin_x",
         "join_token": "orion_join_join_x",
         "proxy_secret": "door",
@@ -103,10 +103,10 @@ def test_secrets_come_once_through_a_pipe_and_are_not_shown() -> None:
         "host_authority": "private",
         "user_authority": "private",
     }
-    os.write(writing, json.dumps(told).encode())
+    os.write(writing, json.dumps(sent).encode())
     os.close(writing)
     secrets = Secrets.from_pipe(reading)
-    assert vars(secrets) == told
-    assert not any(value in repr(secrets) for value in told.values())
+    assert vars(secrets) == sent
+    assert not any(value in repr(secrets) for value in sent.values())
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(reading)

@@ -84,11 +84,11 @@ async def test_an_owner_has_half_of_the_transfers_and_what_was_held_up_one(tmp_p
 
 async def test_on_another_worker_what_was_held_up_waits_for_nobody(tmp_path: Path) -> None:
     async with serving(tmp_path, 4) as (snapshot_service, client):
-        held = copies(client, "one", "onea", "oneb")
+        failing = copies(client, "one", "onea", "oneb")
         await until(lambda: len(snapshot_service.jobs) == 2)
         for name in ("onea", "oneb"):
             snapshot_service.end(name, "timed_out")
-        await asyncio.gather(*held, return_exceptions=True)
+        await asyncio.gather(*failing, return_exceptions=True)
         elsewhere = Host("w-two", "192.0.2.8", (host_key(2),))
         homes = [Home(name, 200_000, 2, elsewhere, "one") for name in ("onea", "oneb")]
         restores = [asyncio.create_task(client.restore(home)) for home in homes]

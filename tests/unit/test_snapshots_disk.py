@@ -19,7 +19,7 @@ def statvfs(blocks: int, free: int, for_all: int, files: int, files_free: int) -
 
 
 @pytest.mark.parametrize(
-    ("told", "share", "scarce"),
+    ("status", "share", "scarce"),
     [
         (statvfs(1000, 500, 400, 1000, 900), 500 / 900, "bytes"),
         (statvfs(1000, 500, 400, 1000, 50), 0.95, "inodes"),
@@ -28,9 +28,9 @@ def statvfs(blocks: int, free: int, for_all: int, files: int, files_free: int) -
     ids=["bytes", "inodes", "a file system that makes inodes as it needs them"],
 )
 def test_a_disk_is_as_full_as_that_of_which_least_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: os.statvfs_result, share: float, scarce: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: os.statvfs_result, share: float, scarce: str
 ) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: told)
+    monkeypatch.setattr(os, "statvfs", lambda _: status)
     assert Disk.of(tmp_path).scarcest == (pytest.approx(share), scarce)
     assert disk_share(tmp_path) == pytest.approx(share)
 

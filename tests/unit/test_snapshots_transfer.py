@@ -165,8 +165,8 @@ def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> Non
 def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(lifetime: Lifetime) -> None:
     skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
     assert len(skipped) > 48_000
-    told = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
-    assert len(list(heard(f"echo; read -r request; printf '{told}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
+    answer = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
+    assert len(list(heard(f"echo; read -r request; printf '{answer}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
 
 
 def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:

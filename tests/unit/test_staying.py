@@ -26,7 +26,7 @@ def python(program: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("told", "status", "lost"),
+    ("report", "status", "lost"),
     [
         ({"lost": True, "there": True, "reason": "its worker is down"}, 255, True),
         ({"lost": True}, 0, False),
@@ -36,8 +36,8 @@ def python(program: str, *arguments: str) -> list[str]:
         ([], 255, False),
     ],
 )
-def test_a_session_counts_as_lost_only_if_its_connection_was_lost(told: object, status: int, lost: bool) -> None:
-    left = staying.run(python(REPORTS, json.dumps(told), str(status)))
+def test_a_session_counts_as_lost_only_if_its_connection_was_lost(report: object, status: int, lost: bool) -> None:
+    left = staying.run(python(REPORTS, json.dumps(report), str(status)))
     assert (left.status, left.lost) == (status, lost)
     if lost:
         assert (left.at_worker, left.reason) == (True, "its worker is down")

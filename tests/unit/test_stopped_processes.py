@@ -68,16 +68,16 @@ def stop_itself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def stop_with_a_child(told: int) -> None:
+def stop_with_a_child(pipe: int) -> None:
     """Stop this process and a child, which first prints its own pid: this process may have been killed by then."""
     if os.fork() == 0:
-        os.write(told, b"%d\n" % os.getpid())
+        os.write(pipe, b"%d\n" % os.getpid())
     stop_itself()
 
 
 def number_from(pipe: int) -> int:
-    with os.fdopen(pipe) as told:
-        return int(told.readline())
+    with os.fdopen(pipe) as reading:
+        return int(reading.readline())
 
 
 def test_a_child_that_is_stopped_and_all_that_it_has_started_is_ended_and_reaped() -> None:
@@ -241,15 +241,15 @@ def rentals(uid: int, tmp_path: Path) -> Rentals:
 def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_waits_for_it(
     rentals: Rentals, log_in: LogIn
 ) -> None:
-    said = list[str]()
-    looking = StoppedLogIns(rentals, said.append)
+    logged = list[str]()
+    looking = StoppedLogIns(rentals, logged.append)
     for _ in range(LOOKS - 1):
         looking.look()
     assert log_in.is_there()
     looking.look()
     assert log_in.root.wait(60) == -signal.SIGKILL
     wait_until(lambda: not state(log_in.child), "the renter's part has ended")
-    assert said == ["r-one has stopped a log-in of its own: the log-in was ended"]
+    assert logged == ["r-one has stopped a log-in of its own: the log-in was ended"]
 
 
 @AS_ROOT
@@ -306,10 +306,10 @@ def test_what_a_renter_stops_of_its_own_programs_stays_as_it_is(uid: int, rental
 
 
 def test_a_look_that_fails_is_said_and_no_more(rentals: Rentals, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = list[str]()
-    looking = StoppedLogIns(rentals, said.append)
+    logged = list[str]()
+    looking = StoppedLogIns(rentals, logged.append)
     monkeypatch.setattr(looking, "look", lambda: Path("/nowhere").read_text())
     for _ in range(3):
         looking.look_if_due()
-    assert len(said) == 1, "the next check is when it is due, and not before"
-    assert "looking again" in said[0]
+    assert len(logged) == 1, "the next check is when it is due, and not before"
+    assert "looking again" in logged[0]

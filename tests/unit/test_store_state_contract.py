@@ -358,13 +358,13 @@ async def test_tasks_that_end_together_are_all_applied_and_each_sees_the_ones_be
 async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commit(bench: StateStoreBench) -> None:
     followed, anew = PoolIndex(), PoolIndex()
     await bench.state_store.follow(lambda changes: followed.apply(changes, 0.0))
-    assert [held.id for held in followed.placements_on(WORKER.id)] == [RUNNING.id]
+    assert [placement.id for placement in followed.placements_on(WORKER.id)] == [RUNNING.id]
     registered = await bench.state_store.register(CLAIM, None, True)
     known = followed.worker(registered.worker_id)
     assert known is not None
     assert (known.health, known.session_id, known.verified) == (Health.JOINING, registered.session_id, False)
     await bench.state_store.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
-    assert [held.state for held in followed.placements_on(WORKER.id)] == [PlacementState.STOPPING]
+    assert [placement.state for placement in followed.placements_on(WORKER.id)] == [PlacementState.STOPPING]
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow
     )

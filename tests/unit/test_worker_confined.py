@@ -25,9 +25,9 @@ WITHIN_S = 60.0
 
 def why_not() -> str:
     """Return why this machine has no Landlock, else nothing. Another process tries it: confinement cannot be undone."""
-    asked = [sys.executable, "-c", "from orion_worker.start import confine; print(confine.confine())"]
+    command = [sys.executable, "-c", "from orion_worker.start import confine; print(confine.confine())"]
     environment = os.environ | {"PYTHONPATH": str(Path(confine.__file__).parents[2])}
-    return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
 WHY_NOT = why_not()

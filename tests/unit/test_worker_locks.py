@@ -50,21 +50,21 @@ def root(tmp_path: Path) -> Path:
 @contextmanager
 def held_by_another(file: Path) -> Iterator[None]:
     """Have another process hold both kinds of lock on a file within the context."""
-    said, ended = os.pipe(), os.pipe()
+    ready, ended = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         try:
             descriptor = open_lock(file)
-            os.write(said[1], b"y" if got_lock(descriptor, 0) and got_record_lock(descriptor, 0) else b"n")
+            os.write(ready[1], b"y" if got_lock(descriptor, 0) and got_record_lock(descriptor, 0) else b"n")
             os.close(ended[1])
             os.read(ended[0], 1)
         finally:
             os._exit(0)
     try:
-        assert os.read(said[0], 1) == b"y"
+        assert os.read(ready[0], 1) == b"y"
         yield
     finally:
-        for descriptor in (*said, *ended):
+        for descriptor in (*ready, *ended):
             os.close(descriptor)
         os.waitpid(child, 0)
 

@@ -11,48 +11,48 @@ LEFT_OUT = "orion-agent: {} lines of sshd's were left out: too many at a time"
 
 
 @pytest.fixture
-def said() -> list[str]:
+def written() -> list[str]:
     return []
 
 
 @pytest.fixture
-def log(said: list[str]) -> LimitedLog:
-    made = LimitedLog(said.append)
+def log(written: list[str]) -> LimitedLog:
+    made = LimitedLog(written.append)
     made.take(b"", 1000.0)
     return made
 
 
-def test_lines_are_said_as_they_are_and_halves_when_they_are_whole(log: LimitedLog, said: list[str]) -> None:
+def test_lines_are_said_as_they_are_and_halves_when_they_are_whole(log: LimitedLog, written: list[str]) -> None:
     log.take(b"one\r\ntwo\nth", 1000.0)
-    assert said == ["one", "two"]
+    assert written == ["one", "two"]
     log.take(b"ree \xff\n", 1000.0)
-    assert said == ["one", "two", "three \N{REPLACEMENT CHARACTER}"]
+    assert written == ["one", "two", "three \N{REPLACEMENT CHARACTER}"]
 
 
-def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: LimitedLog, said: list[str]) -> None:
+def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: LimitedLog, written: list[str]) -> None:
     log.take(b"x\n" * (BURST + 50), 1000.0)
-    assert said == ["x"] * BURST
+    assert written == ["x"] * BURST
     log.take(b"", 1000.0 + 1.5 * LINE_EVERY_S)
-    assert said[BURST:] == [LEFT_OUT.format(50)]
+    assert written[BURST:] == [LEFT_OUT.format(50)]
     log.take(b"y\n", 1000.0 + 1.5 * LINE_EVERY_S)
-    assert len(said) == BURST + 1
+    assert len(written) == BURST + 1
     log.take(b"z\n", 1000.0 + 5 * LINE_EVERY_S)
-    assert said[BURST + 1 :] == [LEFT_OUT.format(1), "z"]
+    assert written[BURST + 1 :] == [LEFT_OUT.format(1), "z"]
 
 
-def test_a_flood_is_as_many_lines_as_the_time_allows(log: LimitedLog, said: list[str]) -> None:
+def test_a_flood_is_as_many_lines_as_the_time_allows(log: LimitedLog, written: list[str]) -> None:
     for number in range(1000):
         log.take(b"x\n" * 100, 1000.0 + number / 100)
-    assert len(said) <= BURST + 10 / LINE_EVERY_S + 1
+    assert len(written) <= BURST + 10 / LINE_EVERY_S + 1
     log.take(b"", 2000.0)
     log.take(b"x\n" * BURST * 2, 2000.0)
-    assert said.count("x") <= 2 * BURST + 10 / LINE_EVERY_S, "unused lines are not saved up"
+    assert written.count("x") <= 2 * BURST + 10 / LINE_EVERY_S, "unused lines are not saved up"
 
 
-def test_a_line_without_an_end_is_cut(log: LimitedLog, said: list[str]) -> None:
+def test_a_line_without_an_end_is_cut(log: LimitedLog, written: list[str]) -> None:
     for _ in range(3):
         log.take(b"x" * (LONGEST_BYTES + 1), 1000.0)
-    assert said == ["x" * LONGEST_BYTES] * 3
+    assert written == ["x" * LONGEST_BYTES] * 3
 
 
 def test_who_writes_never_waits(log: LimitedLog) -> None:

@@ -91,9 +91,9 @@ def test_netlink_and_proc_give_the_same_sockets(address: str, family: socket.Add
         port = server.getsockname()[1]
         tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
         inode = os.fstat(server.fileno()).st_ino  # another renter may listen on that port of another address
-        [read] = [each for each in listeners(*tables) if (each.port, each.inode) == (port, inode)]
-        [asked] = [each for each in socket_diag.listening() if (each.port, each.inode) == (port, inode)]
-    assert asked == read == Listener(ip_address(address), port, os.geteuid(), read.inode)
+        [by_proc] = [each for each in listeners(*tables) if (each.port, each.inode) == (port, inode)]
+        [by_netlink] = [each for each in socket_diag.listening() if (each.port, each.inode) == (port, inode)]
+    assert by_netlink == by_proc == Listener(ip_address(address), port, os.geteuid(), by_proc.inode)
 
 
 def test_a_kernel_without_netlink_diagnostics_is_read_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:

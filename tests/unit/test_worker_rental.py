@@ -180,8 +180,8 @@ def test_an_order_for_another_boot_of_the_container_is_refused(command: str, tmp
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     rentals.launcher.set_boot_id("boot-0002")
-    asked = CREATE | {"epoch": 3, "boot_id": "boot-0001"}
-    for order in (asked, {"rentals": [asked]}):
+    request = CREATE | {"epoch": 3, "boot_id": "boot-0001"}
+    for order in (request, {"rentals": [request]}):
         status, report = answer_request(command, json.dumps(order), rentals, now=0)
         assert (status, report["code"], report["changed"]) == (3, "other_boot", False)
     assert rentals.records.all() == [RECORD]
@@ -196,8 +196,8 @@ def test_an_order_for_this_boot_or_without_a_boot_id_is_done(named: dict[str, An
 
 
 def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
-    asked = {"rental_id": "one", "epoch": 3, "boot_id": 5}
-    assert answer_request("lock", json.dumps(asked), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
+    request = {"rental_id": "one", "epoch": 3, "boot_id": 5}
+    assert answer_request("lock", json.dumps(request), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
 # Several rentals in one order
@@ -206,12 +206,12 @@ def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
 def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_the_status(tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
-    asked = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
-    status, report = answer_request("lock", json.dumps({"rentals": asked}), rentals, now=0)
+    request = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
+    status, report = answer_request("lock", json.dumps({"rentals": request}), rentals, now=0)
     assert status == 3
     assert report["error"] == "epoch 2 is older than epoch 3, which was seen here"
     assert [one.get("code") for one in report["rentals"]] == [None, "stale_epoch", "invalid_request"]
-    assert answer_request("lock", json.dumps({"rentals": asked[:1]}), rentals, now=0)[0] == 0
+    assert answer_request("lock", json.dumps({"rentals": request[:1]}), rentals, now=0)[0] == 0
 
 
 @pytest.mark.parametrize("rentals", [[], {}, "one", None])
@@ -221,8 +221,8 @@ def test_a_list_of_nothing_is_not_understood(rentals: Any, tmp_path: Path) -> No
 
 
 def test_a_list_stands_alone(tmp_path: Path) -> None:
-    asked = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
-    assert answer_request("lock", json.dumps(asked), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
+    request = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
+    assert answer_request("lock", json.dumps(request), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
 def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place(tmp_path: Path) -> None:

@@ -103,11 +103,11 @@ class HomeBench:
             made = SnapshotMaker(
                 self.operations, RECORD, request, staging_tree, home, is_salvage=False, requested_at=asked_at
             )
-            told = transfer.make_snapshot(self.operations, RECORD, made)
-            self.sent = {} if told["same"] else tree(staging_tree.tree)
-            if not told["same"]:
+            report = transfer.make_snapshot(self.operations, RECORD, made)
+            self.sent = {} if report["same"] else tree(staging_tree.tree)
+            if not report["same"]:
                 self.listed = {os.fsdecode(name) for name in (staging_tree.place / "list").read_bytes().split(b"\0")}
-            return told
+            return report
         finally:
             staging_tree.remove()
             os.close(home)
@@ -149,19 +149,19 @@ def test_when_a_snapshot_was_begun_counts_from_its_request(bench: HomeBench) -> 
     """A snapshot may lack what is written after it was begun, so its time is not that of the answer."""
     for base in ("", MARK):
         began = time.monotonic()
-        told = bench.snapshot(base=base, asked_s_ago=7.0)
+        report = bench.snapshot(base=base, asked_s_ago=7.0)
         took_s = time.monotonic() - began
-        assert told["same"] is bool(base)
-        assert 7.0 <= told["after_s"] <= 7.0 + took_s - told["age_s"]
-        assert told["age_s"] > 0
+        assert report["same"] is bool(base)
+        assert 7.0 <= report["after_s"] <= 7.0 + took_s - report["age_s"]
+        assert report["age_s"] > 0
 
 
 def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_without_a_pause(bench: HomeBench) -> None:
     (bench.home / "deep/er").mkdir(parents=True)
     (bench.home / "deep/er/file").write_text("content")
     aged(bench.home)
-    told = bench.snapshot(mark=BASE)
-    assert (told["same"], told["whole"], told["files"]) == (False, True, 4)
+    report = bench.snapshot(mark=BASE)
+    assert (report["same"], report["whole"], report["files"]) == (False, True, 4)
     assert bench.sent == {"deep/er/file": b"content"}
     assert bench.snapshot(base=BASE)["same"]
     assert bench.operations.freezer.pauses == 1
@@ -182,8 +182,8 @@ def test_only_what_changed_is_sent_and_what_was_removed_is_listed(bench: HomeBen
     (bench.home / "other").rmdir()
     (bench.home / "other").write_text("a file now")
     aged(bench.home)
-    told = bench.snapshot(base=BASE)
-    assert not told["whole"]
+    report = bench.snapshot(base=BASE)
+    assert not report["whole"]
     assert bench.sent == {"grows": b"xx", "other": b"a file now"}
     assert bench.listed == {".", "grows", "goes", "folder", "folder/goes too", "other"}
 
@@ -508,8 +508,8 @@ def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_oth
     monkeypatch.setattr(staging.os, "stat", foreign)
     with pytest.raises(RequestRefused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
         bench.snapshot(for_migration=True)
-    told = bench.snapshot(mark=BASE)
-    assert (told["skipped"], bench.sent) == (["theirs"], {"mine": b"x"})
+    report = bench.snapshot(mark=BASE)
+    assert (report["skipped"], bench.sent) == (["theirs"], {"mine": b"x"})
     assert bench.snapshot(base=BASE)["skipped"] == ["theirs"], "the file is still missing"
 
 

@@ -34,21 +34,21 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     begin = launcher.begin_child
 
     def begun(work: Callable[[], object]) -> int:
-        told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes all of its descriptors
+        state = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes all of its descriptors
         with monkeypatch.context() as patched:
-            patched.setattr(os, "execve", partial(_tell, told))
+            patched.setattr(os, "execve", partial(_tell, state))
             for become in () if os.geteuid() == 0 else ("setgroups", "setresgid", "setresuid"):
                 patched.setattr(os, become, lambda *_: None)
             child = begin(work)
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        found.append(json.loads(told.readline()))
+        found.append(json.loads(state.readline()))
         return child
 
     monkeypatch.setattr(launcher, "begin_child", begun)
     return found
 
 
-def _tell(told: mmap.mmap, program: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def _tell(state: mmap.mmap, program: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     """Record the state of the child, in place of the program."""
     seen = {
         "program": program, "arguments": arguments, "env": environment, "cwd": os.getcwd(),  # noqa: PTH109
@@ -56,7 +56,7 @@ def _tell(told: mmap.mmap, program: str, arguments: tuple[str, ...], environment
         "standard": [Path(f"/proc/self/fd/{each}").resolve().name for each in (0, 1, 2)],
         "inherits": [each for each in range(3, 300) if Path(f"/proc/self/fd/{each}").is_symlink()],
     }  # fmt: skip
-    told.write(json.dumps(seen).encode() + b"\n")
+    state.write(json.dumps(seen).encode() + b"\n")
     os._exit(0)
 
 
@@ -99,8 +99,8 @@ def test_each_run_begins_once_in_a_boot_of_the_container_and_at_an_epoch(
 ) -> None:
     launcher = Launcher(tmp_path)
     launcher.set_boot_id("boot-1")
-    told = [launcher.launch(RECORD, "serve", mark) for mark in ("1@boot-1", "1@boot-1", "2@boot-1", "2@boot-0")]
-    assert [bool(report) for report in told] == [True, False, True, False]
+    reports = [launcher.launch(RECORD, "serve", mark) for mark in ("1@boot-1", "1@boot-1", "2@boot-1", "2@boot-0")]
+    assert [bool(report) for report in reports] == [True, False, True, False]
     assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-1")
     launcher.set_boot_id("boot-2")
     assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
@@ -142,9 +142,9 @@ def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
 
 def test_the_output_is_kept_with_how_the_command_ended(tmp_path: Path) -> None:
     run_in(tmp_path, "echo out; echo err >&2; tty; exit 3")
-    first, *said, last = (tmp_path / ".orion/start.log").read_text().splitlines()
+    first, *output, last = (tmp_path / ".orion/start.log").read_text().splitlines()
     assert first.endswith("runs: echo out; echo err >&2; tty; exit 3")
-    assert said == ["out", "err", "not a tty"]
+    assert output == ["out", "err", "not a tty"]
     assert last.endswith("it ended with status 3")
     assert (tmp_path / ".orion/start.log").stat().st_mode & 0o777 == 0o600
 
@@ -211,10 +211,10 @@ def test_how_a_start_command_ended_is_reported_with_its_run(tmp_path: Path, comm
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     assert launcher.ended(record, now) is None, "the command has not begun yet"
     run_in(home, command)
-    told = launcher.ended(record, now + 100.0)
-    assert told is not None
-    assert (told["rental_id"], told["epoch"], told["run"], told["how"]) == ("one", 2, "1@boot", how)
-    assert 0.0 <= told["ago_s"] <= 100.0
+    end = launcher.ended(record, now + 100.0)
+    assert end is not None
+    assert (end["rental_id"], end["epoch"], end["run"], end["how"]) == ("one", 2, "1@boot", how)
+    assert 0.0 <= end["ago_s"] <= 100.0
 
 
 def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed_has(tmp_path: Path) -> None:
@@ -231,9 +231,9 @@ def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed
     keeper.kill()
     keeper.wait()
     os.killpg(int((tmp_path / "ran").read_text()), signal.SIGKILL)
-    told = launcher.ended(record, 0.0)
-    assert told is not None
-    assert (told["how"], told["ago_s"]) == ("unseen", 0.0)
+    end = launcher.ended(record, 0.0)
+    assert end is not None
+    assert (end["how"], end["ago_s"]) == ("unseen", 0.0)
 
 
 def test_an_end_with_the_container_is_not_reported(tmp_path: Path) -> None:
@@ -267,20 +267,20 @@ def test_a_forged_note_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> No
 @pytest.mark.parametrize("trick", ["a link", "a link for the folder", "a FIFO", "a folder", "another's"])
 def test_a_renter_cannot_have_the_agent_read_or_wait_for_anything_else(tmp_path: Path, trick: str) -> None:
     launcher, record, home = was_launched(tmp_path)
-    told, elsewhere = home / ".orion/start.run", tmp_path / "elsewhere"
+    note, elsewhere = home / ".orion/start.run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "start.run").write_text("2 1@boot\nstatus 3 5.0\n")
     if trick == "a link for the folder":
-        told.parent.symlink_to(elsewhere)
+        note.parent.symlink_to(elsewhere)
     else:
-        told.parent.mkdir()
+        note.parent.mkdir()
     if trick == "a link":
-        told.symlink_to(elsewhere / "start.run")
+        note.symlink_to(elsewhere / "start.run")
     elif trick == "a FIFO":
-        os.mkfifo(told)
+        os.mkfifo(note)
     elif trick == "a folder":
-        told.mkdir()
+        note.mkdir()
     elif trick == "another's":
-        told.write_text("2 1@boot\nstatus 3 5.0\n")
+        note.write_text("2 1@boot\nstatus 3 5.0\n")
         record = RentalRecord("one", "r-one", os.getuid() + 1, epoch=2)
     assert launcher.ended(record, 0.0) is None
