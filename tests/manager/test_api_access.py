@@ -1,4 +1,4 @@
-"""Who may call what: the door, tokens and roles, and the shape of every refusal."""
+"""Access to the API: the proxy guard, tokens and roles, and the shape of every refusal."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def house(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
-    """One for all: what is refused changes nothing."""
+    """Give one house for all tests of this file: refused calls change nothing."""
     path = shutil.copy(migrated_database, tmp_path_factory.mktemp("access") / "orion.db")
     store = Store(f"sqlite:///{path}")
     async with House(store) as house:

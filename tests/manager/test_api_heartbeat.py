@@ -57,7 +57,7 @@ PLACES = [
 
 
 def put(value: Any, *place: Any) -> bytes:
-    """The body with one value replaced."""
+    """Return the body with one value replaced."""
     body: Any = json.loads(json.dumps(WHOLE))
     inner = body
     for step in place[:-1]:
@@ -67,7 +67,7 @@ def put(value: Any, *place: Any) -> bytes:
 
 
 def by_pydantic(raw: bytes) -> dict[str, Any] | None:
-    """As FastAPI reads it."""
+    """Read a heartbeat as FastAPI does."""
     try:
         return wire.HeartbeatRequest.model_validate(json.loads(raw)).model_dump()
     except (ValidationError, ValueError):
@@ -251,7 +251,7 @@ async def test_a_worker_that_comes_back_with_another_address_registers_again(hou
     assert "172.20.128.77" in refused.json()["detail"]
     lease = house.manager.leases.get(agent.worker_id)
     assert lease is not None
-    assert lease.received_at == agent.last_beat < house.clock.now, "nothing of it counts"
+    assert lease.received_at == agent.last_beat < house.clock.now, "nothing of a rolled back transaction counts"
     assert (await agent.register()).status_code == 201
     await house.settle()
     shown = await house.worker(agent)

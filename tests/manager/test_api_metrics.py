@@ -1,4 +1,4 @@
-"""What an operator watches: the figures follow what happens, and tell nobody's name."""
+"""The metrics: they follow what happens, and contain no names."""
 
 from __future__ import annotations
 

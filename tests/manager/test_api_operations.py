@@ -1,4 +1,4 @@
-"""Tokens, events and the state of the whole, over the contract."""
+"""Tokens, events and the status of the platform, over the API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def say(house: House, *kinds: str, owner: str | None = None, **ids: str) -
 
 @asynccontextmanager
 async def stream(house: House, token: str, query: str = "", **headers: str) -> AsyncIterator[asyncio.Queue[str]]:
-    """The lines of a live stream as they come, by ASGI itself: httpx's transport waits for the end of a reply."""
+    """Give the lines of a live stream as they arrive, over ASGI: httpx's transport waits for the end of a reply."""
     lines: asyncio.Queue[str] = asyncio.Queue()
     sent = {"accept": "text/event-stream", "authorization": f"Bearer {token}", "x-orion-proxy-secret": PROXY_SECRET}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -174,7 +174,7 @@ async def test_the_oldest_events_are_removed_in_batches_and_that_is_an_event(hou
     assert left[0]["id"] == removed["details"]["up_to"] + 1
     assert len(left) == BATCH + 51
     await remove(house, BATCH + 50)
-    assert await house.events() == left, "less than a batch too much stays: what is removed is an event itself"
+    assert await house.events() == left, "less than a batch too many stays, because a removal is an event itself"
 
 
 async def test_a_long_list_of_old_events_is_removed_batch_by_batch(house: House) -> None:
@@ -195,14 +195,16 @@ async def test_who_asks_for_events_that_are_removed_is_told_which_and_goes_on(ho
     assert f"the events from number 6 to {first - 1} were removed" in missed.reason
     going_on = (await house.as_admin.get(f"/api/events?after={missed.id}&limit=1")).json()
     assert going_on["items"][0]["id"] == first
-    assert (await house.as_admin.get("/api/events?limit=1")).json()["items"][0]["id"] == first, "who asks for all"
+    assert (await house.as_admin.get("/api/events?limit=1")).json()["items"][0]["id"] == first, (
+        "a client that asks for all"
+    )
 
 
 async def test_a_stream_that_resumes_below_what_is_kept_is_told_and_misses_nothing_else(house: House) -> None:
     await house.store.write(write_many)
     await remove(house, BATCH + 50)
     kept = [event["id"] for event in await house.events()]
-    assert len(kept) > wire.MAX_PAGE, "a page that is full is followed by the next"
+    assert len(kept) > wire.MAX_PAGE, "after a full page the next one is read"
     async with stream(house, house.secrets.admin_token, last_event_id="5") as lines:
         number, kind, _ = await next_event(lines)
         assert (number, kind) == (kept[0] - 1, "events.missed")

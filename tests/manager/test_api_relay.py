@@ -1,4 +1,4 @@
-"""Keys of a living rental, certificates for renters, and the one line by which renters recognise workers."""
+"""Keys of a living rental, certificates for renters, and the line of known_hosts by which renters verify workers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_the_comment_of_a_key_is_kept_for_people_and_goes_to_no_worker(hou
         assert (again.status_code, again.json()["items"][1]["comment"]) == (201, comment)
     await house.as_admin.delete(f"{path}/{wire.key_id(OTHER)}", params={"wait_s": 0})
     await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
-    assert await comments_of(house, rental) == ["ada@desk", ""], "a comment goes with its key"
+    assert await comments_of(house, rental) == ["ada@desk", ""], "a comment is removed with its key"
 
 
 @pytest.mark.parametrize("comment", ["a\x1b[2J", "a\tb", "a\nb", "a\x7f", "\u00e9", "x" * 129])
@@ -107,7 +107,7 @@ async def test_keys_survive_a_takeover_and_those_removed_meanwhile_do_not_come_b
 
 
 async def test_a_worker_that_fails_gets_the_keys_when_it_does_not_any_more(house: House) -> None:
-    """As one whose rental is frozen: the order is refused until it is thawed, and asked for again."""
+    """A worker refuses the order while the rental is frozen, and gets it again after the thaw."""
     worker = await house.join()
     rental = await house.rent(ssh_public_key=MINE)
     worker.node.failure = "it is frozen: thaw it"

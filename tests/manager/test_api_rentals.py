@@ -1,4 +1,4 @@
-"""Renting over the contract: rent, wait, list, show, renew, release, and whose rental it is."""
+"""Rentals over the API: rent, wait, list, show, renew, release, and who may see which rental."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def agent(house: House) -> Agent:
 
 
 async def until_queued(house: House, known: int = 0) -> None:
-    """Until another rental is in the database; the request that made it goes on waiting."""
+    """Wait until another rental is in the database, while the request that made it goes on waiting."""
     with house.store.news.listen("*") as changed:
         while len(await house.events("rental.queued")) <= known:
             await asyncio.wait_for(changed.wait(), 20)

@@ -1,4 +1,4 @@
-"""Workers over the contract: how they call home, who they are taken for, and what operators may do with them."""
+"""Workers over the API: registration, heartbeats, identity, and what operators may do with them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_copy_of_a_worker_s_volume_is_no_worker_while_the_worker_answers
     assert (await house.rental(rental["id"]))["state"] == "active"
     assert agent.unlocked() == {rental["id"]: 1}
     agent.die()
-    assert (await copy.register()).status_code == 201, "it has moved, with its volume"
+    assert (await copy.register()).status_code == 201, "the worker has moved, with its volume"
     assert copy.worker_id == agent.worker_id
 
 
@@ -110,7 +110,7 @@ async def test_an_address_whose_holder_does_not_answer_there_any_more_is_free(
 
 
 async def test_a_storm_of_new_workers_from_one_address_leaves_one_of_them_behind(house: House, agent: Agent) -> None:
-    """What somebody with the join token can do who ends the sshd of his own worker first."""
+    """An attacker with the join token ends the sshd of their own worker first."""
     agent.node.die()
     for _ in range(30):
         newcomer = house.new_agent()
@@ -130,7 +130,7 @@ async def test_a_worker_with_a_token_but_other_host_keys_is_not_taken_for_itself
 async def test_a_worker_with_a_token_and_its_own_keys_is_itself_though_another_row_has_the_same_keys(
     house: House, agent: Agent
 ) -> None:
-    """An image with host keys baked in: two containers, one after the other at each other's address."""
+    """Two containers of an image that contains host keys get each other's address."""
     twin = house.new_agent()
     keys_become(twin, *agent.node.host.host_keys)
     await twin.register()
@@ -260,7 +260,7 @@ async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(house: H
 
 
 async def test_workers_that_are_drained_together_are_not_moved_to(house: House) -> None:
-    """One after the other, the rental of the first would move to the roomy one, and away from there again."""
+    """Drained one after the other, the rental of the first would migrate to the roomy one, and then away again."""
     first = await house.join(slots=1)
     rental = await house.rent()
     roomy, last = await house.join(slots=4), await house.join(slots=1)
@@ -287,7 +287,7 @@ async def test_a_drained_worker_that_is_drained_again_stays_drained(house: House
 
 
 async def test_a_worker_at_fault_is_resumed_before_it_was_judged_too(house: House, agent: Agent) -> None:
-    """What is wrong with it is what an operator's word ends, whatever it is called at that moment."""
+    """A resume ends the fault, also before the health controller has quarantined the worker."""
     agent.die()
     rental = await house.rent()
     agent.node.alive, agent.node.failure = True, "stuck"

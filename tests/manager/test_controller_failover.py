@@ -230,7 +230,7 @@ async def test_a_worker_that_cannot_be_cleaned_does_not_become_ready(house: Hous
 async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_until_it_is_decided(
     house: House, pool: list[Agent]
 ) -> None:
-    """The worker is down in the database, and its rental not yet taken over: no order may say to run it."""
+    """The worker is down in the database, and its rental is not yet taken over: no order may be to run it."""
     rental = await house.rent()
     cut_off = house.agent_of(rental)
     await house.silence(cut_off, 90)

@@ -192,7 +192,7 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
     await house.settle()
     assert (await house.rental(rental["id"]))["state"] in {"releasing", "expired"}
     await house.restart()
-    assert await doubted(house) is None, "what was confirmed is known to the next manager"
+    assert await doubted(house) is None, "the next manager knows of the confirmation"
 
 
 async def opens(client: httpx.AsyncClient) -> bool:
@@ -200,7 +200,7 @@ async def opens(client: httpx.AsyncClient) -> bool:
 
 
 async def rents(client: httpx.AsyncClient, key: str) -> str:
-    """Return the id of the rental that this idempotency key makes, or has made."""
+    """Rent with this idempotency key; return the id of the rental that was made now or earlier."""
     reply = await client.post("/api/rent", json={"wait_s": 0}, headers={"Idempotency-Key": key})
     return str(reply.json()["id"])
 
@@ -209,7 +209,7 @@ async def rents(client: httpx.AsyncClient, key: str) -> str:
 async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotency_key(
     house: House, begins: bool
 ) -> None:
-    """Tokens end by the last believed time, carried on, until an operator confirms the new one."""
+    """Tokens end by the last trusted time, carried on, until an operator confirms the new one."""
     alice, bob = await house.new_client("alice", ttl_s=3600), await house.new_client("bob", ttl_s=30 * 86_400)
     made = await rents(bob, "key-1")
     house.clock.wall_offset += 40 * 86_400
@@ -221,14 +221,14 @@ async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotenc
     assert await opens(bob)
     assert await rents(bob, "key-1") == made
     house.clock.now += 3600
-    assert not await opens(alice), "its time is over by the clock that was believed"
+    assert not await opens(alice), "its time is over by the trusted clock"
     made_meanwhile = await rents(bob, "key-2")
 
     await house.as_admin.post("/api/admin/clock")
     await house.manager.retention.round()
     assert not await opens(bob)
     assert await rents(await house.new_client("bob"), "key-1") != made
-    assert await rents(await house.new_client("bob"), "key-2") == made_meanwhile, "it is an hour old at most"
+    assert await rents(await house.new_client("bob"), "key-2") == made_meanwhile, "the key is an hour old at most"
 
 
 async def test_a_token_whose_time_is_over_opens_nothing_though_the_clock_goes_back(house: House) -> None:
@@ -259,7 +259,7 @@ async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_
 async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_was_said(
     house: House, wrong_s: float, is_right: bool
 ) -> None:
-    """The time of a new rental and of a renewed one is counted from the moment in which the clock is believed again."""
+    """The time of a new rental and of a renewed one begins when the clock is trusted again."""
     await house.join(slots=2)
     before = await house.rent(ttl_s=3600)
     house.clock.wall_offset += wrong_s

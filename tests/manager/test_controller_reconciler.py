@@ -1,4 +1,4 @@
-"""The reconciler and its task runner: tasks that fail, pause and go elsewhere; purges; what the next manager finds."""
+"""The reconciler and its task runner: failed tasks, their pauses and other workers; purges; restarts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_a_container_that_restarts_and_never_registers_is_not_ordered_with
     rental = await house.rent()
     await house.pass_time(CREATE_DEADLINE_S + 4)
     assert [event["reason"] for event in await house.events("placement.failed")] == ["it was not made within 60 s"]
-    assert agent.node.tombstones == {rental["id"]: 1}, "it is cleaned up in whatever life"
+    assert agent.node.tombstones == {rental["id"]: 1}, "it is purged in whatever boot of the container"
 
 
 async def test_a_task_that_fails_is_tried_again_after_a_pause_that_grows(house: House, agent: Agent) -> None:
@@ -126,7 +126,7 @@ async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: H
     assert (moved["state"], moved["worker_id"]) == ("active", other.worker_id)
     agent.node.resume()
     await house.settle()
-    assert agent.node.accounts == {}, "what was made too late is purged"
+    assert agent.node.accounts == {}, "a rental that was made too late is purged"
     assert house.live_copies(moved["id"]) == [2]
 
 
@@ -199,7 +199,7 @@ async def test_restarts_that_are_far_apart_are_no_flapping(house: House, agent: 
 
 @pytest.fixture
 async def stranger(house: House) -> Agent:
-    """Its worker holds a rental that the database never placed, as after the restore of an older backup."""
+    """Return a worker with a rental that the database never placed, as after the restore of an older backup."""
     agent = house.new_agent()
     rental = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
     agent.inventory = lambda: [rental] if "stranger" not in agent.node.tombstones else []  # type: ignore[method-assign]
@@ -239,7 +239,7 @@ async def test_a_resumed_worker_has_time_again_for_a_clean_up_that_failed(house:
     await house.pass_time(DELETE_DEADLINE_S - 10)
     assert await house.health(agent) != "quarantined"
     await house.pass_time(20)
-    assert await house.health(agent) == "quarantined", "its time is over again"
+    assert await house.health(agent) == "quarantined", "its deadline has passed again"
 
 
 async def test_what_an_operator_gives_up_is_purged_before_its_worker_is_ready(house: House, stranger: Agent) -> None:
@@ -270,7 +270,7 @@ async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is
 
 
 async def test_what_a_ready_worker_shows_again_after_it_was_purged_is_purged_again(house: House, agent: Agent) -> None:
-    """A module that ran beyond its deadline has done its work after all."""
+    """An order that ran beyond its deadline was done after all."""
     rental = await house.rent()
     account = agent.node.accounts[rental["id"]]
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
@@ -369,7 +369,7 @@ async def test_migrations_are_served_before_new_rentals_and_a_head_that_does_not
     assert second.beating
 
 
-# A worker that wants more than its share
+# A worker with more tasks than its share
 
 
 def at_work(house: House, agent: Agent) -> int:
@@ -398,7 +398,7 @@ async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: Hous
     worker.node.resume()
     await house.finish_tasks()
     await house.manager.reconciler.round()
-    assert at_work(house, worker) == 7, "with the first success it has its full share again"
+    assert at_work(house, worker) == 7, "with the first success the worker has its full share again"
     await house.finish_tasks()
     await house.settle()
     assert len(worker.unlocked()) == 8
@@ -458,8 +458,8 @@ async def test_many_rents_at_once_are_placed_and_written_down_together(
     replies = await asyncio.gather(*(house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(60)))
     await house.settle()
     assert {(await house.rental(reply.json()["id"]))["state"] for reply in replies} == {"active"}
-    assert [len(agent.node.accounts) for agent in agents] == [20, 20, 20], "spread"
-    assert calls["finish"] <= 5, "60 outcomes that waited for each other"
+    assert [len(agent.node.accounts) for agent in agents] == [20, 20, 20], "the tasks are spread over the workers"
+    assert calls["finish"] <= 5, "the 60 outcomes are committed together"
     assert calls["apply"] <= 5
     await asyncio.gather(*(house.as_admin.delete(f"/api/rentals/{reply.json()['id']}") for reply in replies))
     await house.settle()
@@ -516,14 +516,14 @@ async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest
     calls = counted(house, monkeypatch)
     await house.pass_time(120)
     assert {await house.health(agent) for agent in agents} == {"ready"}
-    assert calls["load_workers"] <= 2 * len(agents), "each at most once a lease, and not in each of 30 rounds"
+    assert calls["load_workers"] <= 2 * len(agents), "each worker at most once in a lease, and not in each of 30 rounds"
     assert calls["apply"] == calls["apply_each"] == calls["finish"] == 0
     looks = [await house.manager.reconciler._load(house.manager.reconciler._workers_of_round()) for _ in range(2)]
     assert all(not look.workers and not look.placements for look in looks)
 
 
 async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep finds a change that the pool index was not told of, though no code makes such a change."""
+    """The sweep finds a change that never reached the pool index, though no code makes such a change."""
     rental = await house.rent()
     await house.store.write(_behind_its_back, rental["id"])
     await house.manager.reconciler.round()
@@ -548,7 +548,7 @@ async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()
     house.manager.reconciler.swept_at_once = 1
-    house.manager.reconciler._sweep = iter([agent.worker_id])  # so that this round is about it
+    house.manager.reconciler._sweep = iter([agent.worker_id])  # so that this round looks at it
     snapshot, shown = house.manager.reconciler._load, []
 
     async def it_shows_something_and_then(looked_at: Any) -> Any:

@@ -47,7 +47,7 @@ async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
 
 
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Let its worker die, and the manager notice."""
+    """Let the rental's worker die, and the manager notice."""
     house.end_the_brake_of_the_start()
     dead = house.agent_of(rental)
     dead.die()
@@ -102,7 +102,7 @@ async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: l
     assert "--empty" in waiting["explanation"]
     assert house.live_copies(rental["id"]) == []
     await house.pass_time(200)
-    assert (await house.rental(rental["id"]))["epoch"] == 2, "another worker would do no better"
+    assert (await house.rental(rental["id"]))["epoch"] == 2, "another worker could not restore it either"
     house.snapshot_service.failure = None
     await house.pass_time(20)
     back = await house.rental(rental["id"])
@@ -212,7 +212,7 @@ async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(ho
     assert (await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"] == []
 
 
-# When copies are made
+# When snapshots are taken
 
 
 async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house: House) -> None:
@@ -238,7 +238,7 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
         await house.agents[0].beat()
     assert most == 4
     assert {r["id"] for r in rentals} == set(made)
-    assert all(2 <= made.count(r["id"]) <= 3 for r in rentals), "in 67 s, every 27 to 30 s"
+    assert all(2 <= made.count(r["id"]) <= 3 for r in rentals), "in 67 s there are two, every 27 to 30 s"
 
 
 async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_who_is_copied_less_often_is_told(
@@ -355,7 +355,7 @@ async def test_copies_of_a_released_rental_go_and_of_an_expired_one_a_day_later(
         assert set(house.snapshot_service.stored) == kept
 
 
-# Beginning again with an older copy
+# A restore of an older snapshot
 
 
 async def snapshots(house: House, rental: dict[str, Any]) -> list[str]:
@@ -374,7 +374,7 @@ async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_
     files(house, rental)["file"] = "just now"
     reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"generation": "1-2"})
     assert (reply.status_code, reply.json()["state"]) == (202, "migrating")
-    assert house.live_copies(rental["id"]) == [1], "the old one has not ended yet"
+    assert house.live_copies(rental["id"]) == [1], "the old placement has not ended yet"
     await house.settle()
     again = await house.rental(rental["id"])
     assert (again["state"], again["epoch"], files(house, again)) == ("active", 2, {"file": "better"})
@@ -384,7 +384,9 @@ async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_
         "file": "just now"
     }
     after = await lose(house, again)
-    assert files(house, after) == {"file": "better"}, "nothing was copied since: a takeover brings what it went back to"
+    assert files(house, after) == {"file": "better"}, (
+        "there is no later snapshot: a takeover restores the same one again"
+    )
 
 
 async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: House, pool: list[Agent]) -> None:
@@ -437,7 +439,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
         assert ("cannot be asked" in problem) is (tries[-1] > FIRST_TRIES)
         await house.pass_time(3)
     assert tries[:2] == [1, 2]
-    assert tries[-1] == 4, "ever less often"
+    assert tries[-1] == 4, "the tries become rarer"
     house.snapshot_service.failure = None
     await house.pass_time(31)
     await copy_round(house)
@@ -454,7 +456,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
     await house.silence(silent, 46)
     assert "not run on a worker that can be reached" in await house.manager.copies.take_now(rental["id"], None)
     silent.beating = True
-    for _ in range(3):  # a tenth of the interval at most after it is found
+    for _ in range(3):  # at most a tenth of the interval after it is found
         await house.pass_time(2)
         await copy_round(house)
     assert (await house.rental(rental["id"]))["last_safe_copy_at"]

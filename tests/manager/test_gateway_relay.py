@@ -1,4 +1,4 @@
-"""Who is let through to a worker, for how long, and what is written down about it."""
+"""Sessions of the SSH relay: which reach a worker, for how long, and their events."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ async def token_of(house: House, name: str, role: str = "client") -> str:
 
 
 async def test_a_session_leads_to_the_one_worker_that_is_the_rentals(house: House, sshds: Sshds) -> None:
-    """Two workers have held it, and the former one still has a certificate that is good for an hour: nobody is brought
-    to it any more."""
+    """Two workers had the rental, and the former one has a certificate that is valid for an hour: no session is relayed
+    to that one."""
     first, second = await house.join(), await house.join()
     rental = await house.rent()
     there = house.agent_of(rental)
@@ -70,7 +70,7 @@ async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house:
 
 
 async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House, sshds: Sshds) -> None:
-    """By Retry-After: a client that says every few seconds what it waits for asks again."""
+    """A refusal that can pass has Retry-After, so that the client tries again and shows the reason meanwhile."""
     rental = await house.rent()
     for again in ("5", ""):
         async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
@@ -82,7 +82,7 @@ async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House,
 
 
 async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(house: House, sshds: Sshds) -> None:
-    """Its sshd would say that permission is denied."""
+    """The sshd of its worker would answer that permission is denied."""
     await house.join()
     rental = await house.rent()
 
@@ -285,7 +285,9 @@ async def test_every_session_is_two_events_and_never_what_was_said(house: House,
         assert await asyncio.get_running_loop().sock_recv(sshds.connected[0][1], 100) == b"the secret"
         house.clock.now += 61.5
         await client.leave()
-    assert await house.events("rental.session") == [], "not on the way of the session: once a second, all together"
+    assert await house.events("rental.session") == [], (
+        "not in the course of the session, but once a second and all together"
+    )
     await house.manager.sessions.flush()
     opened, closed = await house.events("rental.session")
     assert (opened["kind"], closed["kind"]) == ("rental.session_opened", "rental.session_closed")
@@ -329,9 +331,9 @@ async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limit
         if limits.young_of_a_rental == 2:
             house.clock.now += limits.young_s
             async with coming_in(house, rental["id"], house.secrets.admin_token) as later:
-                assert await later.is_in(), "those that have logged in since do not count"
+                assert await later.is_in(), "sessions that have logged in since do not count"
     async with coming_in(house, rental["id"], house.secrets.admin_token) as after:
-        assert await after.is_in() or limits.young_of_a_rental == 2, "who left takes no place"
+        assert await after.is_in() or limits.young_of_a_rental == 2, "a session that ended takes no place"
 
 
 async def test_sessions_of_one_rental_do_not_keep_another_out(house: House, sshds: Sshds) -> None:
@@ -370,7 +372,7 @@ async def test_an_owner_of_many_rentals_leaves_others_half_of_the_sessions(
             assert (await one_more.refusal())["code"] == "too_many_sessions"
     assert len(sshds.connected) == 4
     async with coming_in(house, rentals[2], house.secrets.admin_token) as after:
-        assert await after.is_in() or limits.young_of_a_worker == 4, "who left takes no place"
+        assert await after.is_in() or limits.young_of_a_worker == 4, "a session that ended takes no place"
 
 
 async def test_a_renter_is_recognised_before_it_is_let_through(house: House, sshds: Sshds) -> None:
@@ -385,6 +387,6 @@ async def test_a_renter_is_recognised_before_it_is_let_through(house: House, ssh
 
 
 def test_the_limits_leave_the_managers_own_connections_room() -> None:
-    """sshd of a worker drops some of those that have not logged in from 200 on (MaxStartups)."""
+    """From 200 connections without a log-in on, a worker's sshd drops some of them (MaxStartups)."""
     assert SessionLimits().young_of_a_worker < 200
     assert 2 * SessionLimits().young_of_a_rental < SessionLimits().young_of_a_worker

@@ -1,4 +1,4 @@
-"""A terminal in a browser: who gets one, what passes through it, and how it ends."""
+"""A terminal in a browser: tickets, reloads, the bytes in both directions, and how it ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def rented(house: House) -> tuple[Agent, str]:
 
 
 async def rented_by(house: House, short: Short) -> tuple[httpx.AsyncClient, str]:
-    """Let the token begin, and a client with it rent."""
+    """Make the token and let a client with it rent."""
     await house.join()
     client = house.client(await short.begins(role="client"))
     rental_id = str((await client.post("/api/rent", json={"wait_s": 0})).json()["id"])
@@ -78,7 +78,7 @@ async def test_a_ticket_is_for_one_rental_and_for_a_minute(house: House) -> None
     async with opening(house, other, tried) as page:
         assert (await page.client.refusal())["status"] == 401
     async with opening(house, first, tried) as page:
-        assert (await page.client.refusal())["status"] == 401, "it was used up by the attempt"
+        assert (await page.client.refusal())["status"] == 401, "the attempt used the ticket up"
     late = await ticket(house.as_admin, first)
     house.clock.now += LIFETIME_S
     async with opening(house, first, late) as page:
@@ -191,7 +191,7 @@ async def test_a_page_that_is_reloaded_opens_its_terminal_again_and_no_other(hou
     assert house.shells.opened[-1].login.rental_id == first
     for path in (f"/api/rentals/{first}", "/api/status"):
         reply = await house.as_admin.get(path, headers={"Authorization": f"Bearer {key}"})
-        assert reply.status_code == 401, "it is no token"
+        assert reply.status_code == 401, "the key is no token"
 
 
 async def test_a_resume_key_ends_some_minutes_after_its_page_has_left(house: House) -> None:
@@ -337,7 +337,7 @@ async def test_a_flood_stays_in_the_worker_until_the_page_says_that_it_was_shown
             shell.say(block)
         await turns(lambda: page.client.heard.qsize() == 10, "the window is full")
         await asyncio.sleep(0)
-        assert shell.read_so_far == 110_000, "one block more waits"
+        assert shell.read_so_far == 110_000, "one more block waits"
         page.controls(ack=30_000)
         await turns(lambda: page.client.heard.qsize() == 13, "and goes on by what was shown")
         for _ in range(50):
@@ -378,7 +378,9 @@ async def test_what_nobody_reads_is_not_received_without_end(house: House) -> No
         for _ in range(200):
             await asyncio.sleep(0)
         received = (frames - page.client.said.qsize()) * len(frame)
-        assert INPUT_BYTES <= received <= 2 * INPUT_BYTES + len(frame), "with the shell, for it, and one in hand"
+        assert INPUT_BYTES <= received <= 2 * INPUT_BYTES + len(frame), (
+            "in the shell, in the queue to it, and one being written"
+        )
         shell.takes.set()
         await turns(lambda: len(shell.written) == frames * len(frame), "all of it arrives")
 
@@ -420,7 +422,7 @@ async def test_a_flood_is_no_faster_than_an_eye_so_that_others_are_served(house:
         assert shell.read_so_far == 1100
 
 
-# How it ends, or goes on
+# Ends and interruptions
 
 
 async def test_a_shell_that_ends_ends_it_with_its_status(house: House) -> None:
@@ -502,7 +504,7 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
         assert await page.client.is_in()
         while (control := await page.control())["state"] != "ended":
-            pass  # how far it had come by then does not matter
+            pass  # its progress by then does not matter
         assert control["message"] == words
         closed = await page.client.hears()
         assert (closed["code"], closed["reason"]) == (4002, words)
@@ -530,7 +532,7 @@ async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(mon
     page = TerminalPage(websocket, Terms(idle_s=0.01))
     ending = await asyncio.wait_for(serve(page, visits(page)), 20)
     assert ending.code == TIME_OVER
-    assert sent == ["websocket.accept", "websocket.send", "websocket.send"], "a block, and the last word"
+    assert sent == ["websocket.accept", "websocket.send", "websocket.send"], "one block, and the last control message"
 
 
 async def test_a_page_that_leaves_leaves_nothing_behind(house: House) -> None:
@@ -553,7 +555,7 @@ async def test_a_page_that_leaves_while_its_shell_is_opened_leaves_none(
         try:
             await may_go_on.wait()
         except asyncio.CancelledError:
-            await asyncio.sleep(0)  # it was there in the same moment
+            await asyncio.sleep(0)  # the shell was opened at the same moment
         return await open_one(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(house.shells, "open", slowly)

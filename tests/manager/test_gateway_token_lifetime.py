@@ -1,4 +1,4 @@
-"""What a token has opened ends with it: at its revocation, and at the end of its own time."""
+"""All that a token opened ends with the token: at its revocation, and at the end of its time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_now(house: House) -> list[TokenUse]:
 
 
 class Reply:
-    """An answer by ASGI itself, of a reader that takes what is sent or does not."""
+    """A reply over ASGI, whose reader can stop reading."""
 
     def __init__(self, house: House, path: str, token: str, query: str = "", reads: bool = True) -> None:
         self.status = 0
@@ -124,7 +124,7 @@ async def test_who_waits_to_be_let_in_is_refused_at_once(house: House, sshds: Ss
 
 
 async def test_a_copy_of_the_database_is_broken_off(house: House, short: Short) -> None:
-    """It has a length, so a part of it is not taken for the whole."""
+    """The reply has a length, so a part of it is not taken for the whole."""
     reply = Reply(house, "/api/admin/backup", await short.begins(), reads=False)
     async with asyncio.timeout(WITHIN_S):
         await reply.something.wait()
@@ -158,7 +158,7 @@ async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_t
 
 
 async def test_a_clock_that_was_corrected_meanwhile_decides_when_a_tokens_time_is_over(house: House) -> None:
-    """A timer goes by another clock than the token: when it ends it looks again."""
+    """A timer runs by another clock than the token, so at its end the time is checked again."""
     wall = 1000.0
     house.manager.token_uses._wall = lambda: wall
     principal = tokens.Principal(role="client", id="x", name="x", mark="", expires_at=1000.0 + SOON_S)

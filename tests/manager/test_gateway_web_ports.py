@@ -1,4 +1,4 @@
-"""Web ports: whom the manager lets through, where it leads them, and what it tells all others."""
+"""Web ports: which requests the manager allows, where the proxy sends them, and the refusals of all others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATH_HOST, OWN_HOST = "orion.example:8443", "8000-it.apps.example"
 
 
 class Asking:
-    """As the proxy asks for somebody who is at the door."""
+    """Asks the manager as the proxy does for a request to a web port."""
 
     def __init__(self, house: House, rental_id: str, port: int = PORT) -> None:
         self.house = house
@@ -44,7 +44,7 @@ class Asking:
         reply = await self.way(**headers)
         assert reply.status_code in {204, 403}, reply.text
         if reply.status_code == 403:
-            assert not {"x-orion-worker", "x-orion-pass"} & set(reply.headers), "a refusal tells of no worker"
+            assert not {"x-orion-worker", "x-orion-pass"} & set(reply.headers), "a refusal names no worker"
         return reply.status_code == 204
 
     async def refusal(self, **headers: str) -> tuple[int, str]:
@@ -76,7 +76,7 @@ async def ticket(client: httpx.AsyncClient, rental_id: str, port: int = PORT) ->
 
 
 async def give(house: House, rental_id: str, ticket: str, port: int = PORT, **headers: str) -> httpx.Response:
-    """As the page that `orion open` leads to does."""
+    """Send the form of the page that `orion open` opens."""
     form = {"rental": rental_id, "port": str(port), "ticket": ticket}
     return await house.http.post("/web/open", data=form, headers={n.replace("_", "-"): v for n, v in headers.items()})
 
@@ -94,14 +94,14 @@ async def expose(client: httpx.AsyncClient, rental_id: str, public: bool = True,
 
 
 async def rented(house: House) -> tuple[Agent, str, httpx.AsyncClient]:
-    """Alice's."""
+    """Return a worker, the id of Alice's rental on it, and Alice's client."""
     worker, alice = await house.join(), await house.new_client("alice")
     rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
     await house.settle()
     return worker, str(rental_id), alice
 
 
-# Who may
+# Access
 
 
 async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_after(house: House) -> None:
@@ -118,7 +118,7 @@ async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_afte
         assert (await expose(alice, rental_id)).json()["public"] is True
     assert await port.lets_in()
     assert await port.lets_in(**token(mallory))
-    assert not await other.lets_in(), "a port is public, and not the rental"
+    assert not await other.lets_in(), "only a port is public, and not the rental"
     listed = (await alice.get(f"/api/rentals/{rental_id}/ports")).json()["items"]
     assert [(item["port"], item["public"]) for item in listed] == [(PORT, True)]
     assert (await house.rental(rental_id))["public_ports"] == [PORT]
@@ -176,7 +176,7 @@ async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
 
 
 async def test_only_the_proxy_asks_the_way(house: House) -> None:
-    """From outside nobody comes to this address; and whoever came would have to know the proxy's secret."""
+    """Nginx forwards no request to this path, and the path needs the proxy secret."""
     _, rental_id, alice = await rented(house)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
         reply = await outsider.get("/web/way", headers=Asking(house, rental_id).about | token(alice))
@@ -211,11 +211,11 @@ async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(hou
     assert (refused.status_code, refused.json()["code"]) == (409, "ended")
 
 
-# Where it leads
+# The worker and the access token
 
 
 def opens(reply: httpx.Response, worker: Agent) -> PortToken | None:
-    """What the door of that worker makes of the pass."""
+    """Return the access token that the port proxy of that worker reads, or None if it refuses."""
     try:
         return token_from(reply.headers["x-orion-pass"], worker.session)
     except PortRefusal:
@@ -233,7 +233,7 @@ async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_tak
 
     first.die()
     await house.silence(first, 60)
-    assert (await asking.way(**token(alice))).status_code == 204, "nobody is declared dead for being silent"
+    assert (await asking.way(**token(alice))).status_code == 204, "no worker is declared down for being silent"
     await house.silence(first, 100)
     await house.pass_time(10)
     moved = await asking.way(**token(alice))
@@ -243,7 +243,7 @@ async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_tak
 
 
 async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
-    """Another container gets a dead worker's address, or the worker begins anew."""
+    """Another container gets a dead worker's address, or the worker registers again."""
     worker, rental_id, alice = await rented(house)
     before = await Asking(house, rental_id).way(**token(alice))
     await worker.register()
@@ -256,7 +256,7 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
     worker, rental_id, alice = await rented(house)
     await expose(alice, rental_id)
     await house.join()
-    await house.rent()  # which takes the only other place
+    await house.rent()  # which takes the only other slot
     worker.die()
     await house.silence(worker, 100)
     await house.pass_time(10)
@@ -266,7 +266,7 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
     reply = shown(await asking.way())
     assert (reply.status_code, reply.json()["code"]) == (503, "not_active")
     assert reply.headers["retry-after"] == "2"
-    assert "queued" not in reply.text, "why is its owner's to know"
+    assert "queued" not in reply.text, "the reason is only for its owner"
     await expose(alice, rental_id, public=False)
     assert "queued" in shown(await asking.way(**token(alice))).text
 
@@ -299,7 +299,7 @@ async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> Non
     _, rental_id, alice = await rented(house)
     bought = await ticket(alice, rental_id)
     assert (await give(house, rental_id, bought, 8001)).status_code == 401
-    assert (await give(house, rental_id, bought)).status_code == 401, "it was used up by the attempt"
+    assert (await give(house, rental_id, bought)).status_code == 401, "the attempt used the ticket up"
     late = await ticket(alice, rental_id)
     house.clock.now += tickets.LIFETIME_S
     assert (await give(house, rental_id, late)).status_code == 401
@@ -321,9 +321,9 @@ async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: Hou
     )
     await house.restart()
     asking = Asking(house, rental_id)
-    assert await asking.lets_in(X_Orion_Key=key_value), "a restart of the manager ends nobody's work"
+    assert await asking.lets_in(X_Orion_Key=key_value), "a restart of the manager ends no access"
     house.clock.wall_offset += 40 * 86_400
-    assert await asking.lets_in(X_Orion_Key=key_value), "nobody believes this clock"
+    assert await asking.lets_in(X_Orion_Key=key_value), "this clock is not trusted"
     house.clock.now += port_keys.LIFETIME_S
     assert not await asking.lets_in(X_Orion_Key=key_value)
 
@@ -340,7 +340,7 @@ async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(ho
     asking = Asking(house, rental_id)
     assert (await asking.by_cookie(key_value)).status_code == 204
     forged = await asking.way(**asking.on_own_host, cookie=f"orion_port=forged; orion_port={key_value}")
-    assert forged.status_code == 204, "another host of the same site may have set one that is none"
+    assert forged.status_code == 204, "another host of the same site may have set a cookie that is no key"
     assert not await asking.lets_in(**asking.on_own_host, X_Orion_Key=key_value)
     elsewhere = await give(house, rental_id, await ticket(alice, rental_id), **on_host | {"X_Orion_Port": "8001"})
     assert elsewhere.status_code == 422
@@ -453,11 +453,11 @@ async def test_a_form_that_is_none_is_refused(house: House, form: dict[str, str]
     assert reply.json()["code"] in {"no_ticket", "body_too_large", "invalid_request"}
 
 
-# What is open ends with what opened it
+# Connections end with the token that opened them
 
 
 class Doors:
-    """In place of the workers' doors: what is open there, what they were told, and whether they answer."""
+    """Fake port proxies of all workers: their open connections, the messages to them, and whether they answer."""
 
     def __init__(self, house: House) -> None:
         self.house = house
@@ -536,7 +536,7 @@ async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
 
 
 async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(house: House) -> None:
-    """It was away when a token ended, a port was closed, or the admin's token was made anew in its file."""
+    """The manager was away when a token ended, a port was closed, or the admin's token was replaced in its file."""
     worker, rental_id, alice = await rented(house)
     await expose(alice, rental_id, port=8001)
     mallory = await house.new_client("mallory")
@@ -567,9 +567,9 @@ async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
     doors.away = 1
     house.manager.port_connections.begin()
     async with asyncio.timeout(20):
-        while not doors.told:  # noqa: ASYNC110 - a stand-in that only notes what it is told
+        while not doors.told:  # noqa: ASYNC110 - a fake that only records messages
             await asyncio.sleep(0)
-    assert len(doors.told) == 1, "the one that was asked second"
+    assert len(doors.told) == 1, "the port proxy that was called second"
 
 
 async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:

@@ -1,4 +1,4 @@
-"""Workers whose container is gone: how that is noticed, when their rentals are taken over, when they are removed."""
+"""Workers whose container was removed: how that is noticed, when rentals are taken over, when workers are removed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_another_worker_at_its_address_says_so_and_takes_the_doubled_grace
         refused = await client.refusal()
     assert (refused["status"], refused["code"]) == (502, "worker_unreachable")
     assert f"{newcomer.worker_id} has its address now" in refused["detail"]
-    assert sshds.connected == [], "nobody is brought to a worker that is another one"
+    assert sshds.connected == [], "no session is relayed to another worker at that address"
     shown = await house.worker(lost)
     assert shown["health"] == "unknown"
     assert f"worker {newcomer.worker_id} has its address now: its container is gone" in shown["explanation"]
@@ -155,7 +155,7 @@ async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest
     await house.settle()
     for agent in pool:
         agent.die()
-    assert await pruned(house) == {"forgotten": [], "kept": []}, "nobody is down"
+    assert await pruned(house) == {"forgotten": [], "kept": []}, "no worker is down"
     for agent in pool:
         await house.as_admin.post(f"/api/workers/{agent.worker_id}/gone")
     await house.settle()
@@ -167,7 +167,7 @@ async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest
     assert "an operator drained it" in why[drained.worker_id]
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()
-    assert (await pruned(house))["forgotten"] == [holder.worker_id], "nobody misses what has been released"
+    assert (await pruned(house))["forgotten"] == [holder.worker_id], "files of a released rental are not needed"
     assert await ids(house) == {drained.worker_id}
 
 
@@ -186,4 +186,4 @@ async def test_a_forgotten_worker_that_returns_is_a_new_one_and_is_cleaned(house
     await house.settle()
     assert holder.worker_id != before
     assert await house.health(holder) == "ready"
-    assert holder.node.accounts == {}, "what it still had of a released rental was purged"
+    assert holder.node.accounts == {}, "residue of the released rental was purged"

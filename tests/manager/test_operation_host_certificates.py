@@ -87,7 +87,9 @@ async def test_it_is_renewed_when_somebody_comes_and_it_will_soon_be_over(house:
     assert worker.node.host_certificate == before
     house.clock.now += 2
     await house.manager.certificates.ensure(job)
-    await asyncio.gather(*house.manager.certificates._renewing.values())  # beside: the old one is good for a while
+    await asyncio.gather(
+        *house.manager.certificates._renewing.values()
+    )  # in the background, because the old one is valid for a while
     assert worker.node.host_certificate != before
 
 
@@ -155,7 +157,7 @@ async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_ano
     monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
     waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
     await asyncio.sleep(0)
-    async with asyncio.timeout(60):  # less than it would wait for the other one
+    async with asyncio.timeout(60):  # less than the wait for the slow one
         await house.manager.certificates.ensure(other)
     assert worker.node.host_certificate != before
     waiting.cancel()

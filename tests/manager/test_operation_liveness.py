@@ -1,4 +1,4 @@
-"""Liveness connections: to which workers, what they find, what the health controller decides; the port is a fake."""
+"""Liveness connections: to which workers, their reports, and the health controller's decisions; the port is a fake."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_container_that_dies_is_proved_dead(scene: Scene) -> None:
 async def test_a_restarted_sshd_leaves_nothing_behind(scene: Scene) -> None:
     scene.node.close_connections()
     assert await scene.rest() == LivenessReport()
-    assert scene.changes == 2, "closed, and held again"
+    assert scene.changes == 2, "the connection ended and was opened again"
     await scene.connections.stop()
 
 
@@ -120,7 +120,9 @@ async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves
     assert await house.health(holder) == "down"
     assert (await house.worker(holder))["explanation"] == PROOFS["gone"]
     other = second if holder is first else first
-    assert set(house.snapshot_service.connected) == {other.worker_id}, "it was at hand before the death was proved"
+    assert set(house.snapshot_service.connected) == {other.worker_id}, (
+        "the other worker was chosen before the death was proved"
+    )
     moved = await house.rental(rental["id"])
     assert (moved["state"], moved["epoch"]) == ("active", 2)
     assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1
@@ -147,7 +149,7 @@ def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Excepti
 
 
 def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
-    """Silence begins with the end of the connection, for the agent too: docs/decisions/015-liveness-connection.md."""
+    """For the agent too, silence begins with the end of the connection: docs/decisions/015-liveness-connection.md."""
     assert LIVENESS_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
 
@@ -157,22 +159,24 @@ def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:
         silence.begun()
     assert not silence.proves(100.0 + SILENCE_S - 0.01)
     assert silence.proves(100.0 + SILENCE_S)
-    assert not Silence(100.0, attempts=2).proves(200.0), "nobody asked"
+    assert not Silence(100.0, attempts=2).proves(200.0), "no address was tried"
 
 
 def test_a_death_is_proved_as_soon_as_the_silence_was_long_enough() -> None:
     silence = Silence(100.0)
     assert silence.pause_s(100.0) == ATTEMPT_EVERY_S
-    silence.broken(100.01)  # by a refusal of what was just being taken down
+    silence.broken(100.01)  # by a refusal of an sshd that was just ending
     assert silence.pause_s(101.25) == ATTEMPT_EVERY_S
     assert silence.pause_s(101.5) == pytest.approx(0.01)
-    assert silence.pause_s(100.01 + SILENCE_S) == ATTEMPT_EVERY_S, "too few attempts: it does not spin"
+    assert silence.pause_s(100.01 + SILENCE_S) == ATTEMPT_EVERY_S, (
+        "there are too few attempts, because it does not spin"
+    )
 
 
 def test_an_answer_of_any_kind_begins_the_silence_anew() -> None:
     silence = Silence(100.0, attempts=9)
     silence.broken(101.0)
-    assert not silence.proves(101.0 + SILENCE_S), "it takes new attempts too"
+    assert not silence.proves(101.0 + SILENCE_S), "new attempts are needed too"
 
 
 @pytest.mark.parametrize(

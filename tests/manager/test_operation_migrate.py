@@ -29,7 +29,7 @@ def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
 
 
 async def migrate(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Ask for a migration and let everything happen that can happen now."""
+    """Request a migration and run everything that can run now; return the rental."""
     reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
     assert reply.status_code == 202, reply.text
     await house.settle()
@@ -42,7 +42,7 @@ async def drain(house: House, agent: Agent) -> None:
 
 
 class Interference:
-    """Does something in the middle of a migration: after the engine has done an action for the nth time."""
+    """Interferes with a migration after the engine has done an action for the nth time."""
 
     def __init__(self, house: House, action: Action, what: Any, time: int = 1) -> None:
         self._run = house.manager.task_runner._migrator._engine.run
@@ -61,7 +61,7 @@ class Interference:
 
 
 class Restart:
-    """Restarts the container of a worker while its first order to freeze is on its way, and keeps the outcome."""
+    """Restarts a worker's container while its first order to freeze is in transit, and keeps the outcome."""
 
     def __init__(self, house: House, agent: Agent) -> None:
         self._run = house.manager.task_runner._migrator._engine.run
@@ -83,7 +83,7 @@ class Restart:
 async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_takes_such_orders(
     house: House, version: str, refused: bool
 ) -> None:
-    """A worker of a former version gets its former orders: it would refuse one that names a boot id."""
+    """A worker of a former version gets orders without a boot id, because it would refuse that field."""
     pool = [house.new_agent(slots=2) for _ in range(2)]
     for agent in pool:
         agent.agent_version = version
@@ -117,7 +117,7 @@ async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: Hous
     assert moved["worker_id"] != rental["worker_id"]
     assert files(house, moved) == {"early": "1", "late": "2"}
     assert house.live_copies(rental["id"]) == [2]
-    assert rental["id"] not in house.agent_of(rental).node.accounts, "nothing is left where it was"
+    assert rental["id"] not in house.agent_of(rental).node.accounts, "nothing is left on the source"
     kinds = [event["kind"] for event in await house.events() if event["rental_id"] == rental["id"]]
     order = ["rental.move_started", "rental.held", "rental.migration_started", "rental.activated"]
     assert [kind for kind in kinds if kind in order] == ["rental.activated", *order]
@@ -164,7 +164,7 @@ async def test_a_stranger_cannot_move_it_and_its_owner_can(house: House, pool: l
     assert (await stranger.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 404
     assert (await owner.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
     again = await owner.post(f"/api/rentals/{rental['id']}/migrate")
-    assert again.status_code == 202, "asking twice is one move"
+    assert again.status_code == 202, "two requests make one migration"
     assert again.json()["moving_to"]
     await house.settle()
     assert (await house.rental(rental["id"]))["epoch"] == 2
@@ -195,7 +195,7 @@ async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, 
     assert [p["state"] for p in await house.placements()] == ["running", "purged"]
     house.snapshot_service.failure = None
     moved = await migrate(house, rental)
-    assert moved["epoch"] == 3, "the epoch of the move that failed never comes back"
+    assert moved["epoch"] == 3, "the epoch of the failed migration is never used again"
 
 
 async def test_the_waiting_client_is_told_that_it_was_not_moved(house: House, pool: list[Agent]) -> None:
@@ -313,7 +313,7 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     house.manager.task_runner._migrator.precopy = counted  # type: ignore[method-assign]
     await drain(house, full)
     assert (await house.worker(full))["intent"] == "drained"
-    assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several at a time, and no more"
+    assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several migrate at a time, and no more"
     assert full.node.accounts == {}
     moved = [await house.rental(rental["id"]) for rental in rentals]
     assert {rental["worker_id"] for rental in moved} == {other.worker_id}
@@ -353,7 +353,7 @@ async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained
     assert (await house.worker(full))["explanation"] == "1 rental is to be migrated"
     tries = len(await house.events("rental.move_started"))
     await house.pass_time(200)
-    assert len(await house.events("rental.move_started")) <= tries + 2, "it is tried ever less often"
+    assert len(await house.events("rental.move_started")) <= tries + 2, "the tries become rarer"
 
 
 async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, pool: list[Agent]) -> None:
@@ -373,7 +373,7 @@ async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, poo
 
 
 async def vacate(house: House, *agents: Agent) -> None:
-    """Workers that are told to stop wait until no rental is left on them."""
+    """Have workers evacuate: they stop when no rental is left on them."""
     for agent in agents:
         await agent.beat(vacating=True)
     for _ in range(20):
@@ -399,7 +399,7 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
         files(house, rental)["file"] = str(number)
     await vacate(house, *pool)
     assert {(await house.rental(rental["id"]))["state"] for rental in rentals} == {"queued"}
-    assert not await house.events("rental.move_started"), "nothing moves among those that are about to end"
+    assert not await house.events("rental.move_started"), "no rental migrates to another worker that is about to end"
     for agent in pool:
         await agent.exit()
     await house.restart()

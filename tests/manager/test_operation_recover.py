@@ -1,4 +1,4 @@
-"""Recovered snapshots of what a lost worker still has: taken before the purge, and never in the way of being ready."""
+"""Recovered snapshots of the homes on a lost worker: taken before the purge, without keeping it from being ready."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def pool(house: House) -> list[Agent]:
 
 
 async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
-    """Return a rental that was taken over without its last writes, and the worker that has them."""
+    """Return a rental that was taken over without its last writes, and the lost worker that has them."""
     rental = await house.rent(name="lab")
     files(house, rental)["file"] = "copied"
     await copied(house, rental)
@@ -91,7 +91,7 @@ async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_o
     assert "orion restore lab --from 1-2" in event["reason"]
     await copied(house, moved)
     again = await lose(house, moved)
-    assert files(house, again) == {"file": "copied"}, "there is a copy of a later epoch"
+    assert files(house, again) == {"file": "copied"}, "there is a snapshot of a later epoch"
     body = {"generation": "1-2", "discard": True}
     assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
     await house.pass_time(8)
@@ -160,7 +160,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
 
 
 def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
-    """A recovery is given up, whatever it hangs in, when its worker has been joining for too long."""
+    """A recovery that hangs is given up when its worker has been joining for too long."""
     joining = new_worker(1, health=Health.JOINING, verified_session=None)
     rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
     lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
@@ -216,7 +216,7 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
     assert await snapshots(house, rental) == [("1-1", False)]
 
 
-# What nobody lived to tell
+# An activation that was never reported
 
 
 @pytest.mark.parametrize("first_back", ["the latest", "the one before"])
@@ -235,7 +235,7 @@ async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_bac
     await connected_house.pass_time(12)
     assert (await connected_house.rental(rental["id"]))["state"] == "queued"
     for agent in (first, second):
-        await intend(connected_house, agent, "drain")  # nothing is made anew before both are back
+        await intend(connected_house, agent, "drain")  # no rental is made before both are back
     for agent in (second, first) if first_back == "the latest" else (first, second):
         await agent.come_back()
         await connected_house.pass_time(8)
@@ -243,7 +243,9 @@ async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_bac
     shown = await connected_house.rental(rental["id"])
     found = (await connected_house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
     newest = next(one for one in found if one["generation"] == "2-1")
-    assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), "the age of what it begins with"
+    assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), (
+        "the age of the snapshot that the rental begins with"
+    )
     reasons = {
         event["details"]["generation"]: event["reason"] for event in await connected_house.events("rental.salvaged")
     }
@@ -310,7 +312,7 @@ async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_not
 async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
     """Return a rental that is active at epoch 4, with a snapshot of epoch 1 alone, and its former workers in order.
 
-    It was written at each epoch, and began with copy 1-1 at each but the first.
+    The home was written at each epoch, and began with snapshot 1-1 at each but the first.
     """
     for _ in range(5):
         await house.join(slots=4)
@@ -336,7 +338,9 @@ async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_i
     assert {("1-2", True), ("2-1", True), ("3-1", True)} <= set(await snapshots(house, rental))
     again = await lose(house, rental)
     assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 1": "x"})
-    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "3-1", "the others wait for their owner"
+    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "3-1", (
+        "the other recovered snapshots wait for the owner"
+    )
 
 
 async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_copy(house: House) -> None:
@@ -359,7 +363,7 @@ async def test_of_two_kills_within_a_minute_the_second_brings_what_was_salvaged_
     await house.pass_time(8)
     again = await lose(house, await house.rental(moved["id"]))
     assert (again["state"], files(house, again)) == ("active", {"file": "written after that"})
-    assert again["salvage"] is None, "it has it"
+    assert again["salvage"] is None, "the rental has the recovered snapshot"
 
 
 async def test_who_went_back_to_an_older_copy_is_not_given_what_was_later_in_that_home(
@@ -396,7 +400,7 @@ async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: Hous
     assert (back["state"], files(house, back), back["salvage"]) == ("active", {"file": "written after that"}, None)
 
 
-# What no copy was made of
+# Rentals without a snapshot
 
 
 @pytest.fixture
@@ -442,7 +446,7 @@ async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files
     patient.snapshot_service.failure = SnapshotError("vault_away", "the snapshot service does not answer")
     await dead.come_back()
     await patient.manager.health.round()
-    patient.manager.reconciler._awaits_files_s = 1.0  # its time is over while it joins
+    patient.manager.reconciler._awaits_files_s = 1.0  # its wait ends while the worker joins
     await patient.manager.reconciler.round()
     assert (await patient.rental(waiting["id"]))["state"] == "queued"
     patient.snapshot_service.failure = None
@@ -486,7 +490,7 @@ async def test_nobody_waits_for_a_worker_that_was_removed(patient: House) -> Non
 async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
     patient: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcomes, "MAX_ATTEMPTS", 1000)  # filling it goes on failing until its source dies
+    monkeypatch.setattr(outcomes, "MAX_ATTEMPTS", 1000)  # precopy fails until the source dies
     rental = await patient.rent(name="lab")
     files(patient, rental)["file"] = "typed briskly"
     patient.end_the_brake_of_the_start()

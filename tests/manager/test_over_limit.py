@@ -17,14 +17,14 @@ from test_controller_snapshots import files as files_of
 from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
 
 RECORD = RentalRecord("one", "r-one", 3_999_999_001, epoch=2, activated=True)
-"""An account with a uid of no process: there is nothing to stop."""
+"""An account whose uid has no processes."""
 
 
 def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) -> None:
     freezer, now = Freezer(tmp_path), time.clock_gettime(time.CLOCK_BOOTTIME)
     freezer.freeze(RECORD, None, over_limit="too much")
     freezer.freeze(RECORD, now)
-    assert freezer.over_limit_reason("one") == "too much", "an order to freeze changes nothing about that"
+    assert freezer.over_limit_reason("one") == "too much", "an order to freeze changes nothing"
     with pytest.raises(RequestRefused) as refused:
         freezer.thaw(RECORD, requested_at=now + 1000)
     assert refused.value.code == "over_limit"
@@ -67,7 +67,7 @@ async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) ->
     assert (await copied(house, rental))["copy_problem"] == ""
     assert len(await house.events("rental.thawed")) == 1
     assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")).status_code == 200
-    assert len(await house.events("rental.thawed")) == 1, "there was nothing to thaw"
+    assert len(await house.events("rental.thawed")) == 1, "the rental was not frozen"
     house.agent_of(rental).die()
     await house.silence(agent, 91)
     refused = await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")

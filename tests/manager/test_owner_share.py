@@ -95,7 +95,9 @@ async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
     await house.settle()
     await house.pass_time(61)
     await copy_round(house)
-    assert {rental["id"] for rental in ended} == set(house.snapshot_service.stored), "they are kept for a day"
+    assert {rental["id"] for rental in ended} == set(house.snapshot_service.stored), (
+        "snapshots of an expired rental are kept for a day"
+    )
     living = await rent(house, ann)
     for _ in range(4):
         shown = await copied(house, living)

@@ -30,19 +30,19 @@ async def pool(house: House) -> list[Agent]:
 
 
 def runs(house: House, rental: dict[str, Any]) -> list[str]:
-    """Return the state of its start command on its worker."""
+    """Return the states of the runs of a rental's start command on its worker."""
     return house.agent_of(rental).node.started.get(rental["id"], [])
 
 
 async def restart(agent: Agent, number: int) -> None:
-    """Restart its container: with another boot id, and without the processes that ran in it."""
+    """Restart the worker's container: it has another boot id, and none of its processes."""
     agent.node.boot_id = f"boot-{number:04d}"
     agent.node.started.clear()
     await agent.come_back()
 
 
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Let its worker die, the rental be taken over, and the worker come back afterwards."""
+    """Let the rental's worker die, the rental be taken over, and the worker come back; return the rental."""
     dead = house.agent_of(rental)
     dead.die()
     await house.silence(dead, 91)
@@ -120,7 +120,7 @@ async def test_one_that_keeps_losing_its_workers_is_run_no_more_until_it_is_aske
     await house.settle()
     assert runs(house, rental) == ["2@boot-0001"]
     rental = await lose(house, rental)
-    assert (rental["start_problem"], runs(house, rental)) == ("", ["2@boot-0001"]), "it is counted anew"
+    assert (rental["start_problem"], runs(house, rental)) == ("", ["2@boot-0001"]), "the count of losses begins anew"
 
 
 async def test_restarts_of_the_container_under_it_count_as_well(house: House, pool: list[Agent]) -> None:
@@ -137,7 +137,7 @@ async def test_losses_that_are_far_apart_are_nobody_s_fault(house: House, pool: 
     rental = await house.rent(start=SERVE)
     for _ in range(3):
         rental = await lose(house, rental)
-        house.clock.now += TAKEOVERS_WITHIN_S / 2  # nobody had anything to do meanwhile
+        house.clock.now += TAKEOVERS_WITHIN_S / 2  # there was no work in between
         house.end_the_brake_of_the_start()
         for agent in pool:
             await agent.beat()
@@ -204,7 +204,7 @@ async def test_what_was_given_up_is_purged_before_it_is_run_again_anywhere(house
         node.purge = partial(note_and_purge, number)  # type: ignore[method-assign]
     rental = await house.rent(start=SERVE)
     await house.pass_time(24)
-    assert purged == [1, 1, 1], "it ran there and nowhere else"
+    assert purged == [1, 1, 1], "the command ran there and nowhere else"
     assert (await house.rental(rental["id"]))["state"] == "active"
     assert sum(len(node.started) for node in nodes) == 1
 
@@ -246,7 +246,7 @@ def an_end(rental: dict[str, Any], run: str = "1@boot-0001", how: str = "status 
 
 
 async def tell(house: House, agent: Agent, *ends: dict[str, Any]) -> None:
-    """Send the ends in a heartbeat, and again in all that follow."""
+    """Send the ends in a heartbeat, and in all later ones."""
     agent.start_ends = list(ends)
     assert (await agent.beat()).status_code == 200
     await house.settle()
@@ -269,7 +269,7 @@ async def test_how_a_start_command_ended_is_shown_and_told_once(house: House, po
     (event,) = await house.events("rental.start_ended")
     assert event["reason"] == "its start command ended with status 3: orion logs shows what it said"
     assert (event["owner"], event["details"]) == (rental["owner"], {"run": "1", "how": "status 3"})
-    assert runs(house, rental) == ["1@boot-0001"], "when it ends it is not run again"
+    assert runs(house, rental) == ["1@boot-0001"], "a command that ended is not run again"
     assert (await house.rental(rental["id"]))["start_ended_at"] == found["start_ended_at"]
 
 
@@ -279,7 +279,7 @@ async def test_the_end_of_a_run_is_forgotten_with_the_next_one(house: House, poo
     await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
     await house.settle()
     assert runs(house, rental) == ["1@boot-0001", "2@boot-0001"]
-    assert await shown_end(house, rental) == "", "what its worker still tells is of the run before"
+    assert await shown_end(house, rental) == "", "the worker still reports the end of the former run"
     await tell(house, house.agent_of(rental), an_end(rental, "2@boot-0001", "signal 9"))
     assert await shown_end(house, rental) == "signal 9"
     await restart(house.agent_of(rental), 2)

@@ -1,4 +1,4 @@
-"""No stuck state: what may not last ends as its table says, and `orion status` lists what has waited too long."""
+"""No stuck state: each state that may not last ends as its table says, and `orion status` lists overdue ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def judged(health: Health, silent_s: float, **change: Any) -> Health:
     )
     if verdict is None:
         return health
-    move_worker(worker, verdict.to, verdict.reason)  # raises what is not in the table
+    move_worker(worker, verdict.to, verdict.reason)  # raises for a verdict that is not in the table
     return verdict.to
 
 
@@ -124,7 +124,10 @@ ENDINGS: dict[tuple[str, str], tuple[Callable[[], object], object]] = {
     ("placement", P.PREPARING): (lambda: ended(P.PREPARING, R.PROVISIONING), (P.FAILED, "")),
     ("placement", P.STOPPING): (lambda: ended(P.STOPPING, R.RELEASING), (P.FAILED, BLAMED)),
     ("placement", P.STOPPED): (lambda: ended(P.STOPPED, R.RELEASING), (P.PURGED, "")),
-    ("placement", P.FAILED): (lambda: ended(P.FAILED, R.RELEASING), (P.FAILED, BLAMED)),  # the operator's from here on
+    ("placement", P.FAILED): (
+        lambda: ended(P.FAILED, R.RELEASING),
+        (P.FAILED, BLAMED),
+    ),  # from here on an operator has to act
     ("rental", R.QUEUED): (lambda: made_nowhere(R.QUEUED), R.FAILED),
     ("rental", R.PROVISIONING): (lambda: made_nowhere(R.PROVISIONING), R.QUEUED),
     ("rental", R.MIGRATING): (lambda: made_nowhere(R.MIGRATING), R.QUEUED),

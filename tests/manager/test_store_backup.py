@@ -291,7 +291,7 @@ def test_a_restore_reuses_no_number(accepted: Backups) -> None:
 
 def test_the_former_database_is_kept_and_nothing_else_is_left(accepted: Backups) -> None:
     assert accepted.swap_in()
-    assert not accepted.swap_in(), "once"
+    assert not accepted.swap_in(), "a restore is swapped in once"
     assert value(accepted.replaced, "SELECT count(*) FROM rentals") == 2
     assert names(accepted.database) == ["orion.db", "orion.db.before-restore"]
 
@@ -313,7 +313,7 @@ def test_a_crash_in_the_middle_of_a_swap_leaves_one_of_the_databases(
             patch.setattr(Path, "replace", crash)
         with pytest.raises(Crash):
             accepted.swap_in()
-    assert value(accepted.database, "SELECT count(*) FROM rentals") == 2, "still the former one"
+    assert value(accepted.database, "SELECT count(*) FROM rentals") == 2, "the database is still the former one"
     assert accepted.swap_in()
     assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
 
@@ -332,7 +332,7 @@ def test_the_log_of_a_killed_manager_is_not_applied_to_the_restored_database(acc
     there = Backups(killed / "orion.db")
     assert there.swap_in()
     assert value(there.database, "SELECT group_concat(id) FROM rentals") == "old"
-    assert value(there.replaced, "SELECT count(*) FROM rentals") == 3, "the former database has what was committed"
+    assert value(there.replaced, "SELECT count(*) FROM rentals") == 3, "the former database has the committed rows"
 
 
 def test_a_broken_database_can_be_replaced(accepted: Backups) -> None:
@@ -358,7 +358,7 @@ async def test_an_administrator_takes_a_backup_and_restores_it(store: Store, dat
         assert reply.status_code == 200
         assert reply.headers["content-type"] == "application/vnd.sqlite3"
         assert int(reply.headers["content-length"]) == len(reply.content)
-        assert names(database) == ["orion.db", "orion.db-shm", "orion.db-wal"], "nothing is left beside it"
+        assert names(database) == ["orion.db", "orion.db-shm", "orion.db-wal"], "no other file is left"
         await store.write(tokens.revoke, "admin", client["id"])
 
         refused = await house.as_admin.post("/api/admin/restore", content=b"something else")
@@ -384,7 +384,7 @@ async def test_for_postgresql_its_own_tools_are_named(store: Store) -> None:
 
 
 async def test_an_upload_that_is_no_backup_is_not_read_to_its_end(store: Store, database: Path) -> None:
-    """It may be larger than the disk."""
+    """Such an upload may be larger than the disk."""
     given = 0
 
     async def endless() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Whatever the manager sees: a brake ends in time, and while it holds nobody is declared down by silence."""
+"""The brake under any observations: it ends in time, and while it is on no silent worker is declared down."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_brake_is_never_on_longer_than_brake_max(history: list[tuple[float, Ob
 
 @given(OBSERVATIONS, st.lists(st.integers(1, 20), min_size=10, max_size=30))
 def test_one_cause_that_never_clears_is_braked_for_once(seen: Observation, seconds: list[int]) -> None:
-    """The manager late, or its door shut, from the first round to the last: by brake_max judging goes on."""
+    """Let rounds be late, or the proxy unreachable, in every round: after brake_max workers are judged again."""
     now, brake, ended = 0.0, Brake.at_start(0.0), False
     for pause_s in seconds * 3:
         now += pause_s

@@ -1,4 +1,4 @@
-"""Whatever the operator sets: clocks that are accepted are safe, and clocks that are not safe are refused."""
+"""Any clocks of an operator: accepted ones are safe, and unsafe ones are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AROUND_THE_DEFAULTS = st.builds(
 
 @st.composite
 def safe_clocks(draw: st.DrawFn) -> Clocks:
-    """From the inequalities themselves, up to 0.1 % above the least takeover that they allow."""
+    """Return clocks that fulfil the inequalities, with a takeover up to 0.1 % above the least that they allow."""
     heartbeat, factor = draw(st.floats(0.1, 100)), st.floats(1.01, 3)
     suspect = heartbeat * 1.1 * draw(factor)
     freeze = suspect * draw(factor)

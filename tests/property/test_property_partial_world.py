@@ -1,4 +1,4 @@
-"""What is decided from a part of the world is what the whole world would have decided, in any history."""
+"""In any history, the decision from a part of the world is the decision from the whole world."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Partly(PoolHistory):
             )
 
         part, shown = self._part(world, exiting)
-        whole = decide(_now(MemoryStateStore(world).load()), observations())  # what is purged is not in it
+        whole = decide(_now(MemoryStateStore(world).load()), observations())  # purged placements are not in it
         assert _told(decide(part, observations(inventories=shown))) == _told(whole)
         self.parts += len(part.placements) < len(world.placements)
         return decision
 
     def _part(self, world: World, exiting: frozenset[str]) -> tuple[World, Any]:
         state_store, pool_index, leases = MemoryStateStore(world), PoolIndex(), Leases(75.0)
-        nobody: Any = None  # nothing is performed here
+        nobody: Any = None  # no task is run here
         clock = lambda: self.now  # noqa: E731
         task_runner = TaskRunner(
             state_store=state_store,
@@ -110,7 +110,7 @@ def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
         for name in INVARIANTS:
             getattr(platform, name)()
     platform.teardown()
-    assert platform.parts, "it was the whole world every time"
+    assert platform.parts, "the part was the whole world every time"
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

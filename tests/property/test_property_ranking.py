@@ -1,4 +1,4 @@
-"""Workers in their order, kept up to date one change at a time, are in the order that a look at all of them gives."""
+"""The ranking of workers, updated one change at a time, is the ranking of all of them computed anew."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_best_are_the_best_of_all_whatever_has_changed(changes: list[Any], n
         ranks[identity] = (*rank, identity) if rank else None
         room.put(identity, ranks[identity])
         known = [(rank, one) for one, rank in ranks.items() if rank]
-        for _ in range(2):  # a look changes nothing
+        for _ in range(2):  # reading changes nothing
             assert room.best(number, without) == [one for _, one in sorted(known) if one not in without][:number]
         assert len(room) == len(known)
         assert len(room._heap) <= 2 * len(known) + 64

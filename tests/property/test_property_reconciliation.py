@@ -1,4 +1,4 @@
-"""Rentals, workers and tasks in any order: what must never be is not, and a quiet world with room converges.
+"""Random histories of rentals, workers and tasks: no invariant breaks, and a quiet world with room converges.
 
 The machine plays everybody around the reconciler on one World: renters, the health loop, workers and their
 inventories, tasks that end well or badly or when nobody wants them any more, and a reconciler whose decision is
@@ -47,7 +47,7 @@ INVARIANTS = (
 )
 MOST_WORKERS, MOST_RENTALS = 4, 6
 ONE_RECONCILER = {"a_round", "everything_goes_well_for_a_while", "rounds_without_news_come_to_rest"}
-"""They do not happen between a decision and its commit."""
+"""Rules that do not run between a decision and its commit."""
 SEEDS, STEPS = 20, 300
 CHOICE = st.integers(0, 1000)
 
@@ -106,7 +106,7 @@ class PoolHistory(RuleBasedStateMachine):
 
     @rule(at=CHOICE, to=st.sampled_from(Health))
     def a_worker_is_judged(self, at: int, to: Health) -> None:
-        """By any verdict that the table and the facts allow."""
+        """Judge a worker by any verdict that the table and the observations allow."""
         worker = self._worker(at)
         if worker is None or to not in TABLES["worker"][worker.health].exits:
             return
@@ -202,7 +202,7 @@ class PoolHistory(RuleBasedStateMachine):
             if rental.state is RentalState.RELEASING:
                 assert held_on - down, "a release waits for nothing but a clean-up on a worker that is there"
             if rental.state is RentalState.MIGRATING:
-                assert self.world.live_placement(rental.id), "what has nowhere to go is queued"
+                assert self.world.live_placement(rental.id), "a rental without a free slot is queued"
 
     @rule()
     def a_decision_is_made(self) -> None:
@@ -229,7 +229,7 @@ class PoolHistory(RuleBasedStateMachine):
         self.exiting.clear()
         self.inventories.clear()
 
-    # -- what must always be ----------------------------------------------------------------------------------------
+    # -- invariants -------------------------------------------------------------------------------------------------
 
     @invariant()
     def a_rental_has_at_most_one_live_placement_and_one_standby(self) -> None:
@@ -247,7 +247,7 @@ class PoolHistory(RuleBasedStateMachine):
             rental = self.world.rentals[placement.rental_id]
             assert placement.epoch < rental.next_epoch
             if placement.state in LIVE and placement.standby:
-                assert placement.epoch > rental.epoch, "it was never let in"
+                assert placement.epoch > rental.epoch, "the rental was never activated"
             elif placement.state in LIVE:
                 assert placement.epoch == rental.epoch
 
@@ -275,7 +275,7 @@ class PoolHistory(RuleBasedStateMachine):
     # -- in the end ---------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Everything comes back, everything works, there is room: then every promise is kept within a few rounds."""
+        """Let all workers return and all tasks succeed, with room: within a few rounds every promise is kept."""
         if not hasattr(self, "world"):
             return
         self.running.clear()
@@ -372,7 +372,7 @@ class PoolHistory(RuleBasedStateMachine):
         for step in decision.steps:
             used = self.world.used_slots()
             if not self._apply(step):
-                return  # as the store does: the steps after it rest on it
+                return  # as in the store: later steps build on it
             if step.placement:
                 self._chosen_well(step, used, seen)
 
@@ -383,13 +383,13 @@ class PoolHistory(RuleBasedStateMachine):
         assert worker.intent is Intent.ACTIVE
         assert placement.slot not in used.get(worker.id, set())
         assert len(used.get(worker.id, set())) < worker.slots
-        assert placement.epoch > self.epochs.get(placement.rental_id, 0), "an epoch is given once and only rises"
+        assert placement.epoch > self.epochs.get(placement.rental_id, 0), "an epoch is used once and only rises"
         self.epochs[placement.rental_id] = placement.epoch
 
     def _apply(self, step: Step) -> bool:
         before = self.world.copy()
         if not self.world.apply(step):
-            assert self.world == before, "a step that is dropped leaves no trace"
+            assert self.world == before, "a dropped step changes nothing"
             return False
         for write in step.writes:
             state = "health" if write.kind == "worker" else "state"
@@ -415,7 +415,7 @@ class PoolHistory(RuleBasedStateMachine):
         worker = self.world.workers.get(task.worker_id)
         well = well and worker is not None
         made = task.kind in {TaskKind.CREATE, TaskKind.PRECOPY, TaskKind.FINAL_SYNC}
-        removed = task.kind in {TaskKind.DELETE, TaskKind.RECOVER}  # what was salvaged is purged next
+        removed = task.kind in {TaskKind.DELETE, TaskKind.RECOVER}  # a recovered placement is purged next
         if well and task.item and (made or removed):
             kept = {item for item in self.disks[task.worker_id] if item.rental_id != task.item.rental_id}
             self.disks[task.worker_id] = kept | ({task.item} if made else set())
@@ -441,7 +441,7 @@ PoolHistory.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestShortHistories = PoolHistory.TestCase
-"""Hypothesis chooses what happens: it finds the shortest history that breaks a promise."""
+"""Short histories that Hypothesis chooses; it reduces one that breaks a promise to the shortest."""
 
 RATES = {
     "a_round": 30,
@@ -469,7 +469,7 @@ RATES = {
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_long_and_busy_history_breaks_no_promise_and_converges(seed: int) -> None:
-    """Everybody acts as often as in a busy platform, which short histories seldom reach."""
+    """All rules run as often as on a busy platform, which short histories seldom reach."""
     random = Random(seed)  # noqa: S311  a history to play again, no secret
     platform = PoolHistory()
     platform.a_pool([1, 2])

@@ -1,4 +1,4 @@
-"""Whatever the pool looks like: a choice is one that every filter lets through, and the least used of those."""
+"""In any pool, the chosen worker passes every filter and is the least used one that does."""
 
 from __future__ import annotations
 
