@@ -31,15 +31,7 @@ from typing import Protocol
 
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Placement, Rental, Worker
-from orion.manager.domain.states import (
-    LIVE,
-    Health,
-    Intent,
-    MigrationPhase,
-    PlacementState,
-    RentalState,
-    check_phase,
-)
+from orion.manager.domain.states import LIVE, Health, Intent, MigrationPhase, PlacementState, RentalState, check_phase
 from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
 from orion.manager.domain.world import World
 

@@ -8,12 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from orion.manager.domain.states import (
-    Health,
-    Intent,
-    PlacementState,
-    RentalState,
-)
+from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 
 BOOT = "boot"
 """The word in an agent's version that says that its orders may name a boot id (orion_worker/agent/node.py)."""

@@ -168,12 +168,7 @@ def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | N
     if placement.state is not PlacementState.PREPARING:
         return None
     running = move_placement(
-        placement,
-        rental.owner,
-        PlacementState.RUNNING,
-        ACTOR,
-        "its account is there",
-        public_key=task.public_key,
+        placement, rental.owner, PlacementState.RUNNING, ACTOR, "its account is there", public_key=task.public_key
     )
     if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return running
@@ -197,8 +192,7 @@ def _command_started(rental: Rental, placement: Placement, task: Task, report: M
     problem = str(report.get("start_problem", ""))[:MAX_PROBLEM_CHARS]
     event = start_commands.run_event(rental, placement, task.start_mark, problem)
     return Step(
-        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.new_run(task.start_mark)),),
-        (event,),
+        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.new_run(task.start_mark)),), (event,)
     )
 
 

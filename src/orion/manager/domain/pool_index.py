@@ -144,10 +144,7 @@ DIRTY: tuple[Rule, ...] = (
         "it is to be reached",
         lambda w, _: w is not None and w.health is Health.JOINING and not w.verified and not w.fault,
     ),
-    (
-        "it is draining",
-        lambda w, placed: w is not None and w.intent is Intent.DRAINING,
-    ),
+    ("it is draining", lambda w, placed: w is not None and w.intent is Intent.DRAINING),
     (
         "its rentals are to migrate away",
         lambda w, placed: w is not None and w.health is Health.QUARANTINED and any(p.state in LIVE for p in placed),

@@ -120,12 +120,7 @@ def ask_to_start(rental: Rental, actor: str) -> Step:
 
 
 def _event(
-    kind: str,
-    actor: str,
-    reason: str,
-    rental: Rental,
-    placement: Placement,
-    details: Mapping[str, Any] | None = None,
+    kind: str, actor: str, reason: str, rental: Rental, placement: Placement, details: Mapping[str, Any] | None = None
 ) -> Event:
     owner, where = rental.owner, placement.worker_id
     return Event(

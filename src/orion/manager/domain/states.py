@@ -155,11 +155,7 @@ MIGRATION_TABLE: Mapping[MigrationPhase, Row] = {
     M.STALE: _row({M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
 }
 
-TABLES: Mapping[str, Mapping[str, Row]] = {
-    "worker": HEALTH_TABLE,
-    "placement": PLACEMENT_TABLE,
-    "rental": RENTAL_TABLE,
-}
+TABLES: Mapping[str, Mapping[str, Row]] = {"worker": HEALTH_TABLE, "placement": PLACEMENT_TABLE, "rental": RENTAL_TABLE}
 """The machines whose states are columns, by the kind of row."""
 
 

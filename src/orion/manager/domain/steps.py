@@ -7,12 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from orion.manager.domain.model import Placement, Rental, Worker
-from orion.manager.domain.states import (
-    Health,
-    PlacementState,
-    RentalState,
-    check_transition,
-)
+from orion.manager.domain.states import Health, PlacementState, RentalState, check_transition
 
 Kind = Literal["worker", "rental", "placement"]
 

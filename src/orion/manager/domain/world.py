@@ -7,10 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orion.manager.domain.model import Placement, Rental, Worker
-from orion.manager.domain.states import (
-    HOLDING,
-    LIVE,
-)
+from orion.manager.domain.states import HOLDING, LIVE
 from orion.manager.domain.steps import READ, Step
 
 
