@@ -14,7 +14,7 @@ from support.rows import event_kinds, insert_world
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import HEALTH_TABLE, PLACEMENT_TABLE, RENTAL_TABLE, Health, PlacementState, RentalState
-from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental, move_worker
+from orion.manager.domain.steps import Event, Step, Write, move_placement, move_rental, move_worker
 from orion.manager.domain.world import World
 from orion.manager.store import events, state
 from orion.manager.store.database import Store
@@ -62,7 +62,7 @@ async def test_a_step_with_one_stale_guard_changes_nothing(store: Store, world: 
         id="p-2", rental_id=RENTAL.id, worker_id=WORKER.id, slot=1, epoch=2, state=PlacementState.RESERVED
     )
     lost = move_placement(RUNNING, "alice", PlacementState.LOST, "reconciler", "down")
-    step = merge((lost, move_rental(stale, RentalState.MIGRATING, "reconciler", "down"), Step((), (), placed)))
+    step = lost + move_rental(stale, RentalState.MIGRATING, "reconciler", "down") + Step((), (), placed)
     assert not await store.write(state.apply, [step])
     assert await store.read(state.load) == world
     assert await event_kinds(store) == []

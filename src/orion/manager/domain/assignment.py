@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from orion.manager.domain import migration
 from orion.manager.domain.fair_share import may_take
-from orion.manager.domain.migration import ACTOR
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.observations import Observations
 from orion.manager.domain.scheduler import Candidate, Candidates, Chosen, NoWorker
 from orion.manager.domain.states import PlacementState, RentalState
-from orion.manager.domain.steps import Event, Step, Write, merge, move_rental
+from orion.manager.domain.steps import ACTOR, Step, move_rental, rental_event, write, write_rental
 from orion.manager.domain.world import Draft, World
 
 AWAITS_FILES = "it waits for its files: "
@@ -90,9 +89,8 @@ def request_migration(world: World, rental_id: str, actor: str, observations: Ob
         raise migration.NotMigrated("not_active", state)
     worker = draft.workers.get(placement.worker_id)
     if worker is None or worker.health not in migration.SOURCE_HEALTH:
-        raise migration.NotMigrated(
-            "worker_not_ready", "its worker does not answer just now: nothing can be copied from it"
-        )
+        why = "its worker does not answer just now: nothing can be copied from it"
+        raise migration.NotMigrated("worker_not_ready", why)
     return Assignments(draft, observations).request(rental, placement, actor)
 
 
@@ -102,8 +100,7 @@ def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
         return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
     if rental.explanation == explanation:
         return None
-    expect = {"state": rental.state, "epoch": rental.epoch}
-    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"explanation": explanation}),))
+    return Step((write_rental(rental, {"explanation": explanation}),))
 
 
 def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | None:
@@ -117,16 +114,7 @@ def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | No
     step = wait_for_worker(rental, explanation)
     if step is None:
         return None
-    event = Event(
-        kind="rental.files_awaited",
-        actor=ACTOR,
-        reason=explanation,
-        owner=rental.owner,
-        rental_id=rental.id,
-        worker_id=worker_id,
-        epoch=rental.epoch,
-    )
-    return step + Step((), (event,))
+    return step + Step((), (rental_event("rental.files_awaited", explanation, rental, worker_id),))
 
 
 def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
@@ -138,21 +126,10 @@ def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> St
         epoch=rental.next_epoch,
         state=PlacementState.RESERVED,
     )
-    as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
-    still_fit = Write(kind="worker", id=worker.id, expect=as_chosen, change={})
-    reserved = Event(
-        kind="placement.reserved",
-        actor=ACTOR,
-        reason=f"slot {slot}",
-        owner=rental.owner,
-        rental_id=rental.id,
-        worker_id=worker.id,
-        epoch=placement.epoch,
-    )
+    still_fit = write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots)
+    event = rental_event("placement.reserved", f"slot {slot}", rental, worker.id, epoch=placement.epoch)
+    reserved = Step((still_fit,), (event,), placement)
     if rental.state is RentalState.MIGRATING:
-        expect = {"state": rental.state, "epoch": rental.epoch}
-        raised = Write(kind="rental", id=rental.id, expect=expect, change={"epoch": placement.epoch})
-        return Step((still_fit, raised), (reserved,), placement)
+        return Step((write_rental(rental, {"epoch": placement.epoch}),)) + reserved
     reason = f"being made on worker {worker.id}"
-    placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch)
-    return merge((placed, Step((still_fit,), (reserved,), placement)))
+    return move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch) + reserved

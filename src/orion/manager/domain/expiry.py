@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from orion.manager.domain.model import Rental
 from orion.manager.domain.states import ENDED, RentalState
-from orion.manager.domain.steps import Event, Step, Write, move_rental
+from orion.manager.domain.steps import Step, move_rental, rental_event, write
 
 JUMP_S = 2.0
 """Seconds: a larger change of the offset between two looks is a jump. Slewing by NTP is far slower."""
@@ -118,40 +119,23 @@ def count(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step
     """
     if not clock.believed:
         return []
-    return [
-        Step(
-            (
-                Write(
-                    kind="rental", id=rental.id, expect={"expires_at": None}, change={"expires_at": wall + rental.ttl_s}
-                ),
-            ),
-            (),
-        )
-        for rental in rentals
-    ]
+    return [Step((write(rental, {"expires_at": wall + rental.ttl_s}, expires_at=None),)) for rental in rentals]
 
 
 def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
     """Return a release of each rental whose time is over; none while the clock is not believed."""
     if not clock.believed:
         return []
-    return [
-        _end_unless_renewed(rental, wall)
-        for rental in rentals
-        if rental.expires_at is not None
-        and rental.expires_at <= wall
-        and rental.state not in ENDED | {RentalState.RELEASING}
-    ]
+    living = (rental for rental in rentals if rental.state not in ENDED | {RentalState.RELEASING})
+    return [_end(rental, at, wall) for rental in living if (at := rental.expires_at) is not None and at <= wall]
 
 
-def _end_unless_renewed(rental: Rental, wall: float) -> Step:
-    late = wall - (rental.expires_at or wall) > LATE_S
-    # A renewal that was answered meanwhile must not be undone by what was seen before it.
-    step = release(rental, "expired", "expiry", "its time is over")
-    (write,) = step.writes
-    expect = {**write.expect, "expires_at": rental.expires_at}
-    change = {**write.change, "expires_at": wall} if late else write.change
-    return replace(step, writes=(replace(write, expect=expect, change=change),))
+def _end(rental: Rental, expires_at: float, wall: float) -> Step:
+    late: dict[str, Any] = {"expires_at": wall} if wall - expires_at > LATE_S else {}
+    step = move_rental(rental, RentalState.RELEASING, "expiry", "its time is over", end="expired", **late)
+    (ends,) = step.writes
+    # The guard is there so that a renewal that was answered meanwhile is not undone.
+    return replace(step, writes=(replace(ends, expect={**ends.expect, "expires_at": expires_at}),))
 
 
 def release(rental: Rental, end: str, actor: str, reason: str) -> Step:
@@ -166,12 +150,5 @@ def renew(rental: Rental, ttl_s: int, actor: str, counts_from: float | None) -> 
     change: dict[str, float | None] = {"ttl_s": ttl_s}
     if rental.activated_at is not None:
         change["expires_at"] = end_of(ttl_s, counts_from)
-    event = Event(
-        kind="rental.renewed",
-        actor=actor,
-        reason=f"for {ttl_s} s",
-        owner=rental.owner,
-        rental_id=rental.id,
-        epoch=rental.epoch,
-    )
-    return Step((Write(kind="rental", id=rental.id, expect={"state": rental.state}, change=change),), (event,))
+    event = rental_event("rental.renewed", f"for {ttl_s} s", rental, actor=actor)
+    return Step((write(rental, change, state=rental.state),), (event,))

@@ -139,11 +139,7 @@ def deadlines(evidence: Evidence) -> tuple[float, ...]:
 
 def judge(evidence: Evidence) -> Verdict | None:
     """Return the verdict on one worker; None: its health stays."""
-    for rule in RULES[evidence.worker.health]:
-        verdict = rule(evidence)
-        if verdict is not None:
-            return verdict
-    return None
+    return next((verdict for rule in RULES[evidence.worker.health] if (verdict := rule(evidence))), None)
 
 
 def _exited(e: Evidence) -> Verdict | None:

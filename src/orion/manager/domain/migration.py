@@ -25,17 +25,16 @@ a source is quiesced, `filled` the snapshot that precopy put into the target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import LIVE, Health, Intent, MigrationPhase, PlacementState, RentalState, check_phase
-from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
+from orion.manager.domain.steps import ACTOR, Step, move_placement, move_rental, rental_event, write, write_rental
 from orion.manager.domain.world import World
 
-ACTOR = "reconciler"
 MAX_UNDER_WAY = 12
 """Planned migrations that drains and evacuations may have under way; one owner has half of them at most."""
 MAX_REQUESTED = 6
@@ -63,6 +62,11 @@ class Source:
     worker_id: str
     epoch: int
     move: int = 0
+
+    @staticmethod
+    def of(placement: Placement) -> Source:
+        p = placement
+        return Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
 
 
 class Placed(Protocol):
@@ -138,18 +142,15 @@ def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new
         standby=True,
     )
     reason = f"{why}: moving to worker {worker.id}; it goes on here meanwhile"
+    change = {"last_epoch": epoch, "explanation": reason}
     writes = (
-        Write(
-            kind="worker",
-            id=worker.id,
-            expect={"health": worker.health, "intent": worker.intent, "slots": worker.slots},
-            change={},
-        ),
-        Write(kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={}),
-        _rental_write(rental, {"last_epoch": epoch, "explanation": reason}, last_epoch=rental.last_epoch),
+        write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots),
+        write(placement, {}, state=PlacementState.RUNNING, held=0),
+        write_rental(rental, change, state=RentalState.ACTIVE, last_epoch=rental.last_epoch),
     )
-    started = _event("rental.move_started", reason, rental, worker.id, epoch, actor)
-    reserved = _event("placement.reserved", f"slot {slot}, for a planned migration", rental, worker.id, epoch)
+    started = rental_event("rental.move_started", reason, rental, worker.id, epoch=epoch, actor=actor)
+    why_reserved = f"slot {slot}, for a planned migration"
+    reserved = rental_event("placement.reserved", why_reserved, rental, worker.id, epoch=epoch)
     return Step(writes, (started, reserved), target)
 
 
@@ -158,31 +159,23 @@ def quiesce(rental: Rental, placement: Placement, target: Placement | None, why:
     to = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
     check_phase(rental.id, phase_of(rental, placement, target), to)
     move = target.epoch if target else rental.next_epoch
-    guard = (
-        ()
-        if target is None
-        else (Write(kind="placement", id=target.id, expect={"state": PlacementState.PREPARING}, change={}),)
-    )
-    numbered = {} if target else {"last_epoch": move}
-    quiesced = Write(
-        kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={"held": move}
-    )
-    event = _event("rental.held", why, rental, placement.worker_id, placement.epoch)
-    return Step((quiesced, *guard, _rental_write(rental, numbered)), (event,))
+    guard = (write(target, {}, state=PlacementState.PREPARING),) if target else ()
+    quiesced = write(placement, {"held": move}, state=PlacementState.RUNNING, held=0)
+    numbered = write_rental(rental, {} if target else {"last_epoch": move}, state=RentalState.ACTIVE)
+    event = rental_event("rental.held", why, rental, placement.worker_id, epoch=placement.epoch)
+    return Step((quiesced, *guard, numbered), (event,))
 
 
 def abandon(rental: Rental, placement: Placement, target: Placement | None, why: str) -> Step:
     """Return the step that ends a migration before its cutover: the source runs on, and the target is cleaned up."""
     check_phase(rental.id, phase_of(rental, placement, target), MigrationPhase.NONE)
-    reason = f"{NOT_MOVED}{why}"
-    explained = _rental_write(rental, {"explanation": reason})
-    event = _event("rental.move_failed", why, rental, placement.worker_id, placement.epoch)
-    step = Step((explained,), (event,))
+    worker_id, epoch = placement.worker_id, placement.epoch
+    event = rental_event("rental.move_failed", why, rental, worker_id, epoch=epoch)
+    step = Step((write_rental(rental, {"explanation": f"{NOT_MOVED}{why}"}, state=RentalState.ACTIVE),), (event,))
     if placement.held:
-        quiesced = {"state": PlacementState.RUNNING, "held": placement.held}
-        released = _event("rental.let_go_on", "it goes on here", rental, placement.worker_id, placement.epoch)
-        step += Step((Write(kind="placement", id=placement.id, expect=quiesced, change={"held": 0}),), (released,))
-    return step if target is None else merge((step, end_target(target, rental.owner, why)))
+        released = rental_event("rental.let_go_on", "it goes on here", rental, worker_id, epoch=epoch)
+        step += Step((write(placement, {"held": 0}, state=PlacementState.RUNNING, held=placement.held),), (released,))
+    return step + end_target(target, rental.owner, why) if target else step
 
 
 def end_target(target: Placement, owner: str | None, why: str) -> Step:
@@ -192,21 +185,17 @@ def end_target(target: Placement, owner: str | None, why: str) -> Step:
 
 
 def promote_target(rental: Rental, target: Placement) -> Step:
-    """Return the step that makes the target the rental's placement after its source was lost; it gets the newest
-    snapshot."""
-    taken = Write(
-        kind="placement",
-        id=target.id,
-        expect={"state": target.state, "standby": True},
-        change={"standby": False, "filled": ""},
-    )
+    """Return the step that makes the target the rental's placement after its source was lost.
+
+    The target then gets the newest snapshot.
+    """
+    taken = Step((write(target, {"standby": False, "filled": ""}, state=target.state, standby=True),))
     reason = f"being made on worker {target.worker_id}, to which it was migrating"
     if rental.state is RentalState.QUEUED:
         placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, target.worker_id, epoch=target.epoch)
-        return placed + Step((taken,))
-    expect = {"state": rental.state, "epoch": rental.epoch}
-    event = _event("rental.taken_over", reason, rental, target.worker_id, target.epoch)
-    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"epoch": target.epoch}), taken), (event,))
+        return placed + taken
+    event = rental_event("rental.taken_over", reason, rental, target.worker_id, epoch=target.epoch)
+    return Step((write_rental(rental, {"epoch": target.epoch}),), (event,)) + taken
 
 
 def target_problem(target: Placement, rental: Rental, worker: Worker | None, exiting: Collection[str]) -> str:
@@ -224,8 +213,7 @@ def precopied(rental: Rental, target: Placement, snapshot: str) -> Step | None:
     """Return the step that records the end of the precopy; None if the migration is over."""
     if rental.state is not RentalState.ACTIVE or not target.standby or target.state is not PlacementState.PREPARING:
         return None
-    expect = {"state": PlacementState.PREPARING, "standby": True}
-    return Step((Write(kind="placement", id=target.id, expect=expect, change={"filled": snapshot}),))
+    return Step((write(target, {"filled": snapshot}, state=PlacementState.PREPARING, standby=True),))
 
 
 def cut_over(
@@ -233,7 +221,7 @@ def cut_over(
 ) -> Step | None:
     """Return the step of the cutover: the epoch rises, and the source ends. Without a target the rental is parked.
 
-    None if another step came between: the migration is over then.
+    Return None if another step came between, which ended the migration.
     """
     phase = phase_of(rental, placement, as_target(target))
     due = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
@@ -242,38 +230,28 @@ def cut_over(
     check_phase(rental.id, phase, MigrationPhase.CUTOVER)
     where = f"to worker {target.worker_id}" if target else f"away from worker {placement.worker_id}, to wait"
     reason = f"moved {where} with all its files: snapshot {snapshot}"
-    quiesced = Step((Write(kind="placement", id=placement.id, expect={"held": source.move}, change={}),))
-    stopping = move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
+    quiesced = Step((write(placement, {}, held=source.move),))
+    ends = quiesced + move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
     if target is None:
+        parked = rental_event("rental.parked", reason, rental, placement.worker_id, epoch=placement.epoch)
         waiting = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)
-        parked = _event("rental.parked", reason, rental, placement.worker_id, placement.epoch)
-        return merge((quiesced, stopping, waiting, Step((), (parked,))))
-    expect = {"state": PlacementState.PREPARING, "standby": True}
-    taken = Write(kind="placement", id=target.id, expect=expect, change={"standby": False, "filled": snapshot})
+        return ends + waiting + Step((), (parked,))
+    moved = rental_event("rental.moved", reason, rental, target.worker_id, epoch=target.epoch)
+    change = {"standby": False, "filled": snapshot}
+    taken = Step((write(target, change, state=PlacementState.PREPARING, standby=True),), (moved,))
     risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, target.worker_id, epoch=target.epoch)
-    moved = _event("rental.moved", reason, rental, target.worker_id, target.epoch)
-    return merge((quiesced, stopping, risen, Step((taken,), (moved,))))
+    return ends + risen + taken
 
 
 def under_way(world: World, failed: Collection[str] = ()) -> Counter[Claim]:
-    """Return the planned moves that have begun, by the claim of each. `failed`: rentals whose last move has failed."""
+    """Return the number of planned migrations that have begun, by their claims.
+
+    `failed`: the rentals whose last migration has failed.
+    """
     moving = {p.rental_id for p in world.placements.values() if is_quiesced(p) or as_target(p)}
     return Counter(claim_of(world.rentals.get(rental_id), rental_id in failed) for rental_id in moving)
 
 
 def claim_of(rental: Rental | None, failed: bool) -> Claim:
-    """Return the claim of a rental to a place among planned moves."""
+    """Return the claim of a rental to a place among planned migrations."""
     return Claim(rental.owner if rental else "", failed)
-
-
-def _rental_write(rental: Rental, change: Mapping[str, object], **expect: object) -> Write:
-    """Return a write of the rental that is guarded by its activity, its epoch and `expect`."""
-    return Write(
-        kind="rental", id=rental.id, expect={"state": RentalState.ACTIVE, "epoch": rental.epoch} | expect, change=change
-    )
-
-
-def _event(kind: str, reason: str, rental: Rental, worker_id: str, epoch: int, actor: str = ACTOR) -> Event:
-    return Event(
-        kind=kind, actor=actor, reason=reason, owner=rental.owner, rental_id=rental.id, worker_id=worker_id, epoch=epoch
-    )

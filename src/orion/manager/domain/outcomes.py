@@ -9,11 +9,10 @@ from typing import Any
 
 from orion.manager.domain import migration, snapshots, start_commands
 from orion.manager.domain.expiry import end_of
-from orion.manager.domain.migration import ACTOR
 from orion.manager.domain.model import Placement, Rental
 from orion.manager.domain.reconcile import give_up
 from orion.manager.domain.states import MigrationPhase, PlacementState, RentalState
-from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
+from orion.manager.domain.steps import ACTOR, Event, Step, Write, move_placement, move_rental, rental_event, write
 from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
 from orion.manager.domain.world import World
 
@@ -123,10 +122,8 @@ def _explained(world: World, task: Task, placement: Placement | None, message: s
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None or not _is_awaited(task, placement, rental):
         return None
-    expect = {"state": rental.state, "epoch": rental.epoch}
-    return Step(
-        (Write(kind="rental", id=rental.id, expect=expect, change={"explanation": f"trying again: {message}"}),)
-    )
+    change = {"explanation": f"trying again: {message}"}
+    return Step((write(rental, change, state=rental.state, epoch=rental.epoch),))
 
 
 def _is_awaited(task: Task, placement: Placement, rental: Rental) -> bool:
@@ -150,21 +147,10 @@ def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | N
     task, report, wall = ended.task, ended.report, ended.wall
     started = _command_started(rental, placement, task, report)
     if placement.state is PlacementState.RUNNING:
-        expect = {"state": PlacementState.RUNNING}
-        changed = Event(
-            kind="rental.key_changed",
-            actor=ACTOR,
-            reason="its keys are in place",
-            owner=rental.owner,
-            rental_id=rental.id,
-            worker_id=task.worker_id,
-            epoch=rental.epoch,
-        )
+        changed = rental_event("rental.key_changed", "its keys are in place", rental, task.worker_id)
         events = (changed,) if placement.public_key != task.public_key else ()
-        keyed = Step(
-            (Write(kind="placement", id=placement.id, expect=expect, change={"public_key": task.public_key}),), events
-        )
-        return merge((keyed, started))
+        keyed = write(placement, {"public_key": task.public_key}, state=PlacementState.RUNNING)
+        return Step((keyed,), events) + started
     if placement.state is not PlacementState.PREPARING:
         return None
     running = move_placement(
@@ -172,17 +158,17 @@ def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | N
     )
     if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return running
-    running = merge((running, started))
-    first = rental.activated_at is None
     ends_at = end_of(rental.ttl_s, ended.counts_from)
-    change: dict[str, Any] = {"activated_at": wall, "expires_at": ends_at} if first else {}
+    change: dict[str, Any] = {}
+    if rental.activated_at is None:
+        change = {"activated_at": wall, "expires_at": ends_at}
     change |= {"restore_from": None} if rental.restore_from else {}
     change |= snapshots.activated(rental, placement.epoch, snapshots.began_with(report))
     reason = f"running on worker {placement.worker_id}{snapshots.lacking(report)}"
     filled = snapshots.filled(rental, placement.worker_id, report, wall)
     restored = Step((), (filled,) if filled else ())
     active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)
-    return merge((running, restored, active))
+    return running + started + restored + active
 
 
 def _command_started(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any]) -> Step:
@@ -191,9 +177,7 @@ def _command_started(rental: Rental, placement: Placement, task: Task, report: M
         return Step(())
     problem = str(report.get("start_problem", ""))[:MAX_PROBLEM_CHARS]
     event = start_commands.run_event(rental, placement, task.start_mark, problem)
-    return Step(
-        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.new_run(task.start_mark)),), (event,)
-    )
+    return Step((write(placement, start_commands.new_run(task.start_mark)),), (event,))
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
@@ -217,7 +201,7 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
     if placement.state is PlacementState.STOPPING:
         stopped = move_placement(placement, owner, PlacementState.STOPPED, ACTOR, "no process of it is left")
         after = replace(placement, state=PlacementState.STOPPED)
-        return merge((stopped, move_placement(after, owner, PlacementState.PURGED, ACTOR, reason, details)))
+        return stopped + move_placement(after, owner, PlacementState.PURGED, ACTOR, reason, details)
     if placement.state in {PlacementState.FAILED, PlacementState.LOST, PlacementState.STOPPED}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, reason, details)
     return None

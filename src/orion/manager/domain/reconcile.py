@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from orion.manager.domain import migration, snapshots, start_commands, tasks
 from orion.manager.domain.assignment import Assignments, wait_for_files, wait_for_worker
-from orion.manager.domain.migration import ACTOR
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.observations import Observations
 from orion.manager.domain.states import (
@@ -33,7 +32,7 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
-from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
+from orion.manager.domain.steps import ACTOR, Event, Step, move_placement, move_rental, write, write_rental
 from orion.manager.domain.tasks import Task
 from orion.manager.domain.world import Draft, World
 
@@ -81,12 +80,8 @@ def decide(loaded: World, observations: Observations) -> Decision:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
         commit(_finish_drain(world, worker))
-    quiesced = (
-        migration.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
-        for p in loaded.placements.values()
-        if p.held
-    )
-    thaws = (task for task in (tasks.thaw(world, source) for source in quiesced) if task)
+    quiesced = (migration.Source.of(p) for p in loaded.placements.values() if p.held)
+    thaws = (task for source in quiesced if (task := tasks.thaw(world, source)))
     return Decision(tuple(steps), (*tasks.wanted(world, observations), *thaws))
 
 
@@ -97,11 +92,7 @@ def _settle_placement(world: World, placement: Placement, observations: Observat
     if worker is None or worker.health is Health.DOWN:
         return _settle_without_worker(worker, placement, rental, observations)
     case = PlacementCase(placement=placement, worker=worker, rental=rental, observations=observations)
-    for rule in PLACEMENT_RULES[placement.state]:
-        step = rule(case)
-        if step is not None:
-            return step
-    return None
+    return next((step for rule in PLACEMENT_RULES[placement.state] if (step := rule(case))), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +163,7 @@ def _missing(case: PlacementCase) -> Step | None:
     rental = case.rental
     if rental is None or rental.state is not RentalState.ACTIVE:
         return lost
-    return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, case.placement.worker_id)))
+    return lost + move_rental(rental, RentalState.MIGRATING, ACTOR, reason, case.placement.worker_id)
 
 
 def _command_ended(case: PlacementCase) -> Step | None:
@@ -188,7 +179,7 @@ def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
         return None
     reason = "its clean-up passed its deadline"
     failed = move_placement(case.placement, case.owner, PlacementState.FAILED, ACTOR, reason)
-    return merge((failed, _fault_after_clean_up(case.worker, case.placement)))
+    return failed + _fault_after_clean_up(case.worker, case.placement)
 
 
 def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
@@ -239,23 +230,22 @@ def _lose(
     )
     if worker is not None:
         # A worker that is not down any more may have been ordered to run the placement, which is not lost then.
-        lost = merge((Step((Write(kind="worker", id=worker.id, expect={"health": Health.DOWN}, change={}),)), lost))
+        lost = Step((write(worker, {}, health=Health.DOWN),)) + lost
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
     change, events = start_commands.after_loss(rental, placement, observations.wall)
-    explained = Step((), events)
+    worker_id = placement.worker_id
     if rental.state is RentalState.ACTIVE:
-        reason = f"worker {placement.worker_id} is down: moving to another one"
-        moved = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id, **change)
-        return merge((lost, moved, explained))
-    if rental.state is RentalState.PROVISIONING:
-        reason = f"worker {placement.worker_id} went down while it was being made there"
-        moved = move_rental(rental, RentalState.QUEUED, ACTOR, reason, placement.worker_id, **change)
-        return merge((lost, moved, explained))
-    if rental.state is RentalState.MIGRATING and change:
-        here = {"state": rental.state, "epoch": rental.epoch}
-        return merge((lost, Step((Write(kind="rental", id=rental.id, expect=here, change=change),), events)))
-    return lost
+        reason = f"worker {worker_id} is down: moving to another one"
+        lost += move_rental(rental, RentalState.MIGRATING, ACTOR, reason, worker_id, **change)
+    elif rental.state is RentalState.PROVISIONING:
+        reason = f"worker {worker_id} went down while it was being made there"
+        lost += move_rental(rental, RentalState.QUEUED, ACTOR, reason, worker_id, **change)
+    elif rental.state is RentalState.MIGRATING and change:
+        lost += Step((write_rental(rental, change),))
+    else:
+        return lost
+    return lost + Step((), events)
 
 
 def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
@@ -263,29 +253,14 @@ def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
     failed = move_placement(placement, rental.owner if rental else None, PlacementState.FAILED, ACTOR, reason)
     if rental is None or rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return failed
-    queued = move_rental(
-        rental,
-        RentalState.QUEUED,
-        ACTOR,
-        f"worker {placement.worker_id}: {reason}",
-        placement.worker_id,
-        failures=rental.failures + 1,
-    )
-    return merge((failed, queued))
+    where, failures = placement.worker_id, rental.failures + 1
+    explanation = f"worker {where}: {reason}"
+    return failed + move_rental(rental, RentalState.QUEUED, ACTOR, explanation, where, failures=failures)
 
 
 def _fault_after_clean_up(worker: Worker, placement: Placement) -> Step:
     reason = f"rental {placement.rental_id} could not be cleaned up"
-    event = Event(
-        kind="worker.cleanup_failed",
-        actor=ACTOR,
-        reason=reason,
-        owner=None,
-        rental_id=placement.rental_id,
-        worker_id=worker.id,
-        epoch=placement.epoch,
-    )
-    return _set_fault(worker, reason, event)
+    return _set_fault(worker, reason, "worker.cleanup_failed", reason, placement)
 
 
 def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | None:
@@ -302,24 +277,19 @@ def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | 
             f"{HOLDS_UNKNOWN} ({names}): restore a backup that knows them, "
             f"or end them for good: orion resume --give-up {worker.id}"
         )
-        return _set_fault(
-            worker, fault, Event(kind="worker.holds_unknown", actor=ACTOR, reason=fault, worker_id=worker.id)
-        )
+        return _set_fault(worker, fault, "worker.holds_unknown", fault)
     if not found and worker.fault.startswith(HOLDS_UNKNOWN):
         gone = "what the database has never placed is not there any more"
-        return _set_fault(
-            worker, "", Event(kind="worker.holds_nothing_unknown", actor=ACTOR, reason=gone, worker_id=worker.id)
-        )
+        return _set_fault(worker, "", "worker.holds_nothing_unknown", gone)
     return None
 
 
-def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
+def _set_fault(worker: Worker, fault: str, kind: str, reason: str, placement: Placement | None = None) -> Step:
     """Return the step that sets the fault of a worker; the worker must be verified again before it is ready."""
-    expect = {"session_id": worker.session_id, "fault": worker.fault}
-    return Step(
-        (Write(kind="worker", id=worker.id, expect=expect, change={"fault": fault, "verified_session": None}),),
-        (event,),
-    )
+    rental_id, epoch = (placement.rental_id, placement.epoch) if placement else (None, None)
+    event = Event(kind=kind, actor=ACTOR, reason=reason, rental_id=rental_id, worker_id=worker.id, epoch=epoch)
+    change = {"fault": fault, "verified_session": None}
+    return Step((write(worker, change, session_id=worker.session_id, fault=worker.fault),), (event,))
 
 
 def _by_priority(world: World) -> list[Rental]:
@@ -416,11 +386,8 @@ def _settle_migration(
         observations=observations,
         assignments=assignments,
     )
-    for rule in MIGRATION_RULES[migration.phase_of(rental, placement, target)]:
-        step = rule(case)
-        if step is not None:
-            return step
-    return None
+    rules = MIGRATION_RULES[migration.phase_of(rental, placement, target)]
+    return next((step for rule in rules if (step := rule(case))), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,7 +488,4 @@ def _finish_drain(world: Draft, worker: Worker) -> Step | None:
     if worker.intent is not Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
         return None
     event = Event(kind="worker.drained", actor=ACTOR, reason="it holds no rental any more", worker_id=worker.id)
-    return Step(
-        (Write(kind="worker", id=worker.id, expect={"intent": Intent.DRAINING}, change={"intent": Intent.DRAINED}),),
-        (event,),
-    )
+    return Step((write(worker, {"intent": Intent.DRAINED}, intent=Intent.DRAINING),), (event,))

@@ -20,7 +20,7 @@ from typing import Any
 
 from orion.manager.domain.model import Origin, Placement, Rental
 from orion.manager.domain.states import ENDED, PlacementState, RentalState
-from orion.manager.domain.steps import Event, Step, Write, move_placement, move_rental
+from orion.manager.domain.steps import Event, Step, move_placement, move_rental, rental_event, write, write_rental
 
 NEWEST_KEPT = 3
 RECOVERED_KEPT = 2
@@ -274,7 +274,7 @@ def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str 
     events = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
     if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
         events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
-    return Step(_still_running(rental, placement, change, held=placement.held), tuple(events))
+    return _while_it_runs(rental, placement, change, *events, held=placement.held)
 
 
 def _joined(*warnings: str) -> str:
@@ -298,7 +298,7 @@ def slowed(rental: Rental, placement: Placement, problem: str, slower: str) -> S
     reason = f"{problem}. The snapshot is tried again at growing intervals, until less changes at once"
     event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
     full = rental.home_warning.partition(SLOWER)[0].removesuffix("; ")
-    return Step(_still_running(rental, placement, {"home_warning": _joined(full, slower)}), (event,))
+    return _while_it_runs(rental, placement, {"home_warning": _joined(full, slower)}, event)
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
@@ -307,14 +307,14 @@ def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool 
         return None
     kind = "rental.over_limit" if over_limit else "rental.copy_failed"
     event = _event(kind, problem, rental, placement.worker_id)
-    return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
+    return _while_it_runs(rental, placement, {"copy_problem": problem}, event)
 
 
 def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
     """Return the step that records a thaw of a rental whose home holds more than its limit."""
     problem = "it was thawed to make room, and is frozen again unless it does within ten minutes"
-    event = _event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
-    return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
+    event = rental_event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
+    return _while_it_runs(rental, placement, {"copy_problem": problem}, event)
 
 
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
@@ -354,46 +354,34 @@ def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Itera
     else:
         reason = f"{had}: they are kept as snapshot {name}; to restore them: {restore}"
     change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if is_restored else {}
-    writes = (
-        _recovery_ends(placement),
-        Write(
-            kind="rental",
-            id=rental.id,
-            expect={"let_in_epoch": rental.let_in_epoch, "state": rental.state},
-            change=change,
-        ),
-    )
-    return Step(writes, (_event("rental.salvaged", reason, rental, worker_id, copy),))
+    known = write(rental, change, let_in_epoch=rental.let_in_epoch, state=rental.state)
+    event = _event("rental.salvaged", reason, rental, worker_id, copy)
+    return _recovery_ends(placement) + Step((known,), (event,))
 
 
 def not_recovered(rental: Rental, placement: Placement, why: str) -> Step:
     """Return the step that gives up the files of a lost placement. `why` empty: its worker had none that are new."""
     if not why:
-        return Step((_recovery_ends(placement),))
+        return _recovery_ends(placement)
     reason = (
         f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}, and they could not be "
         f"recovered before they were purged: {why}. What was written there after the last snapshot of that epoch is "
         "lost"
     )
-    return Step((_recovery_ends(placement),), (_event("rental.salvage_failed", reason, rental, placement.worker_id),))
+    event = _event("rental.salvage_failed", reason, rental, placement.worker_id)
+    return _recovery_ends(placement) + Step((), (event,))
 
 
-def _recovery_ends(placement: Placement) -> Write:
-    return Write(
-        kind="placement",
-        id=placement.id,
-        expect={"state": PlacementState.LOST, "salvaged": False},
-        change={"salvaged": True},
-    )
+def _recovery_ends(placement: Placement) -> Step:
+    return Step((write(placement, {"salvaged": True}, state=PlacementState.LOST, salvaged=False),))
 
 
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
     """Return the step that requests a restore from `source`, a snapshot's name or EMPTY; `running` is stopped first."""
     what = "without its files" if source == EMPTY else f"with snapshot {source}"
     if running is None:
-        expect = {"state": rental.state, "epoch": rental.epoch}
-        event = _event("rental.restore_asked", f"it is to begin {what}", rental, None, actor=actor)
-        return Step((Write(kind="rental", id=rental.id, expect=expect, change={"restore_from": source}),), (event,))
+        event = rental_event("rental.restore_asked", f"it is to begin {what}", rental, actor=actor)
+        return Step((write_rental(rental, {"restore_from": source}),), (event,))
     reason = f"it is stopped, to begin again {what}"
     stopping = move_placement(running, rental.owner, PlacementState.STOPPING, actor, reason)
     return stopping + move_rental(rental, RentalState.MIGRATING, actor, reason, running.worker_id, restore_from=source)
@@ -434,39 +422,22 @@ def _first(skipped: Sequence[str]) -> str:
     return ", ".join(skipped[:NAMES_SHOWN])
 
 
-def _still_running(
-    rental: Rental, placement: Placement, change: Mapping[str, Any], **expect: object
-) -> tuple[Write, ...]:
-    """Return the write of `change` with guards: the placement of the snapshot is still the one that runs."""
-    return (
-        Write(
-            kind="placement",
-            id=placement.id,
-            expect={"state": PlacementState.RUNNING, "epoch": placement.epoch} | expect,
-            change={},
-        ),
-        Write(kind="rental", id=rental.id, expect={"state": RentalState.ACTIVE, "epoch": rental.epoch}, change=change),
-    )
+def _while_it_runs(
+    rental: Rental, placement: Placement, change: Mapping[str, Any], *events: Event, **expect: object
+) -> Step:
+    """Return the step that changes a rental only if the placement of the snapshot is still the one that runs."""
+    runs = write(placement, {}, state=PlacementState.RUNNING, epoch=placement.epoch, **expect)
+    return Step((runs, write_rental(rental, change, state=RentalState.ACTIVE)), events)
 
 
 def _event(
     kind: str,
     reason: str,
     rental: Rental,
-    worker_id: str | None,
-    copy: Snapshot | None = None,
+    worker_id: str,
+    snapshot: Snapshot | None = None,
     details: Mapping[str, Any] | None = None,
-    actor: str = ACTOR,
 ) -> Event:
-    if copy is not None:
-        details = {"generation": str(copy.generation), "bytes": copy.bytes, "files": copy.files}
-    return Event(
-        kind=kind,
-        actor=actor,
-        reason=reason,
-        owner=rental.owner,
-        rental_id=rental.id,
-        worker_id=worker_id,
-        epoch=rental.epoch,
-        details=details or {},
-    )
+    if snapshot is not None:
+        details = {"generation": str(snapshot.generation), "bytes": snapshot.bytes, "files": snapshot.files}
+    return rental_event(kind, reason, rental, worker_id, actor=ACTOR, details=details)

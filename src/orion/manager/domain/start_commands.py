@@ -16,9 +16,8 @@ from typing import Any
 
 from orion.manager.domain.model import CommandEnd, Placement, Rental, Worker
 from orion.manager.domain.states import PlacementState
-from orion.manager.domain.steps import Event, Step, Write
+from orion.manager.domain.steps import Event, Step, rental_event, write, write_rental
 
-ACTOR = "reconciler"
 TAKEOVERS = 3
 TAKEOVERS_WITHIN_S = 600.0
 MAY_HAVE_RUN = frozenset({PlacementState.PREPARING, PlacementState.RUNNING})
@@ -51,7 +50,8 @@ def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mappi
         f"its start command is not run any more: {TAKEOVERS} times within {TAKEOVERS_WITHIN_S / 60:.0f} minutes it "
         f"lost the worker that it ran on. To run it again: orion start {rental.name}"
     )
-    return change | {"start_problem": problem}, (_event("rental.start_stopped", ACTOR, problem, rental, placement),)
+    event = rental_event("rental.start_stopped", problem, rental, placement.worker_id, epoch=placement.epoch)
+    return change | {"start_problem": problem}, (event,)
 
 
 def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float) -> Step | None:
@@ -63,12 +63,8 @@ def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float)
     change, events = after_loss(rental, placement, wall)
     if not change:
         return None
-    here = {"state": placement.state, "started": placement.started}
-    writes = (
-        Write(kind="placement", id=placement.id, expect=here, change=new_run("")),
-        Write(kind="rental", id=rental.id, expect={"state": rental.state, "epoch": rental.epoch}, change=change),
-    )
-    return Step(writes, events)
+    restart = write(placement, new_run(""), state=placement.state, started=placement.started)
+    return Step((restart, write_rental(rental, change)), events)
 
 
 def new_run(mark: str) -> dict[str, Any]:
@@ -84,13 +80,12 @@ def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> S
     end = next((end for end in ends if (end.rental_id, end.epoch, end.run) == this), None)
     if end is None:
         return None
-    expect = {"state": placement.state, "started": placement.started, "start_end": ""}
-    write = Write(
-        kind="placement", id=placement.id, expect=expect, change={"start_end": end.how, "start_ended_at": end.at}
-    )
+    change = {"start_end": end.how, "start_ended_at": end.at}
     reason = f"its start command {in_words(end.how)}: orion logs shows what it said"
-    run = {"run": end.run.partition("@")[0], "how": end.how}
-    return Step((write,), (_event("rental.start_ended", ACTOR, reason, rental, placement, run),))
+    details = {"run": end.run.partition("@")[0], "how": end.how}
+    where, epoch = placement.worker_id, placement.epoch
+    event = rental_event("rental.start_ended", reason, rental, where, epoch=epoch, details=details)
+    return Step((write(placement, change, state=placement.state, started=placement.started, start_end=""),), (event,))
 
 
 def in_words(how: str) -> str:
@@ -102,34 +97,12 @@ def run_event(rental: Rental, placement: Placement, mark: str, problem: str) -> 
     """Return the event of a run. `problem`: the worker's reason why it could not be run; empty if it was."""
     kind = "rental.start_failed" if problem else "rental.started"
     reason = problem or "its start command is run: orion logs shows what it says"
-    return _event(kind, ACTOR, reason, rental, placement, {"run": mark.partition("@")[0]})
+    details = {"run": mark.partition("@")[0]}
+    return rental_event(kind, reason, rental, placement.worker_id, epoch=placement.epoch, details=details)
 
 
 def ask_to_start(rental: Rental, actor: str) -> Step:
     """Return the step of an owner's request: the command is run again here, or on the next worker."""
     change = {"start_run": rental.start_run + 1, "start_problem": "", "takeovers": ()}
-    event = Event(
-        kind="rental.start_asked",
-        actor=actor,
-        reason="asked for",
-        owner=rental.owner,
-        rental_id=rental.id,
-        epoch=rental.epoch,
-    )
-    return Step((Write(kind="rental", id=rental.id, expect={"start_run": rental.start_run}, change=change),), (event,))
-
-
-def _event(
-    kind: str, actor: str, reason: str, rental: Rental, placement: Placement, details: Mapping[str, Any] | None = None
-) -> Event:
-    owner, where = rental.owner, placement.worker_id
-    return Event(
-        kind=kind,
-        actor=actor,
-        reason=reason,
-        owner=owner,
-        rental_id=rental.id,
-        worker_id=where,
-        epoch=placement.epoch,
-        details=details or {},
-    )
+    event = rental_event("rental.start_asked", "asked for", rental, actor=actor)
+    return Step((write(rental, change, start_run=rental.start_run),), (event,))

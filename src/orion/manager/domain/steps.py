@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import Health, PlacementState, RentalState, check_transition
 
+ACTOR = "reconciler"
+"""The actor of most events about rentals and placements."""
 Kind = Literal["worker", "rental", "placement"]
+KINDS: Mapping[type, Kind] = {Worker: "worker", Rental: "rental", Placement: "placement"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +27,8 @@ class Event:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-READ: Mapping[Kind, frozenset[str]] = {
-    "worker": frozenset(f.name for f in fields(Worker)),
-    "rental": frozenset(f.name for f in fields(Rental)),
-    "placement": frozenset(f.name for f in fields(Placement)),
-}
+READ: Mapping[Kind, frozenset[str]] = {kind: frozenset(f.name for f in fields(row)) for row, kind in KINDS.items()}
 """The fields of each kind of row that a decision reads."""
-
-
 WRITTEN: Mapping[Kind, frozenset[str]] = {
     "worker": READ["worker"] - {"id"},
     "rental": READ["rental"] - {"id"} | {"last_safe_copy_bytes"},
@@ -46,9 +43,9 @@ class UnknownField(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """Change a row that is still as expected: `expect` and `change` map field to value. No change: only a guard.
+    """A change of a row that is still as expected: `expect` and `change` map field to value. No change: only a guard.
 
-    Raises UnknownField at once when it names another field than the row has, whichever store it is meant for.
+    Its constructor raises UnknownField for a field that the row does not have.
     """
 
     kind: Kind
@@ -76,6 +73,39 @@ class Step:
         return Step(self.writes + other.writes, self.events + other.events, self.placement or other.placement)
 
 
+def write(row: Worker | Rental | Placement, change: Mapping[str, Any], /, **expect: Any) -> Write:
+    """Return the write of `change` to a row whose fields are still as in `expect`."""
+    return Write(kind=KINDS[type(row)], id=row.id, expect=expect, change=change)
+
+
+def write_rental(rental: Rental, change: Mapping[str, Any], /, **expect: Any) -> Write:
+    """Return the write of `change` to a rental whose state, epoch and fields in `expect` are still the same."""
+    return write(rental, change, **{"state": rental.state, "epoch": rental.epoch} | expect)
+
+
+def rental_event(
+    kind: str,
+    reason: str,
+    rental: Rental,
+    worker_id: str | None = None,
+    *,
+    epoch: int | None = None,
+    actor: str = ACTOR,
+    details: Mapping[str, Any] | None = None,
+) -> Event:
+    """Return an event about a rental; without `epoch` it has the epoch of the rental."""
+    return Event(
+        kind=kind,
+        actor=actor,
+        reason=reason,
+        owner=rental.owner,
+        rental_id=rental.id,
+        worker_id=worker_id,
+        epoch=rental.epoch if epoch is None else epoch,
+        details=details or {},
+    )
+
+
 _RENTAL_EVENTS = {
     RentalState.QUEUED: "rental.queued",
     RentalState.PROVISIONING: "rental.placed",
@@ -91,25 +121,13 @@ _RENTAL_EVENTS = {
 def move_rental(
     rental: Rental, to: RentalState, actor: str, reason: str, worker_id: str | None = None, **change: Any
 ) -> Step:
-    """Return the step that changes a rental's state; `reason` becomes its explanation. Steps of states come from here
-    alone. Raise ForbiddenTransition if the table does not have it."""
+    """Return the step that changes a rental's state; `reason` becomes its explanation.
+
+    No other function returns such a step. Raise ForbiddenTransition if the table does not have the transition.
+    """
     check_transition("rental", rental.id, rental.state, to)
-    event = Event(
-        kind=_RENTAL_EVENTS[to],
-        actor=actor,
-        reason=reason,
-        owner=rental.owner,
-        rental_id=rental.id,
-        worker_id=worker_id,
-        epoch=change.get("epoch", rental.epoch),
-    )
-    write = Write(
-        kind="rental",
-        id=rental.id,
-        expect={"state": rental.state, "epoch": rental.epoch},
-        change={"state": to, "explanation": reason} | change,
-    )
-    return Step((write,), (event,))
+    event = rental_event(_RENTAL_EVENTS[to], reason, rental, worker_id, epoch=change.get("epoch"), actor=actor)
+    return Step((write_rental(rental, {"state": to, "explanation": reason} | change),), (event,))
 
 
 def move_placement(
@@ -121,7 +139,7 @@ def move_placement(
     details: Mapping[str, Any] | None = None,
     **change: Any,
 ) -> Step:
-    """Return the step that changes a placement's state. Raise ForbiddenTransition if the table does not have it."""
+    """Return the step that changes a placement's state. Raise ForbiddenTransition if the table does not have that."""
     check_transition("placement", placement.id, placement.state, to)
     event = Event(
         kind=f"placement.{to}",
@@ -133,27 +151,17 @@ def move_placement(
         epoch=placement.epoch,
         details=details or {},
     )
-    return Step(
-        (Write(kind="placement", id=placement.id, expect={"state": placement.state}, change={"state": to} | change),),
-        (event,),
-    )
+    return Step((write(placement, {"state": to} | change, state=placement.state),), (event,))
 
 
 def move_worker(worker: Worker, to: Health, reason: str) -> Step:
-    """Return the step that changes a worker's health, for the health controller alone. Raise ForbiddenTransition if the
-    table does not have it."""
+    """Return the step that changes a worker's health, for the health controller alone.
+
+    Raise ForbiddenTransition if the table does not have the transition.
+    """
     check_transition("worker", worker.id, worker.health, to)
     event = Event(kind=f"worker.became_{to}", actor="health", reason=reason, worker_id=worker.id)
-    expect = {"health": worker.health, "session_id": worker.session_id}
     change = {"health": to, "explanation": "" if to is Health.READY else reason}
     if to is Health.QUARANTINED:
         change["fault"] = worker.fault or reason
-    return Step((Write(kind="worker", id=worker.id, expect=expect, change=change),), (event,))
-
-
-def merge(steps: Iterable[Step]) -> Step:
-    """Return one step with all writes and events of several."""
-    whole = Step(())
-    for step in steps:
-        whole = whole + step
-    return whole
+    return Step((write(worker, change, health=worker.health, session_id=worker.session_id),), (event,))

@@ -6,7 +6,7 @@ A task may be repeated at any time, with the same result on its worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -94,7 +94,7 @@ def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
     for placement in world.placements.values():
         task = _task_of(world, placement, observations)
         if task is not None:
-            yield replace(task, owner=world.rentals[placement.rental_id].owner)
+            yield task
     for worker in world.workers.values():
         yield from _tasks_of_worker(world, worker, observations)
 
@@ -110,16 +110,7 @@ def thaw(world: World, source: migration.Source) -> Task | None:
         return None
     if placement.held or placement.state is not PlacementState.RUNNING:
         return None
-    item = Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=placement.epoch)
-    return Task(
-        kind=TaskKind.THAW,
-        worker_id=worker.id,
-        session_id=worker.session_id,
-        item=item,
-        placement_id=placement.id,
-        source=source,
-        owner=rental.owner,
-    )
+    return _task(TaskKind.THAW, placement, worker, rental, source=source)
 
 
 def _task_of(world: World, placement: Placement, observations: Observations) -> Task | None:
@@ -128,10 +119,20 @@ def _task_of(world: World, placement: Placement, observations: Observations) -> 
     if worker is None or worker.health is Health.DOWN or rental is None:
         return None
     case = TaskCase(world=world, placement=placement, worker=worker, rental=rental, observations=observations)
-    for applies, task in TASK_RULES:
-        if applies(case):
-            return task(case)
-    return None
+    return next((task(case) for applies, task in TASK_RULES if applies(case)), None)
+
+
+def _task(kind: TaskKind, placement: Placement, worker: Worker, rental: Rental, **more: Any) -> Task:
+    item = Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=placement.epoch)
+    return Task(
+        kind=kind,
+        worker_id=worker.id,
+        session_id=worker.session_id,
+        item=item,
+        placement_id=placement.id,
+        owner=rental.owner,
+        **more,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +146,7 @@ class TaskCase:
     observations: Observations
 
     def task(self, kind: TaskKind, **more: Any) -> Task:
-        rental, worker = self.rental, self.worker
-        item = Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=self.placement.epoch)
-        return Task(
-            kind=kind,
-            worker_id=worker.id,
-            session_id=worker.session_id,
-            item=item,
-            placement_id=self.placement.id,
-            **more,
-        )
+        return _task(kind, self.placement, self.worker, self.rental, **more)
 
 
 def _is_target(case: TaskCase) -> bool:
@@ -207,8 +199,8 @@ def _fill_target(case: TaskCase) -> Task | None:
     kind = FILLING.get(migration.phase_of(case.rental, source, case.placement))
     if kind is None:
         return None
-    of = migration.Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
-    return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=of)
+    source_of = migration.Source.of(source)
+    return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=source_of)
 
 
 def _park(case: TaskCase) -> Task | None:
@@ -218,12 +210,7 @@ def _park(case: TaskCase) -> Task | None:
     ends = case.worker.id in case.observations.evacuating and migration.can_migrate(rental, placement)
     if phase is not MigrationPhase.PARK or not ends:
         return None
-    return case.task(
-        TaskKind.PARK,
-        source=migration.Source(
-            placement_id=placement.id, worker_id=case.worker.id, epoch=placement.epoch, move=placement.held
-        ),
-    )
+    return case.task(TaskKind.PARK, source=migration.Source.of(placement))
 
 
 def _create(case: TaskCase) -> Task:
