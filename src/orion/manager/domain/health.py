@@ -26,11 +26,10 @@ FORGOTTEN_AT_ONCE = 100
 
 @dataclass(frozen=True)
 class LivenessReport:
-    """The findings of a worker's liveness connection about its current session; see ssh/liveness.py."""
+    """The state of a worker's liveness connection in its current session; see ssh/liveness.py."""
 
     closed_at: float | None = None
-    """Monotonic seconds at which the worker's kernel closed it; None: it is open, or was lost in a way that proves
-    nothing."""
+    """Monotonic seconds at which the worker's kernel closed the connection; None: it is open, or lost without proof."""
     proof: str = ""
     """The proof of death that was found since then; empty: none."""
 
@@ -55,42 +54,41 @@ class Evidence:
         return self.lease is not None and self.lease.exiting_at is not None
 
     @property
+    def received_at(self) -> float | None:
+        """The time of the worker's last heartbeat or registration; None: none came since this manager started."""
+        return self.lease.received_at if self.lease else None
+
+    @property
     def closed(self) -> bool:
         """Whether the liveness connection was closed, no heartbeat came since, and no last heartbeat announced that."""
-        received_at, closed_at = self.lease.received_at if self.lease else None, self.liveness.closed_at
+        received_at, closed_at = self.received_at, self.liveness.closed_at
         heard = received_at is not None and closed_at is not None and received_at > closed_at
         return closed_at is not None and not heard and not self.exiting
 
     @property
     def unheard_s(self) -> float:
-        """Seconds since its last heartbeat to this manager."""
-        heard = self.lease.received_at if self.lease else None
-        return self.now - (self.brake.disturbed_at if heard is None else heard)
+        """Seconds since the worker's last heartbeat to this manager."""
+        return self.now - (self.brake.disturbed_at if self.received_at is None else self.received_at)
 
     @property
     def silence_s(self) -> float:
-        """Seconds of silence that count against it: a disturbance of the proxy or the manager starts them again."""
+        """Seconds of silence that count against the worker; each disturbance of the brake starts them again."""
         return min(self.unheard_s, self.now - self.brake.disturbed_at)
 
     @property
     def heard(self) -> bool:
         """Whether this manager had a heartbeat of the current session within `suspect_after_s`."""
-        lease = self.lease
-        return (
-            lease is not None
-            and lease.session_id == self.worker.session_id
-            and lease.received_at is not None
-            and self.now - lease.received_at <= self.clocks.suspect_after_s
-        )
+        current = self.lease is not None and self.lease.session_id == self.worker.session_id
+        return current and self.received_at is not None and self.now - self.received_at <= self.clocks.suspect_after_s
 
     @property
     def grace_s(self) -> float:
         """Seconds of silence after which the worker is down, by the lease that it may have.
 
         They are doubled if there was no heartbeat since this manager started, but not if another worker has the same
-        address now: then no heartbeat will come. That worker may live on without a network, so its lease must pass.
+        address now: then no heartbeat will come. The worker may run on without a network, so its lease must pass.
         """
-        known = self.lease is not None and (self.lease.received_at is not None or bool(self.lease.displaced_by))
+        known = self.received_at is not None or (self.lease is not None and bool(self.lease.displaced_by))
         longer = self.lease.lease_s / self.clocks.freeze_after_s if self.lease else 0.0
         return self.clocks.takeover_after_s * max(1.0, longer) * (1 if known else 2)
 
@@ -114,8 +112,8 @@ class Verdict:
         """
         if of.health is Health.READY:
             return self.to in {Health.SUSPECT, Health.JOINING, Health.DOWN} and self.reason != LIVENESS_ENDED
-        watch_closed = of.health is Health.SUSPECT and of.explanation == LIVENESS_ENDED
-        return watch_closed and self.to in {Health.JOINING, Health.DOWN}
+        was_closed = of.health is Health.SUSPECT and of.explanation == LIVENESS_ENDED
+        return was_closed and self.to in {Health.JOINING, Health.DOWN}
 
 
 Rule = Callable[[Evidence], Verdict | None]
@@ -124,7 +122,7 @@ Rule = Callable[[Evidence], Verdict | None]
 def deadlines(evidence: Evidence) -> tuple[float, ...]:
     """Return the times at which time alone may change the verdict; some may have passed while the brake is on.
 
-    All other inputs of a verdict cause a hint: a commit, a heartbeat, a last heartbeat, the end of the brake.
+    Each change of another input wakes the health controller: a commit, a heartbeat, the end of the brake.
     """
     health, since = evidence.worker.health, evidence.now - evidence.joining_s
     if health is Health.DOWN:
@@ -152,22 +150,16 @@ def _exited(e: Evidence) -> Verdict | None:
 
 def _proved_dead(e: Evidence) -> Verdict | None:
     # The brake does not matter: a proof is not silence.
-    if not e.liveness.proof or not e.closed:
-        return None
-    return Verdict(Health.DOWN, e.liveness.proof)
+    return Verdict(Health.DOWN, e.liveness.proof) if e.liveness.proof and e.closed else None
 
 
 def _declared_gone(e: Evidence) -> Verdict | None:
     # The brake does not matter: the operator's word is not silence. A later heartbeat voids that word (leases.py).
-    if e.lease is None or not e.lease.gone:
-        return None
-    return Verdict(Health.DOWN, DECLARED_GONE)
+    return Verdict(Health.DOWN, DECLARED_GONE) if e.lease and e.lease.gone else None
 
 
 def _liveness_ended(e: Evidence) -> Verdict | None:
-    if not e.closed:
-        return None
-    return Verdict(Health.SUSPECT, LIVENESS_ENDED)
+    return Verdict(Health.SUSPECT, LIVENESS_ENDED) if e.closed else None
 
 
 def _lease_passed(e: Evidence) -> Verdict | None:
@@ -177,16 +169,14 @@ def _lease_passed(e: Evidence) -> Verdict | None:
 
 
 def _silent(e: Evidence) -> Verdict | None:
-    # There is no grace: a suspect worker only gets no new rentals.
+    # There is no grace, because a suspect worker only gets no new rentals.
     if e.unheard_s <= e.clocks.suspect_after_s:
         return None
     return Verdict(Health.SUSPECT, f"no heartbeat for {e.unheard_s:.0f} s")
 
 
 def _unverified(e: Evidence) -> Verdict | None:
-    if not e.heard or e.verified:
-        return None
-    return Verdict(Health.JOINING, "it registered: not checked yet")
+    return Verdict(Health.JOINING, "it registered: not checked yet") if e.heard and not e.verified else None
 
 
 def _verified(e: Evidence) -> Verdict | None:
@@ -200,15 +190,13 @@ def _at_fault(e: Evidence) -> Verdict | None:
 
 
 def _flapping(e: Evidence) -> Verdict | None:
-    if e.losses < MAX_FLAPS:
-        return None
-    return _quarantine(e, f"it was lost {e.losses} times within {e.clocks.flap_window_s:.0f} s")
+    why = f"it was lost {e.losses} times within {e.clocks.flap_window_s:.0f} s"
+    return _quarantine(e, why) if e.losses >= MAX_FLAPS else None
 
 
 def _never_clean(e: Evidence) -> Verdict | None:
-    if e.joining_s <= JOIN_DEADLINE_S:
-        return None
-    return _quarantine(e, e.worker.explanation or "it could not be reached by SSH")
+    why = e.worker.explanation or "it could not be reached by SSH"
+    return _quarantine(e, why) if e.joining_s > JOIN_DEADLINE_S else None
 
 
 def _quarantine(e: Evidence, why: str) -> Verdict:
@@ -227,21 +215,13 @@ def _manager_was_away(e: Evidence) -> Verdict | None:
     return Verdict(Health.UNKNOWN, "the manager was away: waiting for its heartbeat")
 
 
+GONE: tuple[Rule, ...] = (_exited, _declared_gone, _proved_dead)
+"""The rules by which a worker is down, whatever its lease says."""
 RULES: dict[Health, tuple[Rule, ...]] = {
-    Health.JOINING: (
-        _exited,
-        _declared_gone,
-        _proved_dead,
-        _lease_passed,
-        _silent,
-        _at_fault,
-        _flapping,
-        _verified,
-        _never_clean,
-    ),
-    Health.READY: (_exited, _declared_gone, _proved_dead, _manager_was_away, _unverified, _liveness_ended, _silent),
-    Health.SUSPECT: (_exited, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
-    Health.UNKNOWN: (_exited, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.JOINING: (*GONE, _lease_passed, _silent, _at_fault, _flapping, _verified, _never_clean),
+    Health.READY: (*GONE, _manager_was_away, _unverified, _liveness_ended, _silent),
+    Health.SUSPECT: (*GONE, _lease_passed, _unverified, _verified),
+    Health.UNKNOWN: (*GONE, _lease_passed, _unverified, _verified),
     Health.DOWN: (_unverified,),
-    Health.QUARANTINED: (_exited, _declared_gone, _proved_dead, _lease_passed, _resumed),
+    Health.QUARANTINED: (*GONE, _lease_passed, _resumed),
 }

@@ -24,8 +24,6 @@ MAX_NAMES = 256
 CURRENT = frozenset({PlacementState.PREPARING, PlacementState.RUNNING})
 NAMED = frozenset({RentalState.PROVISIONING, RentalState.ACTIVE, RentalState.MIGRATING})
 """States of rentals that a certificate may name, if their placement of the current epoch is CURRENT."""
-USER_LIFETIME_S = 3600
-"""The longest lifetime of a renter's certificate in seconds."""
 
 
 class NothingToSign(ValueError):

@@ -1,9 +1,8 @@
 """The leases of workers: the heartbeat's route renews them, the health controller judges and revokes them.
 
 Times are monotonic seconds of the manager, given by the caller. Leases are in the manager's memory; sessions are in the
-database, so a restarted manager knows the sessions, without a heartbeat of any.
-
-The words on the wire are `leaving` for exiting and `vacating` for evacuating.
+database too, so a restarted manager knows them. The words on the wire are `leaving` for exiting and `vacating` for
+evacuating.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from orion.manager.domain.model import CommandEnd, Item
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """The lease of one worker."""
-
     session_id: str
     received_at: float | None = None
-    """The time of the last heartbeat or registration; None: there was none since this manager started."""
+    """The time of the last heartbeat or registration; None: none came since this manager started."""
     seq: int = -1
     inventory: tuple[Item, ...] | None = None
     exiting_at: float | None = None
@@ -41,8 +38,6 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """A heartbeat as it came in."""
-
     session_id: str
     seq: int
     inventory: tuple[Item, ...] = ()
@@ -79,15 +74,11 @@ class Leases:
 
     def open(self, worker_id: str, session_id: str, now: float, inventory: Iterable[Item]) -> None:
         """Note a registration, whose session replaces the one before."""
-        before = self._leases.get(worker_id)
-        announced = before is not None and before.exiting_at is not None
+        before, items = self._leases.get(worker_id), tuple(inventory)
+        announced, granted_s = before is not None and before.exiting_at is not None, self._granted_s
         self._forget(worker_id)
         self._leases[worker_id] = Lease(
-            session_id=session_id,
-            received_at=now,
-            inventory=tuple(inventory),
-            announced=announced,
-            lease_s=self._granted_s,
+            session_id=session_id, received_at=now, inventory=items, announced=announced, lease_s=granted_s
         )
         self.heard_at = now
 
@@ -113,33 +104,22 @@ class Leases:
             announced=lease.announced,
             lease_s=lease_s,
         )
-        self._note_evacuating(worker_id, evacuating_at if beat.evacuating else None)
-        self._note_ends(worker_id, beat.start_ends)
+        self._forget_indexes(worker_id)
         if exiting_at is not None:
             self._exiting.add(worker_id)
-        elif self._exiting:
-            self._exiting.discard(worker_id)
+        if evacuating_at is not None and beat.evacuating:
+            self._evacuating[worker_id] = evacuating_at
+        if beat.start_ends:
+            self._start_ends[worker_id] = beat.start_ends
         self.heard_at = now
         return True
-
-    def _note_evacuating(self, worker_id: str, at: float | None) -> None:
-        if at is not None:
-            self._evacuating[worker_id] = at
-        elif self._evacuating:
-            self._evacuating.pop(worker_id, None)
-
-    def _note_ends(self, worker_id: str, ends: tuple[CommandEnd, ...]) -> None:
-        if ends:
-            self._start_ends[worker_id] = ends
-        elif self._start_ends:
-            self._start_ends.pop(worker_id, None)
 
     def note(self, worker_id: str, wall: float, load: Mapping[str, Any]) -> None:
         """Note the time of a heartbeat (UTC seconds) and the load, which the store gets in batches."""
         self._notes[worker_id] = (wall, load)
 
     def noted(self, worker_id: str) -> tuple[float, Mapping[str, Any]] | None:
-        """Return the note that the store does not have yet: the time (UTC seconds) and the load."""
+        """Return the note of a worker that the store does not have yet."""
         return self._notes.get(worker_id)
 
     def take_notes(self, number: int) -> list[tuple[str, float, Mapping[str, Any]]]:
@@ -148,9 +128,9 @@ class Leases:
         return [(worker_id, *self._notes.pop(worker_id)) for worker_id in first]
 
     def revoke(self, worker_id: str, seen: Lease | None) -> bool:
-        """End a session before the verdict `down` is committed; return False if it was renewed since `seen`.
+        """End a session before the verdict `down` is committed; return False if its lease was renewed since `seen`.
 
-        The heartbeat's route answers 409 from now on, so no reply can renew a lease after the verdict.
+        The route of heartbeats answers 409 from then on, so no reply can renew a lease after the verdict.
         """
         if self._leases.get(worker_id) != seen:
             return False
@@ -164,7 +144,7 @@ class Leases:
             self._leases[worker_id] = replace(lease, gone=True)
 
     def displace(self, worker_ids: Iterable[str], by: str) -> None:
-        """Note that the worker `by` has the address of these now; the next heartbeat of one of them voids that."""
+        """Note that the worker `by` has the address of these now; a later heartbeat of one of them voids its note."""
         for worker_id in worker_ids:
             lease = self._leases.get(worker_id)
             if lease is not None and worker_id != by:
@@ -173,7 +153,7 @@ class Leases:
     def displaced_by(self, worker_id: str) -> str:
         """Return the worker that has this one's address now; empty if none has."""
         lease = self._leases.get(worker_id)
-        return lease.displaced_by if lease is not None else ""
+        return lease.displaced_by if lease else ""
 
     def end(self, worker_id: str) -> None:
         """Forget a worker that was removed."""
@@ -183,6 +163,9 @@ class Leases:
 
     def _forget(self, worker_id: str) -> None:
         self._leases.pop(worker_id, None)
+        self._forget_indexes(worker_id)
+
+    def _forget_indexes(self, worker_id: str) -> None:
         self._exiting.discard(worker_id)
         self._evacuating.pop(worker_id, None)
         self._start_ends.pop(worker_id, None)
@@ -206,12 +189,12 @@ class Leases:
         return frozenset(worker_id for worker_id, at in self._evacuating.items() if at <= before)
 
     def inventories(self, worker_ids: Iterable[str]) -> dict[str, tuple[Item, ...]]:
-        """Return the last inventory of each of these workers. They must be read before the rows: see reconcile.py."""
+        """Return the last inventories by worker. They must be read before the rows: see reconcile.py."""
         known = ((worker_id, self._leases.get(worker_id)) for worker_id in worker_ids)
         return {w: lease.inventory for w, lease in known if lease is not None and lease.inventory is not None}
 
     def start_ends(self, worker_id: str) -> tuple[CommandEnd, ...]:
-        """Return the ended start commands of a worker, as its last heartbeat says."""
+        """Return the ends of start commands that the worker's last heartbeat reports."""
         return self._start_ends.get(worker_id, ())
 
     def lost_ready(self, worker_id: str, now: float, window_s: float) -> int:

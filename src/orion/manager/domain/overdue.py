@@ -1,18 +1,18 @@
-"""Workers, rentals and placements that are past their deadlines, why, and what a person can do: for `orion status`."""
+"""The workers, rentals and placements that are past their deadlines, with advice, for `orion status`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from orion.manager.domain.assignment import AWAITS_FILES
-from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
+from orion.manager.domain.steps import Kind
 from orion.manager.domain.world import World
 
 MAX_SHOWN = 200
+"""The most workers of each health that are looked at, and the most rows that are shown."""
 QUEUE_NOTICE_S = 300.0
 """Seconds in the queue after which a rental is shown; its deadline is a day."""
 
@@ -36,10 +36,10 @@ WHAT_TO_DO: Mapping[tuple[str, str], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Overdue:
-    kind: Literal["worker", "rental", "placement"]
+    kind: Kind
     id: str
     name: str
-    """The hostname of a worker, the name of a rental."""
+    """The hostname of a worker, or the name of a rental."""
     state: str
     since_s: float
     why: str
@@ -47,80 +47,42 @@ class Overdue:
 
 
 def overdue(world: World, ages: Mapping[str, float]) -> list[Overdue]:
-    """Return what is overdue, the longest first. `ages`: seconds that each row (by id) has been in its state."""
-    found = [item for item in _all(world, ages) if item.since_s > _limit_s(item)]
+    """Return the rows that are overdue, the longest first. `ages`: seconds that each row (by id) is in its state."""
+    found = [item for item in _all(world, ages) if item.since_s > _limit_s(item.kind, item.state)]
     return sorted(found, key=lambda item: -item.since_s)
 
 
 def workers_to_look_at(pool_index: PoolIndex, now: float) -> list[str]:
     """Return the workers that are past their deadline, up to MAX_SHOWN of each health, the longest first."""
-    healths = (health for health in Health if _worker_limit_s(health) < float("inf"))
-    return [w for health in healths for w in pool_index.longest_in(health, _worker_limit_s(health), now, MAX_SHOWN)]
+    limits_s = {health: _limit_s("worker", health) for health in Health}
+    return [w for health, limit_s in limits_s.items() for w in pool_index.longest_in(health, limit_s, now, MAX_SHOWN)]
 
 
-def _worker_limit_s(health: Health) -> float:
-    if health is Health.QUARANTINED:
+def _limit_s(kind: Kind, state: str) -> float:
+    if (kind, state) == ("worker", Health.QUARANTINED):
         return -1.0  # it waits for a person from the first moment
-    deadline_s = TABLES["worker"][health].deadline_s
-    return float("inf") if deadline_s is None else deadline_s
-
-
-def _limit_s(item: Overdue) -> float:
-    if item.kind == "worker":
-        return _worker_limit_s(Health(item.state))
-    if (item.kind, item.state) == ("rental", RentalState.QUEUED):
+    if (kind, state) == ("rental", RentalState.QUEUED):
         return QUEUE_NOTICE_S
-    deadline_s = TABLES[item.kind][item.state].deadline_s
+    deadline_s = TABLES[kind][state].deadline_s
     return float("inf") if deadline_s is None else deadline_s
 
 
 def _all(world: World, ages: Mapping[str, float]) -> Iterator[Overdue]:
+    def item(kind: Kind, row_id: str, name: str, state: str, why: str, worker_id: str) -> Overdue:
+        advice = WHAT_TO_DO.get((kind, state), "").format(worker=worker_id)
+        if kind == "rental" and why.startswith(AWAITS_FILES):
+            advice = f"start its worker again, or begin without its files: orion restore {name} --empty"
+        since_s = ages.get(row_id, 0.0)
+        return Overdue(kind=kind, id=row_id, name=name, state=state, since_s=since_s, why=why, what_to_do=advice)
+
     for worker in world.workers.values():
-        yield _worker(worker, ages.get(worker.id, 0.0))
+        why = worker.fault or worker.explanation or "it has not been heard, or not been checked yet"
+        yield item("worker", worker.id, worker.hostname, worker.health, why, worker.id)
     for rental in world.rentals.values():
         live = world.live_placement(rental.id)
-        yield _rental(rental, live, ages.get(rental.id, 0.0))
-    for placement in world.placements.values():
-        yield _placement(placement, world.rentals.get(placement.rental_id), ages.get(placement.id, 0.0))
-
-
-def _worker(worker: Worker, since_s: float) -> Overdue:
-    what = _what_to_do("worker", worker.health, worker.id)
-    why = worker.fault or worker.explanation or "it has not been heard, or not been checked yet"
-    return Overdue(
-        kind="worker",
-        id=worker.id,
-        name=worker.hostname,
-        state=worker.health,
-        since_s=since_s,
-        why=why,
-        what_to_do=what,
-    )
-
-
-def _rental(rental: Rental, live: Placement | None, since_s: float) -> Overdue:
-    what = _what_to_do("rental", rental.state, live.worker_id if live else "ITS-WORKER")
-    if rental.explanation.startswith(AWAITS_FILES):
-        what = f"start its worker again, or begin without its files: orion restore {rental.name} --empty"
-    return Overdue(
-        kind="rental",
-        id=rental.id,
-        name=rental.name,
-        state=rental.state,
-        since_s=since_s,
-        why=rental.explanation,
-        what_to_do=what,
-    )
-
-
-def _placement(placement: Placement, rental: Rental | None, since_s: float) -> Overdue:
-    what = _what_to_do("placement", placement.state, placement.worker_id)
-    name = rental.name if rental else placement.rental_id
-    why = f"on worker {placement.worker_id}" + (f": {rental.explanation}" if rental else "")
-    return Overdue(
-        kind="placement", id=placement.id, name=name, state=placement.state, since_s=since_s, why=why, what_to_do=what
-    )
-
-
-def _what_to_do(kind: str, state: str, worker_id: str) -> str:
-    return WHAT_TO_DO.get((kind, state), "").format(worker=worker_id)
+        worker_id = live.worker_id if live else "ITS-WORKER"
+        yield item("rental", rental.id, rental.name, rental.state, rental.explanation, worker_id)
+    for p in world.placements.values():
+        placed = world.rentals.get(p.rental_id)
+        why = f"on worker {p.worker_id}" + (f": {placed.explanation}" if placed else "")
+        yield item("placement", p.id, placed.name if placed else p.rental_id, p.state, why, p.worker_id)

@@ -1,8 +1,8 @@
-"""The pool index: what the manager keeps in memory of workers, placements and rentals, as of the last commit.
+"""The pool index: an index in memory of the workers, placements and rentals, as of the last commit.
 
-It is filled from the rows at the start. After each commit, in their order, the store applies the rows that the commit
-touched (store/pool_index.py, store/memory.py), so the index always shows the database as of one commit. It serves the
-answers to heartbeats, the choice of the workers that need the reconciler (`dirty_workers`), and the figures of metrics.
+The store fills the index at the start, and applies to it the rows that each commit touched, in the order of commits
+(store/pool_index.py, store/memory.py). So the index always shows the database as of one commit. Heartbeats are answered
+from it; it also has the workers that need the reconciler (`dirty_workers`), and the figures of metrics.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from orion.manager.domain import migration, start_commands
 from orion.manager.domain.model import CommandEnd, Item, Placement, Rental, Worker
-from orion.manager.domain.ranking import Rank, Ranking
+from orion.manager.domain.ranking import Ranking
 from orion.manager.domain.scheduler import Eligibility, is_full, rank, refusal
 from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState, RentalState
 
@@ -59,7 +60,7 @@ class IndexedPlacement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexedWorker:
-    """A worker, without what only people read."""
+    """A worker, without the fields that only people read."""
 
     token_hash: str
     health: Health
@@ -67,7 +68,7 @@ class IndexedWorker:
     slots: int
     session_id: str | None
     verified: bool
-    """Whether it was verified in its current session."""
+    """Whether the manager verified the worker in its current session."""
     fault: str
     address: str
     """The address from which it registered."""
@@ -109,52 +110,41 @@ class IndexedWorker:
         return self.health is Health.READY and self.intent is Intent.ACTIVE
 
 
+T = TypeVar("T")
 BEING_MADE = {PlacementState.RESERVED, PlacementState.PREPARING}
 NO_PLACEMENTS: tuple[IndexedPlacement, ...] = ()
 
 
 @dataclass(frozen=True)
 class Changes:
-    """The rows that a commit touched, as it left them. Worker None: it was removed. State None: the rental ended."""
+    """The rows that a commit touched, as it left them. None: the worker was removed, or the rental has ended."""
 
     workers: Mapping[str, tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]]
     rentals: Mapping[str, RentalState | None]
 
 
-Rule = tuple[str, Callable[[IndexedWorker | None, tuple[IndexedPlacement, ...]], bool]]
-
+Rule = Callable[[IndexedWorker | None, tuple[IndexedPlacement, ...]], bool]
 DIRTY: tuple[Rule, ...] = (
-    ("it was removed, and what was placed on it is not settled", lambda w, placed: w is None and bool(placed)),
-    ("it is down, and what it held is not lost yet", lambda w, placed: _is_down(w) and any(_holds(p) for p in placed)),
-    (
-        "something on it is being made or ended",
-        lambda w, placed: (
-            w is not None and not _is_down(w) and any(p.state is not PlacementState.RUNNING for p in placed)
-        ),
-    ),
-    (
-        "another key is to be put in place",
-        lambda w, placed: w is not None and not _is_down(w) and any(not p.keyed and not p.blank for p in placed),
-    ),
-    (
-        "a start command is to be run",
-        lambda w, placed: w is not None and not _is_down(w) and any(p.start_due for p in placed),
-    ),
-    (
-        "it is to be reached",
-        lambda w, _: w is not None and w.health is Health.JOINING and not w.verified and not w.fault,
-    ),
-    ("it is draining", lambda w, placed: w is not None and w.intent is Intent.DRAINING),
-    (
-        "its rentals are to migrate away",
-        lambda w, placed: w is not None and w.health is Health.QUARANTINED and any(p.state in LIVE for p in placed),
-    ),
-    (
-        "something on it is quiesced",
-        lambda w, placed: w is not None and not _is_down(w) and any(migration.is_quiesced(p) for p in placed),
-    ),
+    # It was removed, and its placements are not settled.
+    lambda w, placed: w is None and bool(placed),
+    # It is down, and what it held is not lost yet.
+    lambda w, placed: w is not None and w.health is Health.DOWN and any(p.state in HOLDING for p in placed),
+    # Something on it is being made or ended.
+    lambda w, placed: _is_up(w) and any(p.state is not PlacementState.RUNNING for p in placed),
+    # Another key is to be put in place.
+    lambda w, placed: _is_up(w) and any(not p.keyed and not p.blank for p in placed),
+    # A start command is to be run.
+    lambda w, placed: _is_up(w) and any(p.start_due for p in placed),
+    # It is to be reached.
+    lambda w, _: w is not None and w.health is Health.JOINING and not w.verified and not w.fault,
+    # It is draining.
+    lambda w, _: w is not None and w.intent is Intent.DRAINING,
+    # Its rentals are to migrate away.
+    lambda w, placed: w is not None and w.health is Health.QUARANTINED and any(p.state in LIVE for p in placed),
+    # Something on it is quiesced.
+    lambda w, placed: _is_up(w) and any(migration.is_quiesced(p) for p in placed),
 )
-"""The reasons why a worker needs the reconciler. Any other worker is at rest, as long as its inventory agrees."""
+"""The rules that say whether a worker needs the reconciler. Any other worker is at rest if its inventory agrees."""
 
 
 class PoolIndex:
@@ -164,15 +154,15 @@ class PoolIndex:
         self._workers: dict[str, IndexedWorker] = {}
         self._placed: dict[str, tuple[IndexedPlacement, ...]] = {}
         self._rentals: dict[str, RentalState] = {}
-        self._dirty: dict[str, None] = {}
+        self._dirty: dict[str, bool] = {}
         self._refusals: Counter[str] = Counter()
         self._by_health: dict[Health, dict[str, float]] = {health: {} for health in Health}
         self._by_state: dict[RentalState, dict[str, float]] = {s: {} for s in RentalState if s not in ENDED}
         self._unsettled: dict[str, float] = {}
         self._destinations = self._slots = self._slots_used = 0
-        self._stale: dict[str, None] = {}
+        self._changed: dict[str, None] = {}
 
-    # -- what was committed ------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes, now: float) -> None:
         """Apply the rows of a commit. `now`: monotonic seconds, from which the ages of new states are counted."""
@@ -184,28 +174,23 @@ class PoolIndex:
     def _put(
         self, worker_id: str, known: IndexedWorker | None, placed: tuple[IndexedPlacement, ...], now: float
     ) -> None:
-        before, placed_before = self._workers.get(worker_id), self._placed.get(worker_id, NO_PLACEMENTS)
+        before, placed_before = self._workers.get(worker_id), self.placements_on(worker_id)
         if before is not None:
             self._count(before, placed_before, -1)
         if known is not None:
-            self._workers[worker_id] = known
             self._count(known, placed, 1)
-        else:
-            self._workers.pop(worker_id, None)
-        if placed:
-            self._placed[worker_id] = placed
-        else:
-            self._placed.pop(worker_id, None)
+        _set(self._workers, worker_id, known)
+        _set(self._placed, worker_id, placed or None)
         self._age_worker(worker_id, before, known, now)
         self._age_placements(before, placed_before, known, placed, now)
-        if any(rule(known, placed) for _, rule in DIRTY):
-            self._dirty[worker_id] = None
-        else:
-            self._dirty.pop(worker_id, None)
-        self.room.put(worker_id, _rank(worker_id, known, placed))
-        self._stale[worker_id] = None
+        _set(self._dirty, worker_id, any(rule(known, placed) for rule in DIRTY) or None)
+        used = _used(placed)
+        fits = known is not None and not refusal(_eligibility(known, used))
+        self.room.put(worker_id, rank(worker_id, used, known.slots) if known and fits else None)
+        self._changed[worker_id] = None
 
     def _count(self, known: IndexedWorker, placed: tuple[IndexedPlacement, ...], one: int) -> None:
+        """Add `one` (1 or -1) to the figures of the pool for a worker."""
         used = _used(placed)
         self._refusals[refusal(_eligibility(known, used))] += one
         self._destinations += one * known.is_destination
@@ -260,7 +245,7 @@ class PoolIndex:
     def disagrees(self, worker_id: str, inventory: Iterable[Item]) -> bool:
         """Return whether an inventory needs a decision: it shows what is not placed there, or is needed to settle a
         fault or a placement without keys."""
-        known, placed = self._workers.get(worker_id), self._placed.get(worker_id, NO_PLACEMENTS)
+        known, placed = self._workers.get(worker_id), self.placements_on(worker_id)
         if known is None or known.health is Health.DOWN:
             return False
         known_ids = {(p.rental_id, p.epoch) for p in placed}
@@ -291,7 +276,7 @@ class PoolIndex:
 
     def take_changed(self) -> list[str]:
         """Return the workers that commits touched since the last call."""
-        changed, self._stale = list(self._stale), {}
+        changed, self._changed = list(self._changed), {}
         return changed
 
     def dirty_workers(self, number: int) -> list[str]:
@@ -376,12 +361,16 @@ def _is_to_be_emptied(known: IndexedWorker | None) -> bool:
     return known is None or known.health in {Health.DOWN, Health.QUARANTINED} or known.intent is Intent.DRAINING
 
 
-def _is_down(known: IndexedWorker | None) -> bool:
-    return known is not None and known.health is Health.DOWN
+def _set(table: dict[str, T], key: str, value: T | None) -> None:
+    """Set the value of a key; None removes the key."""
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = value
 
 
-def _holds(placed: IndexedPlacement) -> bool:
-    return placed.state in HOLDING
+def _is_up(known: IndexedWorker | None) -> bool:
+    return known is not None and known.health is not Health.DOWN
 
 
 def _used(placed: tuple[IndexedPlacement, ...]) -> int:
@@ -396,9 +385,3 @@ def _eligibility(known: IndexedWorker, used: int) -> Eligibility:
         exiting=False,
         full=is_full(used, known.slots),
     )
-
-
-def _rank(worker_id: str, known: IndexedWorker | None, placed: tuple[IndexedPlacement, ...]) -> Rank | None:
-    if known is None or refusal(_eligibility(known, _used(placed))):
-        return None
-    return rank(worker_id, _used(placed), known.slots)

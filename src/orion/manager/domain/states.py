@@ -1,6 +1,6 @@
 """The state machines as tables. A step that is not in its table raises, and states are assigned nowhere else.
 
-Three machines are of rows, and their states are columns. The fourth, of planned migrations, is derived from the rows.
+The states of workers, placements and rentals are columns; the phase of a planned migration is derived from the rows.
 
 A state without a deadline may last. Every other state has an owner that works on it, a deadline in seconds, and an
 exit that is taken when the deadline has passed.
@@ -68,13 +68,13 @@ class MigrationPhase(StrEnum):
     CUTOVER = "cutover"
     """The rental has left the source, which is being purged, and goes on with all its files elsewhere."""
     STALE = "stale"
-    """The source is quiesced for another target than the one that there is. No step leads here."""
+    """The source is quiesced under the number of another target than the one that exists. No step leads here."""
 
 
 LIVE = frozenset({PlacementState.RESERVED, PlacementState.PREPARING, PlacementState.RUNNING})
-"""A rental has at most one placement in these states."""
+"""The states of placements of which a rental has one at most, besides the target of a planned migration."""
 HOLDING = LIVE | {PlacementState.STOPPING, PlacementState.STOPPED, PlacementState.FAILED}
-"""States of placements that take a slot of their worker."""
+"""The states of placements that take a slot of their worker."""
 OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
 """The health of workers that are not verified yet, or dead."""
 SILENT = OUT_OF_SERVICE | {Health.SUSPECT}
@@ -91,7 +91,7 @@ JOIN_DEADLINE_S = 300.0
 QUEUE_DEADLINE_S = 24 * 3600.0
 PROVISIONING_DEADLINE_S = RESTORE_DEADLINE_S + DELETE_DEADLINE_S
 HELD_DEADLINE_S = 300.0
-"""More seconds than the final sync may take, for any home that can be copied at all."""
+"""Seconds for which a source may be quiesced: more than the final sync of the largest home takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ class Row:
 
     exits: frozenset[str]
     owner: str
-    deadline_s: float | None = None
-    overdue: str = ""
+    deadline_s: float | None
+    overdue: str
 
 
 def _row(exits: Iterable[str], owner: str, deadline_s: float | None = None, overdue: str = "") -> Row:
@@ -130,12 +130,11 @@ PLACEMENT_TABLE: Mapping[str, Row] = {
     P.PURGED: _row((), "nobody"),
 }
 
-_ENDING = {R.RELEASING}
 RENTAL_TABLE: Mapping[str, Row] = {
-    R.QUEUED: _row({R.PROVISIONING, R.FAILED} | _ENDING, "reconciler", QUEUE_DEADLINE_S, "failed, if never active"),
-    R.PROVISIONING: _row({R.ACTIVE, R.QUEUED} | _ENDING, "reconciler", PROVISIONING_DEADLINE_S, "queued"),
-    R.ACTIVE: _row({R.MIGRATING} | _ENDING, "renter"),
-    R.MIGRATING: _row({R.ACTIVE, R.QUEUED} | _ENDING, "reconciler", PROVISIONING_DEADLINE_S, "queued"),
+    R.QUEUED: _row({R.PROVISIONING, R.FAILED, R.RELEASING}, "reconciler", QUEUE_DEADLINE_S, "failed, if never active"),
+    R.PROVISIONING: _row({R.ACTIVE, R.QUEUED, R.RELEASING}, "reconciler", PROVISIONING_DEADLINE_S, "queued"),
+    R.ACTIVE: _row({R.MIGRATING, R.RELEASING}, "renter"),
+    R.MIGRATING: _row({R.ACTIVE, R.QUEUED, R.RELEASING}, "reconciler", PROVISIONING_DEADLINE_S, "queued"),
     R.RELEASING: _row({R.RELEASED, R.EXPIRED}, "reconciler", DELETE_DEADLINE_S, "orion remove of its worker"),
     R.RELEASED: _row((), "nobody"),
     R.EXPIRED: _row((), "nobody"),
@@ -160,11 +159,11 @@ TABLES: Mapping[str, Mapping[str, Row]] = {"worker": HEALTH_TABLE, "placement": 
 
 
 class ForbiddenTransition(Exception):
-    """A state machine was asked for a step that its table does not have."""
+    """A step is not in the table of its state machine."""
 
 
 def check_transition(kind: str, identity: str, source: str, target: str) -> None:
-    """Raise ForbiddenTransition unless the table of `kind` (worker, placement, rental) has this step."""
+    """Raise ForbiddenTransition unless the table of `kind` (worker, placement, rental) has this transition."""
     if target not in TABLES[kind][source].exits:
         raise ForbiddenTransition(f"{kind} {identity} cannot go from {source} to {target}")
 

@@ -1,4 +1,4 @@
-"""Tasks that the reconciler wants done, each on one worker and about one rental at most; outcomes.py records their end.
+"""The tasks of the reconciler, each on one worker and for one rental at most; outcomes.py records how they end.
 
 A task may be repeated at any time, with the same result on its worker.
 """
@@ -37,7 +37,7 @@ class TaskKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Work on one worker. `placement_id` is None if the worker is to be reached, or the rental is in no row."""
+    """Work on one worker. `placement_id`: None if the worker is to be reached, or if the rental is in no row."""
 
     kind: TaskKind
     worker_id: str
@@ -61,13 +61,13 @@ class Task:
 
     @property
     def placement_ids(self) -> tuple[str, ...]:
-        """The placements whose rows the outcome may change."""
+        """The ids of the placements whose rows the outcome may change."""
         both = self.placement_id, self.source and self.source.placement_id
         return tuple(identity for identity in both if identity)
 
     @property
     def key(self) -> tuple[str, str]:
-        """Tasks with the same key never run at the same time: one worker, one rental."""
+        """The worker's id and the rental's id; tasks with the same key never run at the same time."""
         return self.worker_id, self.item.rental_id if self.item else ""
 
 
@@ -86,7 +86,7 @@ class TaskEnded:
 
 
 Follow = Callable[[World, TaskEnded], Step | None]
-"""A function that returns the step after the end of a task, or None. The store gets outcomes.follow as an argument."""
+"""The type of outcomes.follow, which the store gets as an argument."""
 
 
 def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
@@ -102,13 +102,13 @@ def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
 def thaw(world: World, source: migration.Source) -> Task | None:
     """Return the task that thaws the source of an abandoned migration; None if it is quiesced or does not run.
 
-    The reply to the next heartbeat would thaw it too, but later.
+    The reply to the next heartbeat would thaw the source too, but later.
     """
     placement, worker = world.placements.get(source.placement_id), world.workers.get(source.worker_id)
-    rental = world.rentals.get(placement.rental_id) if placement else None
-    if placement is None or worker is None or rental is None:
+    if placement is None or placement.held or placement.state is not PlacementState.RUNNING:
         return None
-    if placement.held or placement.state is not PlacementState.RUNNING:
+    rental = world.rentals.get(placement.rental_id)
+    if worker is None or rental is None:
         return None
     return _task(TaskKind.THAW, placement, worker, rental, source=source)
 
@@ -187,20 +187,15 @@ def _is_to_be_purged(case: TaskCase) -> bool:
     return case.placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}
 
 
-def _nothing(case: TaskCase) -> None:
-    return None
-
-
 def _fill_target(case: TaskCase) -> Task | None:
-    """Return the task of the precopy or of the final sync."""
     source = case.world.live_placement(case.rental.id)
     if source is None or not migration.can_migrate(case.rental, source):
         return None
     kind = FILLING.get(migration.phase_of(case.rental, source, case.placement))
     if kind is None:
         return None
-    source_of = migration.Source.of(source)
-    return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=source_of)
+    rental, of = case.rental, migration.Source.of(source)
+    return case.task(kind, public_key=rental.public_key, rental_name=rental.name, source=of)
 
 
 def _park(case: TaskCase) -> Task | None:
@@ -208,9 +203,8 @@ def _park(case: TaskCase) -> Task | None:
     placement, rental = case.placement, case.rental
     phase = migration.phase_of(rental, placement, case.world.target_of(rental.id))
     ends = case.worker.id in case.observations.evacuating and migration.can_migrate(rental, placement)
-    if phase is not MigrationPhase.PARK or not ends:
-        return None
-    return case.task(TaskKind.PARK, source=migration.Source.of(placement))
+    parks = ends and phase is MigrationPhase.PARK
+    return case.task(TaskKind.PARK, source=migration.Source.of(placement)) if parks else None
 
 
 def _create(case: TaskCase) -> Task:
@@ -228,24 +222,16 @@ def _create(case: TaskCase) -> Task:
     )
 
 
-def _recover(case: TaskCase) -> Task:
-    return case.task(TaskKind.RECOVER)
-
-
-def _delete(case: TaskCase) -> Task:
-    return case.task(TaskKind.DELETE)
-
-
 FILLING = {MigrationPhase.PRECOPY: TaskKind.PRECOPY, MigrationPhase.FINAL_SYNC: TaskKind.FINAL_SYNC}
 """The tasks that fill the target of a planned migration, by its phase."""
 TaskRule = tuple[Callable[[TaskCase], bool], Callable[[TaskCase], Task | None]]
 TASK_RULES: tuple[TaskRule, ...] = (
     (_is_target, _fill_target),
     (_is_quiesced, _park),
-    (_was_not_shown, _nothing),
+    (_was_not_shown, lambda _: None),
     (_is_to_be_made, _create),
-    (_is_to_be_recovered, _recover),
-    (_is_to_be_purged, _delete),
+    (_is_to_be_recovered, lambda case: case.task(TaskKind.RECOVER)),
+    (_is_to_be_purged, lambda case: case.task(TaskKind.DELETE)),
 )
 """The first rule that applies to a placement decides on its task, if it has one."""
 
@@ -259,9 +245,8 @@ def _tasks_of_worker(world: Draft, worker: Worker, observations: Observations) -
     known = {(p.rental_id, p.epoch) for p in placed}
     orphans = [item for item in inventory if (item.rental_id, item.epoch) not in known]
     for item in orphans:
-        if (item.rental_id, item.epoch) in observations.unknown_rentals:
-            continue
-        yield Task(kind=TaskKind.DELETE, worker_id=worker.id, session_id=worker.session_id, item=item)
+        if (item.rental_id, item.epoch) not in observations.unknown_rentals:
+            yield Task(kind=TaskKind.DELETE, worker_id=worker.id, session_id=worker.session_id, item=item)
     stale = any(p.state is PlacementState.LOST for p in placed)
     unverified = worker.verified_session != worker.session_id
     if worker.health is Health.JOINING and unverified and not orphans and not stale and not worker.fault:
