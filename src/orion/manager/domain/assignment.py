@@ -1,4 +1,4 @@
-"""Assignments of one decision: which worker and slot each rental gets, and the explanation of those that wait."""
+"""The assignments of one decision: the worker and slot of each rental, and the explanations of those that wait."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.observations import Observations
 from orion.manager.domain.scheduler import Candidate, Candidates, Chosen, NoWorker
 from orion.manager.domain.states import PlacementState, RentalState
-from orion.manager.domain.steps import ACTOR, Step, move_rental, rental_event, write, write_rental
+from orion.manager.domain.steps import ACTOR, Step, move_rental, rental_event, reserve_slot, write_rental
 from orion.manager.domain.world import Draft, World
 
 AWAITS_FILES = "it waits for its files: "
 """The beginning of the explanation of a rental that waits for a lost worker."""
 MAX_PLACED = 256
-"""Rentals that get a slot in one decision; the next decision takes the others, so that no decision takes long."""
+"""The number of rentals that get a slot in one decision; the next decisions take the others, so none takes long."""
 
 
 class Assignments:
     """The assignments of one decision; each takes a slot from the next."""
 
     def __init__(self, world: Draft, observations: Observations) -> None:
-        self._world = world
-        self._new_ids = observations.new_ids
-        self._left = MAX_PLACED
+        self._world, self._new_ids, self._left = world, observations.new_ids, MAX_PLACED
         self._migration_failed = observations.migration_failed
         self._moving = migration.under_way(world, observations.migration_failed)
-        known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
+        exiting = observations.exiting
         candidates = (
-            Candidate(worker=w, used=world.used_on(w.id), failed_here=False, exiting=w.id in observations.exiting)
-            for w in known
+            Candidate(worker=w, used=world.used_on(w.id), failed_here=False, exiting=w.id in exiting)
+            for w in world.workers.values()
+            if world.is_whole(w.id) or w.id in world.taken
         )
         self._pool = Candidates(candidates, world.elsewhere)
 
@@ -37,8 +36,7 @@ class Assignments:
         """Return the step that gives a rental a slot, or that says why it waits; None: nothing changes."""
         if not self._left:
             return None
-        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
-        choice = self._pool.choose(failed)
+        choice = self._pool.choose(self._failed_on(rental))
         if isinstance(choice, Chosen):
             self._left -= 1
             self._pool.take(choice)
@@ -54,8 +52,7 @@ class Assignments:
         claim = migration.claim_of(rental, rental.id in self._migration_failed and not parks)
         if not may_take(claim, self._moving, migration.MAX_UNDER_WAY):
             return None
-        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
-        choice = self._pool.choose(failed, placement.worker_id)
+        choice = self._pool.choose(self._failed_on(rental), placement.worker_id)
         if isinstance(choice, Chosen):
             self._moving[claim] += 1
             self._pool.take(choice)
@@ -65,6 +62,9 @@ class Assignments:
             self._moving[claim] += 1
             return migration.quiesce(rental, placement, None, f"{why}, and nothing can take it")
         return None
+
+    def _failed_on(self, rental: Rental) -> set[str]:
+        return {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
 
     def request(self, rental: Rental, placement: Placement, actor: str) -> Step:
         """Return the step that begins a requested migration. Raise NotMigrated if none can begin now."""
@@ -95,7 +95,7 @@ def request_migration(world: World, rental_id: str, actor: str, observations: Ob
 
 
 def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
-    """Return the step that explains why a rental waits for a worker; None if it says so already."""
+    """Return the step that explains why a rental waits for a worker; None if it has this explanation already."""
     if rental.state is RentalState.MIGRATING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
     if rental.explanation == explanation:
@@ -104,7 +104,7 @@ def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
 
 
 def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | None:
-    """Return the step that explains that a rental waits for the lost worker with its only files; None: it says so."""
+    """Return the step that explains that a rental waits for the lost worker that has its only files; else None."""
     within = f"{within_s / 60:.0f} min" if within_s >= 120 else f"{within_s:.0f} s"
     explanation = (
         f"{AWAITS_FILES}worker {worker_id} was lost before the first snapshot of them. It goes on when that worker is "
@@ -112,24 +112,13 @@ def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | No
         "--empty"
     )
     step = wait_for_worker(rental, explanation)
-    if step is None:
-        return None
-    return step + Step((), (rental_event("rental.files_awaited", explanation, rental, worker_id),))
+    event = rental_event("rental.files_awaited", explanation, rental, worker_id)
+    return step + Step((), (event,)) if step else None
 
 
 def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
-    placement = Placement(
-        id=placement_id,
-        rental_id=rental.id,
-        worker_id=worker.id,
-        slot=slot,
-        epoch=rental.next_epoch,
-        state=PlacementState.RESERVED,
-    )
-    still_fit = write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots)
-    event = rental_event("placement.reserved", f"slot {slot}", rental, worker.id, epoch=placement.epoch)
-    reserved = Step((still_fit,), (event,), placement)
+    reserved, epoch = reserve_slot(rental, worker, slot, placement_id, f"slot {slot}"), rental.next_epoch
     if rental.state is RentalState.MIGRATING:
-        return Step((write_rental(rental, {"epoch": placement.epoch}),)) + reserved
+        return Step((write_rental(rental, {"epoch": epoch}),)) + reserved
     reason = f"being made on worker {worker.id}"
-    return move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch) + reserved
+    return move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=epoch) + reserved

@@ -17,11 +17,11 @@ SETTLE_S = 300.0
 NEAR_S = 120.0
 """Seconds from its expected time within which a clock settles by itself; any other waits for an operator."""
 FAR_S = 3600.0
-"""Seconds by which a clock may be ahead of the last known time after a boot: the machine was off for some time."""
+"""Seconds by which a clock may be ahead of the last known time after a boot: the machine may have been off."""
 DRIFT = 0.001
 """The share of the time that passed by which a clock may be slewed while the manager is away."""
 LATE_S = 60.0
-"""Seconds: a rental that is ended later than this ends now instead, so that its snapshots are kept from now on."""
+"""Seconds after its end from which a rental counts as ended now, so that its snapshots are kept from now on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class WallClock:
         if known is None:
             return WallClock(offset_s=offset)
         clock = WallClock(offset_s=offset, believed_offset_s=known - now, jumped_at=now, ahead_s=FAR_S)
-        return WallClock(offset_s=offset) if clock._is_near else clock
+        return WallClock(offset_s=offset) if clock.settles else clock
 
     def observe(self, wall: float, now: float) -> WallClock:
         offset = wall - now
@@ -74,7 +74,7 @@ class WallClock:
         if self.jumped_at is None:
             return WallClock(offset_s=offset)
         looked = replace(self, offset_s=offset)
-        return WallClock(offset_s=offset) if looked._is_near and now - self.jumped_at >= SETTLE_S else looked
+        return WallClock(offset_s=offset) if looked.settles and now - self.jumped_at >= SETTLE_S else looked
 
     def confirmed(self) -> WallClock:
         """Return the clock after an operator confirmed the time that it shows."""
@@ -94,16 +94,12 @@ class WallClock:
         return self.offset_s - self._should_be_s
 
     @property
-    def settles(self) -> bool:
-        """Whether a clock that is not believed settles by itself after SETTLE_S without a jump."""
-        return self._is_near
-
-    @property
     def _should_be_s(self) -> float:
         return self.offset_s if self.believed_offset_s is None else self.believed_offset_s
 
     @property
-    def _is_near(self) -> bool:
+    def settles(self) -> bool:
+        """Whether a clock that is not believed is near enough to settle by itself after SETTLE_S without a jump."""
         return -NEAR_S <= self.far_s <= self.ahead_s
 
 
@@ -113,9 +109,9 @@ def end_of(ttl_s: int, counts_from: float | None) -> float | None:
 
 
 def count(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
-    """Return the steps that count the time, from now on, of rentals that began or were renewed by a doubted clock.
+    """Return the steps that count, from now on, the time of rentals that began or were renewed by a doubted clock.
 
-    No time is counted by a clock that may be set right: it would be over in a moment, or last for ever.
+    No time is counted by a doubted clock: once that is set right, the time would be over at once, or last for ever.
     """
     if not clock.believed:
         return []
@@ -144,11 +140,10 @@ def release(rental: Rental, end: str, actor: str, reason: str) -> Step:
 
 
 def renew(rental: Rental, ttl_s: int, actor: str, counts_from: float | None) -> Step:
-    """Return the step that counts `ttl_s` again from `counts_from` (Unix seconds; None: the clock is not believed, see
-    `count`). The time of a rental that was never active begins later.
+    """Return the step that counts `ttl_s` again from `counts_from`, or from the activation of a rental that waits.
+
+    `counts_from`: Unix seconds; None: the clock is not believed, see `count`.
     """
-    change: dict[str, float | None] = {"ttl_s": ttl_s}
-    if rental.activated_at is not None:
-        change["expires_at"] = end_of(ttl_s, counts_from)
+    ends = {} if rental.activated_at is None else {"expires_at": end_of(ttl_s, counts_from)}
     event = rental_event("rental.renewed", f"for {ttl_s} s", rental, actor=actor)
-    return Step((write(rental, change, state=rental.state),), (event,))
+    return Step((write(rental, {"ttl_s": ttl_s, **ends}, state=rental.state),), (event,))

@@ -8,18 +8,16 @@ The safe order; each line is a committed step, or a task that may be repeated:
 5. Cutover, a step: the rental's epoch rises to that of the target, and the source is stopping.
 6. The target is activated and the source is purged, by the same tasks as after a takeover.
 
-`phase_of` derives the phase of a migration from the rows; states.MIGRATION_TABLE says which phases may follow.
-
 A failure before the cutover ends the target and thaws the source; after the cutover the last snapshot is restored
 elsewhere. If no worker has a free slot and the source's worker is about to end, the rental is parked: quiesced, frozen,
 copied a last time, and queued as after a takeover.
 
-Why there are never two live copies: the target is not activated before the cutover; the cutover is guarded by the same
+There are never two live copies: the target is not activated before the cutover; the cutover is guarded by the same
 migration number as the freeze that was confirmed before it; and the worker refuses a thaw by an order of an earlier
 migration than the one that froze the rental, and by a reply to a call from before that.
 
-The rows have the released names: `standby` is a target before its cutover, `held` the number of the migration for which
-a source is quiesced, `filled` the snapshot that precopy put into the target.
+Columns have their released names: `standby` marks a target before its cutover, `held` is the number of the migration
+for which a source is quiesced, `filled` the snapshot that precopy put into the target.
 """
 
 from __future__ import annotations
@@ -32,16 +30,24 @@ from typing import Protocol
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import LIVE, Health, Intent, MigrationPhase, PlacementState, RentalState, check_phase
-from orion.manager.domain.steps import ACTOR, Step, move_placement, move_rental, rental_event, write, write_rental
+from orion.manager.domain.steps import (
+    ACTOR,
+    Step,
+    move_placement,
+    move_rental,
+    rental_event,
+    reserve_slot,
+    write,
+    write_rental,
+)
 from orion.manager.domain.world import World
 
 MAX_UNDER_WAY = 12
-"""Planned migrations that drains and evacuations may have under way; one owner has half of them at most."""
+"""The number of planned migrations that drains and evacuations may have under way; one owner has half at most."""
 MAX_REQUESTED = 6
-"""Migrations under way up to which a requested one may begin: so requests never keep a worker from being emptied."""
+"""The number of migrations under way below which a requested one may begin, so that drains always find a place."""
 NOT_MOVED = "could not be moved: "
-"""As wire.NOT_MOVED."""
-
+"""The same text as wire.NOT_MOVED."""
 SOURCE_HEALTH = frozenset({Health.READY, Health.QUARANTINED})
 """The health of workers from which a rental can migrate: they answer, or should."""
 
@@ -70,7 +76,7 @@ class Source:
 
 
 class Placed(Protocol):
-    """A placement, as a row or as the pool index has it."""
+    """A placement: its row, or its record in the pool index."""
 
     @property
     def state(self) -> PlacementState: ...
@@ -105,9 +111,9 @@ def as_target(placement: Placement | None) -> Placement | None:
 
 
 def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
-    """Return why the rentals of this worker have to migrate; empty if they need not.
+    """Return why the rentals of a worker have to migrate; empty if they need not.
 
-    `evacuating`: the workers that were told to stop, and wait until they are empty.
+    `evacuating`: the workers that are to stop, and wait until they are empty.
     """
     if worker.health not in SOURCE_HEALTH:
         return ""
@@ -132,26 +138,15 @@ def can_migrate(rental: Rental, placement: Placement) -> bool:
 def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
     """Return the step that reserves a target placement on another worker."""
     epoch = rental.next_epoch
-    target = Placement(
-        id=new_id,
-        rental_id=rental.id,
-        worker_id=worker.id,
-        slot=slot,
-        epoch=epoch,
-        state=PlacementState.RESERVED,
-        standby=True,
-    )
     reason = f"{why}: moving to worker {worker.id}; it goes on here meanwhile"
     change = {"last_epoch": epoch, "explanation": reason}
     writes = (
-        write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots),
         write(placement, {}, state=PlacementState.RUNNING, held=0),
         write_rental(rental, change, state=RentalState.ACTIVE, last_epoch=rental.last_epoch),
     )
     started = rental_event("rental.move_started", reason, rental, worker.id, epoch=epoch, actor=actor)
-    why_reserved = f"slot {slot}, for a planned migration"
-    reserved = rental_event("placement.reserved", why_reserved, rental, worker.id, epoch=epoch)
-    return Step(writes, (started, reserved), target)
+    reserved = reserve_slot(rental, worker, slot, new_id, f"slot {slot}, for a planned migration", standby=True)
+    return Step(writes, (started,)) + reserved
 
 
 def quiesce(rental: Rental, placement: Placement, target: Placement | None, why: str) -> Step:
@@ -185,10 +180,7 @@ def end_target(target: Placement, owner: str | None, why: str) -> Step:
 
 
 def promote_target(rental: Rental, target: Placement) -> Step:
-    """Return the step that makes the target the rental's placement after its source was lost.
-
-    The target then gets the newest snapshot.
-    """
+    """Return the step that makes the target, with the newest snapshot, the placement of a rental without its source."""
     taken = Step((write(target, {"standby": False, "filled": ""}, state=target.state, standby=True),))
     reason = f"being made on worker {target.worker_id}, to which it was migrating"
     if rental.state is RentalState.QUEUED:

@@ -17,15 +17,14 @@ from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
 from orion.manager.domain.world import World
 
 MAX_REPORT_CHARS = 4096
-"""Characters of a worker's report that an event keeps at most: a longer one could fill the database."""
+"""The most characters of a worker's report that an event keeps: a longer report could fill the database."""
 MAX_PROBLEM_CHARS = 300
 MAX_ATTEMPTS = 3
-"""Failed tries to make a rental on one worker, after which it is made on another."""
-
-WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE, MigrationPhase.FINAL_SYNC})
-"""Phases of a planned migration in which a failed task ends it."""
+"""The number of failed tries to make a rental on one worker, after which it is made on another."""
 RECOVERY_ATTEMPTS = 2
-"""Failed tries to recover the files on a returned worker, after which they are purged."""
+"""The number of failed tries to recover the files on a returned worker, after which they are purged."""
+WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE, MigrationPhase.FINAL_SYNC})
+"""The phases of a planned migration in which a failed task ends it."""
 
 
 def follow(world: World, ended: TaskEnded) -> Step | None:
@@ -42,7 +41,7 @@ def succeeded(world: World, ended: TaskEnded) -> Step | None:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
     if task.kind is TaskKind.RECOVER:
-        return None  # it was recorded with the recovered snapshot: see operations/recover.py
+        return None  # the recovered snapshot was recorded by operations/recover.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
     if task.source is not None:
@@ -67,14 +66,10 @@ def failed(world: World, task: Task, message: str, attempts: int) -> Step | None
 
 def _not_recovered(world: World, placement: Placement | None, message: str, attempts: int) -> Step | None:
     rental = world.rentals.get(placement.rental_id) if placement else None
-    if (
-        placement is None
-        or rental is None
-        or attempts < RECOVERY_ATTEMPTS
-        or not snapshots.is_to_be_recovered(rental, placement)
-    ):
+    if placement is None or rental is None or attempts < RECOVERY_ATTEMPTS:
         return None
-    return snapshots.not_recovered(rental, placement, message)
+    is_due = snapshots.is_to_be_recovered(rental, placement)
+    return snapshots.not_recovered(rental, placement, message) if is_due else None
 
 
 def _migrated(
@@ -86,8 +81,10 @@ def _migrated(
     snapshot = str(report.get("generation", ""))
     if task.kind is TaskKind.PARK:
         return migration.cut_over(rental, placed, None, source, snapshot)
-    if placement is None or task.kind is TaskKind.PRECOPY:
-        return None if placement is None else migration.precopied(rental, placement, snapshot)
+    if placement is None:
+        return None
+    if task.kind is TaskKind.PRECOPY:
+        return migration.precopied(rental, placement, snapshot)
     return migration.cut_over(rental, placed, placement, source, snapshot)
 
 
@@ -117,8 +114,7 @@ def _source_rows(world: World, source: migration.Source) -> tuple[Rental | None,
 
 def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:
     if task.kind is TaskKind.REACH:
-        change = {"explanation": message}
-        return Step((Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change),))
+        return Step((_write_session(task, {"explanation": message}),))
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None or not _is_awaited(task, placement, rental):
         return None
@@ -127,20 +123,21 @@ def _explained(world: World, task: Task, placement: Placement | None, message: s
 
 
 def _is_awaited(task: Task, placement: Placement, rental: Rental) -> bool:
-    """Return whether the renter waits for the task, as for a creation or a release, and not for other clean-ups."""
+    """Return whether the renter waits for the task: for a creation or a release, and not for another clean-up."""
     if task.kind is TaskKind.CREATE:
         return placement.state is PlacementState.PREPARING
     return rental.state is RentalState.RELEASING
 
 
 def _verified(task: Task) -> Step:
-    event = Event(
-        kind="worker.verified", actor=ACTOR, reason="reached by SSH with its pinned host key", worker_id=task.worker_id
-    )
-    change = {"verified_session": task.session_id, "explanation": ""}
-    return Step(
-        (Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change),), (event,)
-    )
+    reason = "reached by SSH with its pinned host key"
+    event = Event(kind="worker.verified", actor=ACTOR, reason=reason, worker_id=task.worker_id)
+    return Step((_write_session(task, {"verified_session": task.session_id, "explanation": ""}),), (event,))
+
+
+def _write_session(task: Task, change: Mapping[str, Any]) -> Write:
+    """Return the write of `change` to the worker of a task if its session is still that of the task."""
+    return Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change)
 
 
 def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None:
@@ -153,9 +150,8 @@ def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | N
         return Step((keyed,), events) + started
     if placement.state is not PlacementState.PREPARING:
         return None
-    running = move_placement(
-        placement, rental.owner, PlacementState.RUNNING, ACTOR, "its account is there", public_key=task.public_key
-    )
+    to, reason = PlacementState.RUNNING, "its account is there"
+    running = move_placement(placement, rental.owner, to, ACTOR, reason, public_key=task.public_key)
     if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return running
     ends_at = end_of(rental.ttl_s, ended.counts_from)
@@ -183,15 +179,14 @@ def _command_started(rental: Rental, placement: Placement, task: Task, report: M
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
     details = {"report": _bounded(report)}
     if placement is None:
-        item = task.item
+        rental_id, epoch = (task.item.rental_id, task.item.epoch) if task.item else (None, None)
         event = Event(
             kind="worker.cleaned",
             actor=ACTOR,
             reason="it held a rental that is not its own any more; purged, then looked: nothing is left",
-            owner=None,
-            rental_id=item.rental_id if item else None,
+            rental_id=rental_id,
             worker_id=task.worker_id,
-            epoch=item.epoch if item else None,
+            epoch=epoch,
             details=details,
         )
         return Step((), (event,))

@@ -1,7 +1,6 @@
 """The decision of the reconciler: from the world and observations to steps to commit and tasks to run. It is pure.
 
-The world may be a part of the whole (world.World says which part is enough). The decision about that part is the same
-as from the whole world: tests/property/test_property_partial_world.py.
+The world may be a part of the whole that is enough (see world.World): the decision is the same as from the whole.
 
 Safe order: a placement's row is committed before anything is made for it on a worker, and it keeps its slot until the
 worker has looked for residue and found none. Inventories must be read before the rows: then every rental that an
@@ -37,16 +36,14 @@ from orion.manager.domain.tasks import Task
 from orion.manager.domain.world import Draft, World
 
 MAX_FAILURES = 5
-"""Failed tries to make a rental that was never active, after which it is failed."""
+"""The number of failed tries to make a rental that was never active, after which it is failed."""
 
 RECOVERY_DEADLINE_S = 150.0
-"""Seconds since a worker joined after which files that are not recovered are given up, of JOIN_DEADLINE_S in all. A try
-that is under way ends first (operations/recover.py); then the files are purged."""
-
+"""Seconds since a worker joined, of JOIN_DEADLINE_S in all, after which its files are purged though they are not
+recovered. A try that is under way ends first (operations/recover.py)."""
 HOLDS_UNKNOWN = "it holds what the database has never placed"
-
 ANSWERING = frozenset({Health.READY, Health.JOINING})
-"""Workers that are to blame when a clean-up passes its deadline; a silent one is judged by its lease."""
+"""The health of workers that are to blame when a clean-up passes its deadline; a silent one is judged by its lease."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,8 @@ def decide(loaded: World, observations: Observations) -> Decision:
     assignments = Assignments(world, observations)
     for rental in _by_priority(world):
         commit(_settle_rental(world, rental, observations, assignments))
-    for placement in sorted(
-        world.placements.values(), key=lambda p: (p.worker_id not in observations.evacuating, p.id)
-    ):
+    evacuating = observations.evacuating
+    for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in evacuating, p.id)):
         commit(_settle_migration(world, placement, observations, assignments))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
@@ -86,7 +82,7 @@ def decide(loaded: World, observations: Observations) -> Decision:
 
 
 def _settle_placement(world: World, placement: Placement, observations: Observations) -> Step | None:
-    """Return the step that settles one placement against its worker and its rental; None: it is settled."""
+    """Return the next step of a placement by its worker and its rental; None: it is settled."""
     worker = world.workers.get(placement.worker_id)
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN:
@@ -97,7 +93,7 @@ def _settle_placement(world: World, placement: Placement, observations: Observat
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementCase:
-    """A placement whose worker is there and is not down."""
+    """A placement whose worker exists and is not down."""
 
     placement: Placement
     worker: Worker
@@ -125,16 +121,15 @@ def _settle_without_worker(
     return _lose(worker, placement, rental, observations)
 
 
-def _nothing_was_made(case: PlacementCase) -> Step | None:
+def _nothing_was_made(case: PlacementCase) -> Step:
     # A placement is stopped only where nothing was made, or nothing is left.
     return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "nothing was made there")
 
 
 def _container_restarted(case: PlacementCase) -> Step | None:
-    # The start command may be the cause: enough restarts under it stop it.
-    if case.rental is None:
-        return None
-    return start_commands.restarted(case.rental, case.placement, case.worker, case.observations.wall)
+    # The start command may be the cause: after several restarts it is run no more.
+    rental, wall = case.rental, case.observations.wall
+    return start_commands.restarted(rental, case.placement, case.worker, wall) if rental else None
 
 
 def _rental_ends(case: PlacementCase) -> Step | None:
@@ -168,13 +163,12 @@ def _missing(case: PlacementCase) -> Step | None:
 
 def _command_ended(case: PlacementCase) -> Step | None:
     # The end is recorded for the owner, because the worker does not keep it.
-    if case.rental is None:
-        return None
-    return start_commands.ended(case.rental, case.placement, case.observations.start_ends.get(case.worker.id, ()))
+    ends = case.observations.start_ends.get(case.worker.id, ())
+    return start_commands.ended(case.rental, case.placement, ends) if case.rental else None
 
 
 def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
-    # The rental need not wait for a worker that cannot clean up: the worker is to blame.
+    # The rental does not wait for a worker that cannot clean up.
     if not case.passed_clean_up_s:
         return None
     reason = "its clean-up passed its deadline"
@@ -183,10 +177,9 @@ def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
 
 
 def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
-    # An operator who resumes its worker gives it another deadline.
-    if not case.passed_clean_up_s or case.worker.fault:
-        return None
-    return _fault_after_clean_up(case.worker, case.placement)
+    # The deadline begins again when an operator resumes the worker.
+    is_late = case.passed_clean_up_s and not case.worker.fault
+    return _fault_after_clean_up(case.worker, case.placement) if is_late else None
 
 
 def _not_recovered_in_time(case: PlacementCase) -> Step | None:
@@ -223,11 +216,9 @@ def _lose(
 ) -> Step | None:
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
-    owner = rental.owner if rental else None
+    owner, reason = rental.owner if rental else None, "its worker is down"
     nothing_to_recover = placement.state not in start_commands.MAY_HAVE_RUN
-    lost = move_placement(
-        placement, owner, PlacementState.LOST, ACTOR, "its worker is down", salvaged=nothing_to_recover
-    )
+    lost = move_placement(placement, owner, PlacementState.LOST, ACTOR, reason, salvaged=nothing_to_recover)
     if worker is not None:
         # A worker that is not down any more may have been ordered to run the placement, which is not lost then.
         lost = Step((write(worker, {}, health=Health.DOWN),)) + lost
@@ -273,10 +264,8 @@ def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | 
     found = [i for i in observations.inventories[worker.id] if (i.rental_id, i.epoch) in observations.unknown_rentals]
     if found and not worker.fault:
         names = ", ".join(sorted(item.rental_id for item in found)[:5])
-        fault = (
-            f"{HOLDS_UNKNOWN} ({names}): restore a backup that knows them, "
-            f"or end them for good: orion resume --give-up {worker.id}"
-        )
+        to_do = f"restore a backup that knows them, or end them for good: orion resume --give-up {worker.id}"
+        fault = f"{HOLDS_UNKNOWN} ({names}): {to_do}"
         return _set_fault(worker, fault, "worker.holds_unknown", fault)
     if not found and worker.fault.startswith(HOLDS_UNKNOWN):
         gone = "what the database has never placed is not there any more"
@@ -294,10 +283,8 @@ def _set_fault(worker: Worker, fault: str, kind: str, reason: str, placement: Pl
 
 def _by_priority(world: World) -> list[Rental]:
     """Return the rentals to settle: those that were active before come first, then the oldest."""
-    return sorted(
-        (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE}),
-        key=lambda r: (r.activated_at is None, r.created_at, r.id),
-    )
+    unsettled = (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE})
+    return sorted(unsettled, key=lambda r: (r.activated_at is None, r.created_at, r.id))
 
 
 def _settle_rental(world: Draft, rental: Rental, observations: Observations, assignments: Assignments) -> Step | None:
@@ -311,9 +298,8 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, ass
     if target is not None:
         problem = migration.target_problem(target, rental, world.workers.get(target.worker_id), observations.exiting)
         problem = problem or ("there is no snapshot of its files" if lost else "")
-        if problem:
-            return migration.end_target(target, rental.owner, problem)
-        return migration.promote_target(rental, target)
+        ended = migration.end_target(target, rental.owner, problem) if problem else None
+        return ended or migration.promote_target(rental, target)
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its placement was lost")
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
@@ -330,12 +316,11 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, ass
 
 
 def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
-    """Return the lost placement whose worker the rental waits for, because the only files are there; None: it waits for
-    no worker.
+    """Return the lost placement whose worker has the only files, so that the rental waits for it; None: it does not.
 
     A joining worker has come back: the recovery from it has a deadline of its own, RECOVERY_DEADLINE_S.
     """
-    if not observations.awaits_files_s or not snapshots.is_without_copies(rental):
+    if not observations.awaits_files_s or not snapshots.is_without_snapshots(rental):
         return None
     for placement in world.placements_of(rental.id):
         worker = world.workers.get(placement.worker_id)
@@ -350,15 +335,14 @@ def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> 
 def _is_being_stopped(world: Draft, rental: Rental) -> bool:
     """Return whether a restore was requested and the current placement may still run: not ended, and not quiesced."""
     ending = {PlacementState.STOPPING, PlacementState.FAILED}
-    return rental.state is RentalState.MIGRATING and any(
-        p.epoch == rental.epoch and p.state in ending and not p.held for p in world.placements_of(rental.id)
-    )
+    current = (p for p in world.placements_of(rental.id) if p.epoch == rental.epoch and p.state in ending)
+    return rental.state is RentalState.MIGRATING and any(not p.held for p in current)
 
 
 def _may_run_command(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
     """Return a failed placement where the start command may still run, because the end of the last try is unknown.
 
-    A rental without a start command does not wait for such a placement: nobody is led there. After DELETE_DEADLINE_S
+    A rental without a start command does not wait for such a placement: no renter can reach it. After DELETE_DEADLINE_S
     the rental waits no longer; the worker is at fault then.
     """
     if not rental.start or rental.start_problem:
@@ -371,7 +355,7 @@ def _may_run_command(world: Draft, rental: Rental, observations: Observations) -
 def _settle_migration(
     world: Draft, placement: Placement, observations: Observations, assignments: Assignments
 ) -> Step | None:
-    """Return the next step of a planned migration, the first one included: see domain/migration.py."""
+    """Return the next step of a planned migration, or its first step: see domain/migration.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
     if placement.standby or worker is None or rental is None or not migration.can_migrate(rental, placement):
         return None
@@ -411,13 +395,13 @@ class MigrationCase:
 
 def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
     # Whatever the problem of the final sync is, no programs are frozen for longer.
-    if case.observations.age(case.source.id) <= HELD_DEADLINE_S:
-        return None
-    return migration.abandon(case.rental, case.source, case.target, f"it stood still for {HELD_DEADLINE_S:.0f} s")
+    why = f"it stood still for {HELD_DEADLINE_S:.0f} s"
+    is_late = case.observations.age(case.source.id) > HELD_DEADLINE_S
+    return migration.abandon(case.rental, case.source, case.target, why) if is_late else None
 
 
 def _target_is_of_no_use(case: MigrationCase) -> Step | None:
-    # From a worker that is lost, at fault or to be emptied the rental would have to go again at once.
+    # A target whose worker is lost, at fault or to be emptied would have to migrate again at once.
     if case.target is None:
         return None
     problem = migration.target_problem(case.target, case.rental, case.to, case.observations.exiting)
@@ -426,21 +410,20 @@ def _target_is_of_no_use(case: MigrationCase) -> Step | None:
 
 def _quiesce(case: MigrationCase) -> Step | None:
     # The target has most of the files now, so the final sync is short.
-    if case.target is None:
-        return None
-    return migration.quiesce(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
+    target = case.target
+    why = f"for its move to worker {target.worker_id}" if target else ""
+    return migration.quiesce(case.rental, case.source, target, why) if target else None
 
 
 def _target_was_lost(case: MigrationCase) -> Step | None:
-    # On a worker that is about to end it stays quiesced, and is parked.
+    # On a worker that is about to end the rental stays quiesced, and is parked.
     parks = case.is_evacuating
-    return (
-        None if parks else migration.abandon(case.rental, case.source, None, "where it was to go is not ready any more")
-    )
+    why = "where it was to go is not ready any more"
+    return None if parks else migration.abandon(case.rental, case.source, None, why)
 
 
 def _begin(case: MigrationCase) -> Step | None:
-    # Not while the rental rests from a migration that has failed.
+    # A rental whose last migration has failed waits for a while.
     why = migration.must_leave(case.worker, case.observations.evacuating)
     if not why or case.rental.id in case.observations.migration_backoff:
         return None
@@ -470,18 +453,14 @@ def _finish_release(world: Draft, rental: Rental) -> Step | None:
     if any(p.state in HOLDING for p in left):
         return None
     to = RentalState.EXPIRED if rental.end == "expired" else RentalState.RELEASED
-    reason = "nothing of it is left"
-    if left:
-        away = ", ".join(sorted(p.worker_id for p in left))
-        reason = f"it runs nowhere; what it left on {away} is purged when that returns"
+    away = ", ".join(sorted(p.worker_id for p in left))
+    reason = f"it runs nowhere; what it left on {away} is purged when that returns" if left else "nothing of it is left"
     return move_rental(rental, to, ACTOR, reason)
 
 
 def _prepare(world: World, placement: Placement) -> Step | None:
-    rental = world.rentals.get(placement.rental_id)
-    if rental is None:
-        return None
-    return move_placement(placement, rental.owner, PlacementState.PREPARING, ACTOR, "making its account")
+    rental, to = world.rentals.get(placement.rental_id), PlacementState.PREPARING
+    return move_placement(placement, rental.owner, to, ACTOR, "making its account") if rental else None
 
 
 def _finish_drain(world: Draft, worker: Worker) -> Step | None:

@@ -4,11 +4,10 @@ Only a complete snapshot counts. Snapshots are ordered by (epoch, number), so a 
 comes after one of a later placement.
 
 A recovered snapshot (`salvage` in the database and the API) is made of the home that a lost worker still has when it
-comes back, before that home is purged. It holds what was written after the last snapshot of its epoch, and may lack
-what was written at a later epoch. A rental is restored from it without a request only if that gives up nothing known of
-a later epoch: the renter was activated at no later epoch, or there is no snapshot of the later epochs and they began
-with an earlier state of the same home. Every other recovered snapshot waits for a request
-(`waiting_recovered_snapshot`).
+comes back. It has what was written after the last snapshot of its epoch, and may lack what was written at a later
+epoch. A rental is restored from it without a request only if that gives up nothing known of a later epoch: the renter
+was activated at no later epoch, or there is no snapshot of the later epochs and they began with an earlier state of the
+same home. Every other recovered snapshot waits for a request (`waiting_recovered_snapshot`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from orion.manager.domain.model import Origin, Placement, Rental
@@ -35,11 +35,11 @@ SLOWER = "so much of its home changes at once that it is copied "
 NEARLY_FULL = 0.8
 """The share of its limit at which the renter of a home is warned."""
 BLOCK_BYTES = 4096
-"""The least bytes that an entry of a home counts for: on most disks a directory takes a block, and so does its copy."""
+"""The bytes that an entry of a home counts for at least: on most disks a directory takes a block."""
 MAX_ORIGINS = 32
-"""Epochs of a rental whose origins are kept. A recovered snapshot of an earlier epoch waits for a request."""
+"""The number of latest epochs whose origins are kept. A recovered snapshot of an earlier epoch waits for a request."""
 NAMES_SHOWN = 3
-"""File names that a sentence about an incomplete snapshot gives; the event's details have all that are known."""
+"""The number of file names in a sentence about an incomplete snapshot; the event's details have all that are known."""
 _ID = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
 
 
@@ -64,30 +64,33 @@ class Snapshot:
     """One complete snapshot of a home."""
 
     generation: SnapshotId
-    """Its id; the API and the volume have named it `generation` since their first release."""
+    """The id; the API and the volume have named it `generation` since their first release."""
     at: float
-    """UTC seconds at which the home was last seen to be as in the snapshot: the start of that look."""
+    """UTC seconds at which the home was as in the snapshot: the start of the look at it."""
     bytes: int
-    """Sum of what its entries count for (`counted`). A file with several names counts once."""
+    """The bytes of all entries (see `counted`). A file with several names counts once."""
     files: int
-    """Entries of every kind: files, directories, links, FIFOs, sockets; each name counts."""
+    """The number of entries of every kind: files, directories, links, FIFOs, sockets; each name counts."""
     skipped: tuple[str, ...] = ()
     """The first names of incomplete entries: missing, or without some attribute or the mode."""
     salvage: bool = False
-    """Whether it is a recovered snapshot: see `newest`."""
+    """Whether it is a recovered snapshot."""
+
+
+_by_id = attrgetter("generation")
 
 
 def kept(complete: Iterable[Snapshot]) -> set[SnapshotId]:
     """Return the snapshots to keep: the newest, the newest of the epoch before, and the newest recovered ones."""
-    all_ = sorted(complete, key=lambda copy: copy.generation, reverse=True)
-    regular = [copy.generation for copy in all_ if not copy.salvage]
-    recovered = [copy.generation for copy in all_ if copy.salvage]
+    latest_first = sorted(complete, key=_by_id, reverse=True)
+    regular = [snapshot.generation for snapshot in latest_first if not snapshot.salvage]
+    recovered = [snapshot.generation for snapshot in latest_first if snapshot.salvage]
     before = [snapshot_id for snapshot_id in regular if snapshot_id.epoch < regular[0].epoch]
     return {*regular[:NEWEST_KEPT], *before[:1], *recovered[:RECOVERED_KEPT]}
 
 
 def counted(blocks: int, size: int) -> int:
-    """Return the bytes for which an entry of any kind counts. `blocks`: of 512 bytes; `size`: with holes.
+    """Return the bytes for which an entry of any kind counts. `blocks`: of 512 bytes; `size`: in bytes, with holes.
 
     The worker counts in the same way (`size_of` of orion_worker/snapshots/scan.py). BLOCK_BYTES make the two agree
     where one file system keeps a directory or a link in its inode and the other does not.
@@ -96,26 +99,29 @@ def counted(blocks: int, size: int) -> int:
 
 
 def may_stay(complete: Iterable[Snapshot], spare: SnapshotId | None) -> list[set[SnapshotId]]:
-    """Return the sets of snapshots that may be kept, from the largest to the smallest; the caller takes the first that
-    has room on the disk. The first set is `kept` and `spare`; each next one is without the oldest that the set before
-    it had. All of them have the latest snapshot, `spare`, and the recovered ones.
+    """Return the sets of snapshots that may be kept, the largest first; the caller takes the first that has room.
+
+    The first set is `kept` and `spare`; each next set lacks the oldest snapshot of the set before. Each set has the
+    latest regular snapshot, `spare`, and the recovered ones.
     """
     all_ = list(complete)
-    regular = [copy.generation for copy in all_ if not copy.salvage]
-    staying = kept(all_) | {copy.generation for copy in all_ if copy.generation == spare}
+    regular = [snapshot.generation for snapshot in all_ if not snapshot.salvage]
+    staying = kept(all_) | {snapshot.generation for snapshot in all_ if snapshot.generation == spare}
     by_choice = sorted(staying.intersection(regular) - {spare, max(regular, default=None)})
     return [staying - set(by_choice[:number]) for number in range(len(by_choice) + 1)]
 
 
 def newest(complete: Iterable[Snapshot], rental: Rental) -> Snapshot | None:
-    """Return the snapshot that a rental is restored from without a request: the latest since its renter was last
-    activated; else the latest that grew out of the snapshot of that activation; if that is unknown, the latest regular
-    one."""
-    ordered = sorted(complete, key=lambda copy: copy.generation)
-    since = [copy for copy in ordered if copy.generation.epoch >= rental.let_in_epoch]
+    """Return the snapshot that a rental is restored from without a request; None: there is none.
+
+    It is the latest since the renter was last activated; else the latest that grew out of the snapshot of that
+    activation; if that is unknown, the latest regular one.
+    """
+    ordered = sorted(complete, key=_by_id)
+    since = [snapshot for snapshot in ordered if snapshot.generation.epoch >= rental.let_in_epoch]
     grown = _grown_from_origin(ordered, rental)
-    copies = [copy for copy in ordered if not copy.salvage]
-    return next((each[-1] for each in (since, grown, copies) if each), None)
+    regular = [snapshot for snapshot in ordered if not snapshot.salvage]
+    return next((each[-1] for each in (since, grown, regular) if each), None)
 
 
 def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
@@ -125,7 +131,7 @@ def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snap
     both kinds of successors, each lacks something of the other: those of the same home are taken, for the other home
     may be unchanged. A request for an older snapshot gives up what was later in that home.
     """
-    chain = [copy for copy in ordered if str(copy.generation) == rental.began_with]
+    chain = [snapshot for snapshot in ordered if str(snapshot.generation) == rental.began_with]
     origin = _origin(rental, rental.let_in_epoch)
     if origin is None:
         return chain
@@ -142,12 +148,12 @@ def _successors(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapsh
     `asked`: a request went back to `latest`, and gave up what was later in the same home.
     """
     name = str(latest) if latest else ""
-    later = [copy for copy in ordered if latest is None or copy.generation > latest]
-    same_home = [c for c in later if latest and not asked and c.generation.epoch == latest.epoch]
-    filled_with_it = [c for c in later if Origin(c.generation.epoch, name, asked) in rental.lineage]
+    later = [s for s in ordered if latest is None or s.generation > latest]
+    same_home = [s for s in later if latest and not asked and s.generation.epoch == latest.epoch]
+    filled_with_it = [s for s in later if Origin(s.generation.epoch, name, asked) in rental.lineage]
     if latest is None and not asked:  # every snapshot contains an empty home
-        filled_with_it += [copy for copy in later if _origin(rental, copy.generation.epoch) is None]
-        filled_with_it.sort(key=lambda copy: copy.generation)
+        filled_with_it += [s for s in later if _origin(rental, s.generation.epoch) is None]
+        filled_with_it.sort(key=_by_id)
     return same_home or filled_with_it
 
 
@@ -163,10 +169,10 @@ def waiting_recovered_snapshot(complete: Iterable[Snapshot], rental: Rental, wal
     again = newest(all_, rental)
     next_origin = rental.restore_from or (str(again.generation) if again else "")
     contained = _ancestors(rental, rental.began_with if runs else next_origin)
-    shown = [copy for copy in all_ if copy.salvage and wall - copy.at < RECOVERED_SHOWN_S]
-    shown = [copy for copy in shown if not (runs and copy.generation.epoch >= rental.let_in_epoch)]
-    waiting = [c for c in shown if c.generation.number > contained.get(c.generation.epoch, 0)]
-    return max(waiting, key=lambda copy: copy.generation, default=None)
+    shown = [s for s in all_ if s.salvage and wall - s.at < RECOVERED_SHOWN_S]
+    shown = [s for s in shown if not (runs and s.generation.epoch >= rental.let_in_epoch)]
+    waiting = [s for s in shown if s.generation.number > contained.get(s.generation.epoch, 0)]
+    return max(waiting, key=_by_id, default=None)
 
 
 def _ancestors(rental: Rental, name: str) -> dict[int, int]:
@@ -187,8 +193,8 @@ def _origin(rental: Rental, epoch: int) -> Origin | None:
 def activated(rental: Rental, epoch: int, name: str) -> dict[str, Any]:
     """Return the changes of a rental whose renter is activated at `epoch`. `name`: the snapshot in the home, or "".
 
-    An origin that was requested counts as requested again if the next epoch begins with it too: there is no snapshot
-    of the epoch between then.
+    An origin that was requested counts as requested again if the next epoch begins with it too, because then there is
+    no snapshot of the epoch between them.
     """
     before = _origin(rental, rental.let_in_epoch)
     same = before is not None and before.asked and before.generation == name
@@ -198,9 +204,9 @@ def activated(rental: Rental, epoch: int, name: str) -> dict[str, Any]:
 
 
 def base_of(complete: Iterable[Snapshot], epoch: int, salvage: bool) -> Snapshot | None:
-    """Return the snapshot that a new one of this epoch is compared with: the latest that may be like it."""
-    before = [c for c in complete if c.generation.epoch <= epoch and (salvage or not c.salvage)]
-    return max(before, key=lambda copy: copy.generation, default=None)
+    """Return the snapshot with which a new one of this epoch is compared: the latest that may be like it."""
+    before = (s for s in complete if s.generation.epoch <= epoch and (salvage or not s.salvage))
+    return max(before, key=_by_id, default=None)
 
 
 def next_number(ids: Sequence[SnapshotId], epoch: int) -> int:
@@ -209,45 +215,39 @@ def next_number(ids: Sequence[SnapshotId], epoch: int) -> int:
 
 NEWEST = "newest"
 EMPTY = "empty"
-"""The value that fills a home with the newest snapshot, used if no request names one."""
+"""The values of a restore that name no snapshot; NEWEST is used if nothing was requested."""
 ACTOR = "copies"
 """The actor of events about snapshots, as it was released."""
 
 
 def wanted(rental: Rental) -> str | None:
-    """Return what the home of the next placement is filled with; None if the renter was never activated."""
+    """Return the snapshot, NEWEST or EMPTY for the next home; None if the renter was never activated."""
     return (rental.restore_from or NEWEST) if was_activated(rental) else None
 
 
 def was_activated(rental: Rental) -> bool:
     """Return whether the renter was activated at any epoch, so that there may be files.
 
-    The manager knows that from the end of a task, or from a recovered snapshot if the worker died before it could
-    report: then the rental may never have been active.
+    The rental may never have been active: a recovered snapshot shows the activation if the worker could not report it.
     """
     return rental.activated_at is not None or rental.let_in_epoch > 0
 
 
-def is_without_copies(rental: Rental) -> bool:
+def is_without_snapshots(rental: Rental) -> bool:
     """Return whether the files are only where the rental ran: no snapshot is known, and none was requested."""
     never = rental.last_safe_copy_at is None and not rental.began_with
     return was_activated(rental) and never and rental.restore_from is None
 
 
-def nearly_full(copy: Snapshot, max_bytes: int, max_files: int) -> str:
+def nearly_full(snapshot: Snapshot, max_bytes: int, max_files: int) -> str:
     """Return a warning if a home holds NEARLY_FULL of its limit or more; else an empty text."""
     near = []
-    if copy.bytes >= NEARLY_FULL * max_bytes:
-        near.append(f"{_megabytes(copy.bytes)} of {_megabytes(max_bytes)}")
-    if copy.files >= NEARLY_FULL * max_files:
-        near.append(f"{copy.files:,} of {max_files:,} files")
-    if not near:
-        return ""
-    return f"{NEARLY_FULL_WARNING}{' and '.join(near)}: with more than that it is frozen and not copied, so make room"
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / 10**6:,.1f} MB"
+    if snapshot.bytes >= NEARLY_FULL * max_bytes:
+        near.append(f"{snapshot.bytes / 10**6:,.1f} MB of {max_bytes / 10**6:,.1f} MB")
+    if snapshot.files >= NEARLY_FULL * max_files:
+        near.append(f"{snapshot.files:,} of {max_files:,} files")
+    full = f"{NEARLY_FULL_WARNING}{' and '.join(near)}: with more than that it is frozen and not copied, so make room"
+    return full if near else ""
 
 
 def slower_warning(interval_s: float, usual_s: float) -> str:
@@ -259,7 +259,7 @@ def slower_warning(interval_s: float, usual_s: float) -> str:
     return f"{SLOWER}{how_often}, until less changes at once"
 
 
-def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str = "", slower: str = "") -> Step:
+def accepted(rental: Rental, placement: Placement, snapshot: Snapshot, warning: str = "", slower: str = "") -> Step:
     """Return the step that records a complete snapshot, if its placement is still the one that runs.
 
     `warning`: see `nearly_full`; `slower`: see `slower_warning`. Events are written for the first snapshot, after a
@@ -268,21 +268,21 @@ def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str 
     The step is void if the placement was quiesced meanwhile: this snapshot must not replace that of the final sync,
     which has every byte.
     """
-    change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes, "copy_problem": ""}
+    change = {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes, "copy_problem": ""}
     change |= {"home_warning": _joined(warning, slower)}
-    event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
+    event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, snapshot)
     events = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
     if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
-        events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
+        events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, snapshot))
     return _while_it_runs(rental, placement, change, *events, held=placement.held)
 
 
 def _joined(*warnings: str) -> str:
-    return "; ".join(warning for warning in warnings if warning)
+    return "; ".join(filter(None, warnings))
 
 
 def interval_changed(rental: Rental, placement: Placement, pause_s: float, interval_s: float) -> Step:
-    """Return the step that tells the owner of another interval. `pause_s`: seconds of the last pause of programs."""
+    """Return the step with the event of another interval. `pause_s`: seconds of the last pause of programs."""
     reason = (
         f"its programs were paused for {pause_s:.2f} s by a snapshot, so snapshots are taken every {interval_s:.0f} s "
         f"from now on; a shorter pause brings back the usual interval"
@@ -291,9 +291,9 @@ def interval_changed(rental: Rental, placement: Placement, pause_s: float, inter
 
 
 def slowed(rental: Rental, placement: Placement, problem: str, slower: str) -> Step:
-    """Return the step that tells the owner that no snapshot was taken for now, for `problem`.
+    """Return the step that records that snapshots are less frequent because of `problem`.
 
-    `slower` is shown until snapshots are taken at the usual interval: see `slower_warning`.
+    The rental shows `slower` until snapshots are taken at the usual interval: see `slower_warning`.
     """
     reason = f"{problem}. The snapshot is tried again at growing intervals, until less changes at once"
     event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
@@ -320,29 +320,28 @@ def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
     """Return whether a recovered snapshot of a lost placement is to be made before its worker purges it.
 
-    It is tried also if no activation is known: only the worker knows whether there was one (NOTHING_TO_RECOVER).
+    A recovery is tried also if no activation is known: only the worker knows that (NOTHING_TO_RECOVER).
     """
     if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
         return False
     return rental.state not in ENDED | {RentalState.RELEASING}
 
 
-def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Iterable[Snapshot]) -> Step:
-    """Return the step that records what a returned worker still had: `copy`, a recovered snapshot, or the regular one
-    that the home was equal to. `there`: all complete snapshots, with this one.
+def recovered(rental: Rental, placement: Placement, snapshot: Snapshot, there: Iterable[Snapshot]) -> Step:
+    """Return the step that records the home on a returned worker. `there`: all complete snapshots, with this one.
 
-    The step also records the activation at that epoch, of which the manager may not know: a worker that dies at once
-    cannot report it.
+    `snapshot`: the recovered snapshot, or the regular one that is equal to the home. The step also records the
+    activation at that epoch, which a worker that died at once could not report.
     """
-    name, worker_id = copy.generation, placement.worker_id
+    name, worker_id = snapshot.generation, placement.worker_id
     is_latest = placement.epoch >= rental.let_in_epoch
     change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
-    is_newest = rental.restore_from is None and newest(there, replace(rental, **change)) == copy
+    is_newest = rental.restore_from is None and newest(there, replace(rental, **change)) == snapshot
     # A rental that is being made may have been filled with an older snapshot already.
     is_restored = is_newest and rental.state is RentalState.QUEUED
     restore = f"orion restore {rental.name} --from {name}"
     had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
-    if not copy.salvage:
+    if not snapshot.salvage:
         reason = f"{had}: they are as in snapshot {name}"
     elif is_restored:
         reason = f"{had}: they are kept as snapshot {name}, the newest, from which it is restored"
@@ -353,9 +352,9 @@ def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Itera
         )
     else:
         reason = f"{had}: they are kept as snapshot {name}; to restore them: {restore}"
-    change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if is_restored else {}
+    change |= {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes} if is_restored else {}
     known = write(rental, change, let_in_epoch=rental.let_in_epoch, state=rental.state)
-    event = _event("rental.salvaged", reason, rental, worker_id, copy)
+    event = _event("rental.salvaged", reason, rental, worker_id, snapshot)
     return _recovery_ends(placement) + Step((known,), (event,))
 
 
@@ -363,11 +362,9 @@ def not_recovered(rental: Rental, placement: Placement, why: str) -> Step:
     """Return the step that gives up the files of a lost placement. `why` empty: its worker had none that are new."""
     if not why:
         return _recovery_ends(placement)
-    reason = (
-        f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}, and they could not be "
-        f"recovered before they were purged: {why}. What was written there after the last snapshot of that epoch is "
-        "lost"
-    )
+    had = f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}"
+    lost = "What was written there after the last snapshot of that epoch is lost"
+    reason = f"{had}, and they could not be recovered before they were purged: {why}. {lost}"
     event = _event("rental.salvage_failed", reason, rental, placement.worker_id)
     return _recovery_ends(placement) + Step((), (event,))
 
@@ -378,29 +375,29 @@ def _recovery_ends(placement: Placement) -> Step:
 
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
     """Return the step that requests a restore from `source`, a snapshot's name or EMPTY; `running` is stopped first."""
-    what = "without its files" if source == EMPTY else f"with snapshot {source}"
+    begins = "without its files" if source == EMPTY else f"with snapshot {source}"
     if running is None:
-        event = rental_event("rental.restore_asked", f"it is to begin {what}", rental, actor=actor)
+        event = rental_event("rental.restore_asked", f"it is to begin {begins}", rental, actor=actor)
         return Step((write_rental(rental, {"restore_from": source}),), (event,))
-    reason = f"it is stopped, to begin again {what}"
+    reason = f"it is stopped, to begin again {begins}"
     stopping = move_placement(running, rental.owner, PlacementState.STOPPING, actor, reason)
     return stopping + move_rental(rental, RentalState.MIGRATING, actor, reason, running.worker_id, restore_from=source)
 
 
 def began_with(report: Mapping[str, Any]) -> str:
-    """Return the name of the snapshot that a home was filled with, as the report of the restore says; else ""."""
+    """Return the name of the snapshot that a home was filled with, from the report of the restore; else ""."""
     name = report.get("restored", {}).get("generation") or ""
     return name if SnapshotId.parse(name) else ""
 
 
 def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: float) -> Event | None:
-    """Return the event of a restore from its report; None if nothing was filled."""
+    """Return the event of a restore from its report; None if no home was filled."""
     if "restored" not in report:
         return None
     restored = report["restored"]
-    if not restored.get("generation"):
+    name = restored.get("generation")
+    if not name:
         return _event("rental.started_empty", restored["reason"], rental, worker_id)
-    name = restored["generation"]
     if "at" not in restored:
         return _event("rental.files_restored", f"snapshot {name}", rental, worker_id, details={"generation": name})
     age_s = max(0.0, wall - restored["at"])
@@ -410,12 +407,11 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
 
 
 def lacking(report: Mapping[str, Any]) -> str:
-    """Return what the explanation of a rental adds if the snapshot in its home is incomplete; else an empty text."""
+    """Return the end of a rental's explanation if the snapshot in its home is incomplete; else an empty text."""
     restored = report.get("restored", {})
-    skipped = restored.get("skipped")
-    if not skipped:
+    if not restored.get("skipped"):
         return ""
-    return f"; its files are from snapshot {restored['generation']}, incomplete in it: {_first(skipped)}"
+    return f"; its files are from snapshot {restored['generation']}, incomplete in it: {_first(restored['skipped'])}"
 
 
 def _first(skipped: Sequence[str]) -> str:

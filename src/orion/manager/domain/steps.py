@@ -154,6 +154,24 @@ def move_placement(
     return Step((write(placement, {"state": to} | change, state=placement.state),), (event,))
 
 
+def reserve_slot(
+    rental: Rental, worker: Worker, slot: int, placement_id: str, reason: str, standby: bool = False
+) -> Step:
+    """Return the step that inserts a placement on a worker that is still as it was chosen; it gets the next epoch."""
+    placement = Placement(
+        id=placement_id,
+        rental_id=rental.id,
+        worker_id=worker.id,
+        slot=slot,
+        epoch=rental.next_epoch,
+        state=PlacementState.RESERVED,
+        standby=standby,
+    )
+    as_chosen = write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots)
+    event = rental_event("placement.reserved", reason, rental, worker.id, epoch=placement.epoch)
+    return Step((as_chosen,), (event,), placement)
+
+
 def move_worker(worker: Worker, to: Health, reason: str) -> Step:
     """Return the step that changes a worker's health, for the health controller alone.
 
