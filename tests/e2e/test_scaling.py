@@ -70,7 +70,7 @@ def _scale_up(stack: Stack, figures: Figures) -> Container:
 def _check_move(stack: Stack, mark: int, down: Event) -> None:
     """Assert that the rental migrated with all its files before its worker ended."""
     events = stack.events(mark)
-    assert down.reason == "it said goodbye", story(events)
+    assert down.reason == "its last heartbeat announced that it stops", story(events)
     activated = next(event for event in events if event.kind == "rental.activated")
     assert activated.id < down.id, story(events)
     assert "placement.lost" not in {event.kind for event in events}, story(events)

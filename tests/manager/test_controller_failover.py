@@ -408,7 +408,7 @@ async def test_a_release_does_not_wait_for_a_worker_that_is_down(house: House, p
     await house.pass_time(94)
     ended = await house.rental(rental["id"])
     assert ended["state"] == "released"
-    assert f"what it left on {dead.worker_id} is purged when that returns" in ended["explanation"]
+    assert f"its residue on {dead.worker_id} is purged when that returns" in ended["explanation"]
     dead.node.failure = ""
     await dead.come_back()
     await house.settle()

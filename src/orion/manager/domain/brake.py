@@ -1,5 +1,4 @@
-"""The brake is the circuit breaker of takeovers: while it is on, no worker is declared down for its silence, because
-the manager itself may be unreachable.
+"""The brake: the circuit breaker that declares no silent worker down while the manager may be unreachable.
 
 A disturbance of the proxy or the manager starts the grace of every worker again. The brake ends when the proxy has
 answered throughout `takeover_after_s` and a heartbeat came in, or after `brake_max_s`, so that it is no stuck state.
@@ -15,11 +14,10 @@ from orion.manager.domain.clocks import Clocks
 
 @dataclass(frozen=True, kw_only=True)
 class Brake:
-    """The state of the brake. `since`: monotonic seconds at which it went on, None while it is off. `disturbed_at`:
-    monotonic seconds of the last disturbance, from which grace is counted."""
-
     disturbed_at: float
+    """Monotonic seconds of the last disturbance, from which grace is counted."""
     since: float | None
+    """Monotonic seconds at which the brake went on; None while it is off."""
     reason: str
     exhausted: bool = False
     """Whether a disturbance outlasted `brake_max_s`: the brake stays off until an observation has no disturbance."""

@@ -70,7 +70,7 @@ class WallClock:
     def observe(self, wall: float, now: float) -> WallClock:
         offset = wall - now
         if abs(offset - self.offset_s) > JUMP_S:
-            return replace(self, offset_s=offset, believed_offset_s=self._should_be_s, jumped_at=now)
+            return replace(self, offset_s=offset, believed_offset_s=self._expected_offset_s, jumped_at=now)
         if self.jumped_at is None:
             return WallClock(offset_s=offset)
         looked = replace(self, offset_s=offset)
@@ -82,7 +82,7 @@ class WallClock:
 
     def as_believed(self, now: float) -> float:
         """Return the expected Unix seconds at `now` of the boot clock."""
-        return now + self._should_be_s
+        return now + self._expected_offset_s
 
     @property
     def believed(self) -> bool:
@@ -91,10 +91,10 @@ class WallClock:
     @property
     def far_s(self) -> float:
         """The seconds by which the clock is ahead of its expected time; negative: behind."""
-        return self.offset_s - self._should_be_s
+        return self.offset_s - self._expected_offset_s
 
     @property
-    def _should_be_s(self) -> float:
+    def _expected_offset_s(self) -> float:
         return self.offset_s if self.believed_offset_s is None else self.believed_offset_s
 
     @property

@@ -50,8 +50,8 @@ class Evidence:
     liveness: LivenessReport = LivenessReport()
 
     @property
-    def exiting(self) -> bool:
-        return self.lease is not None and self.lease.exiting_at is not None
+    def exiting_at(self) -> float | None:
+        return self.lease.exiting_at if self.lease else None
 
     @property
     def received_at(self) -> float | None:
@@ -63,7 +63,7 @@ class Evidence:
         """Whether the liveness connection was closed, no heartbeat came since, and no last heartbeat announced that."""
         received_at, closed_at = self.received_at, self.liveness.closed_at
         heard = received_at is not None and closed_at is not None and received_at > closed_at
-        return closed_at is not None and not heard and not self.exiting
+        return closed_at is not None and not heard and self.exiting_at is None
 
     @property
     def unheard_s(self) -> float:
@@ -92,10 +92,6 @@ class Evidence:
         longer = self.lease.lease_s / self.clocks.freeze_after_s if self.lease else 0.0
         return self.clocks.takeover_after_s * max(1.0, longer) * (1 if known else 2)
 
-    @property
-    def verified(self) -> bool:
-        return self.worker.session_id is not None and self.worker.verified_session == self.worker.session_id
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -107,7 +103,7 @@ class Verdict:
     def is_loss(self, of: Worker) -> bool:
         """Return whether the verdict counts as a loss of `ready`.
 
-        A closed liveness connection alone is no loss: otherwise a renter who can close it could have the worker
+        A closed liveness connection alone is no loss: otherwise a renter that can close it could have the worker
         quarantined.
         """
         if of.health is Health.READY:
@@ -129,10 +125,9 @@ def deadlines(evidence: Evidence) -> tuple[float, ...]:
         return ()
     silent = evidence.now - evidence.unheard_s + evidence.clocks.suspect_after_s
     passed = evidence.now - evidence.silence_s + evidence.grace_s
-    exiting_at = evidence.lease.exiting_at if evidence.lease else None
-    leaves = () if exiting_at is None else (exiting_at + evidence.clocks.goodbye_after_s,)
+    exits = () if evidence.exiting_at is None else (evidence.exiting_at + evidence.clocks.goodbye_after_s,)
     joined = (since + JOIN_DEADLINE_S,) if health is Health.JOINING else ()
-    return (silent, passed, *joined, *leaves)
+    return (silent, passed, *joined, *exits)
 
 
 def judge(evidence: Evidence) -> Verdict | None:
@@ -142,10 +137,9 @@ def judge(evidence: Evidence) -> Verdict | None:
 
 def _exited(e: Evidence) -> Verdict | None:
     # The delay and the destination are needed: when the whole pool is stopped or restarted, nothing is taken over.
-    exiting_at = e.lease.exiting_at if e.lease else None
-    if exiting_at is None or e.brake.on or not e.has_destination or e.now - exiting_at < e.clocks.goodbye_after_s:
+    if e.exiting_at is None or e.brake.on or not e.has_destination or e.now - e.exiting_at < e.clocks.goodbye_after_s:
         return None
-    return Verdict(Health.DOWN, "it said goodbye")
+    return Verdict(Health.DOWN, "its last heartbeat announced that it stops")
 
 
 def _proved_dead(e: Evidence) -> Verdict | None:
@@ -176,11 +170,11 @@ def _silent(e: Evidence) -> Verdict | None:
 
 
 def _unverified(e: Evidence) -> Verdict | None:
-    return Verdict(Health.JOINING, "it registered: not checked yet") if e.heard and not e.verified else None
+    return Verdict(Health.JOINING, "it registered: not checked yet") if e.heard and not e.worker.verified else None
 
 
 def _verified(e: Evidence) -> Verdict | None:
-    if not e.heard or not e.verified or e.closed:
+    if not e.heard or not e.worker.verified or e.closed:
         return None
     return Verdict(Health.READY, "it is heard, it was reached by SSH, and nothing stale is on it")
 
@@ -204,15 +198,13 @@ def _quarantine(e: Evidence, why: str) -> Verdict:
 
 
 def _resumed(e: Evidence) -> Verdict | None:
-    if e.worker.fault or not e.heard:
-        return None
-    return Verdict(Health.JOINING, "an operator resumed it: not checked yet")
+    resumed = Verdict(Health.JOINING, "an operator resumed it: not checked yet")
+    return resumed if e.heard and not e.worker.fault else None
 
 
 def _manager_was_away(e: Evidence) -> Verdict | None:
-    if e.lease is None or e.lease.received_at is not None:
-        return None
-    return Verdict(Health.UNKNOWN, "the manager was away: waiting for its heartbeat")
+    unheard = Verdict(Health.UNKNOWN, "the manager was away: waiting for its heartbeat")
+    return unheard if e.lease and e.received_at is None else None
 
 
 GONE: tuple[Rule, ...] = (_exited, _declared_gone, _proved_dead)

@@ -25,7 +25,7 @@ class Lease:
     exiting_at: float | None = None
     """The time of the worker's last heartbeat, in which it says that it stops now."""
     evacuating_at: float | None = None
-    """The time at which the worker first said that it was told to stop, and waits until it is empty."""
+    """The time at which the worker first said that it is to stop, and waits until it is empty."""
     announced: bool = False
     """Whether the session before ended with a last heartbeat, so that this one is an intended restart."""
     lease_s: float = 0.0
@@ -181,7 +181,7 @@ class Leases:
             self._leases[worker_id] = replace(lease, inventory=kept)
 
     def exiting(self) -> frozenset[str]:
-        """Return the workers that were told to stop: those that evacuate, and those that sent their last heartbeat."""
+        """Return the workers that are to stop: those that evacuate, and those that sent their last heartbeat."""
         return frozenset(self._exiting | self._evacuating.keys()) if self._evacuating else frozenset(self._exiting)
 
     def evacuating(self, before: float) -> frozenset[str]:

@@ -30,16 +30,7 @@ from typing import Protocol
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import LIVE, Health, Intent, MigrationPhase, PlacementState, RentalState, check_phase
-from orion.manager.domain.steps import (
-    ACTOR,
-    Step,
-    move_placement,
-    move_rental,
-    rental_event,
-    reserve_slot,
-    write,
-    write_rental,
-)
+from orion.manager.domain.steps import ACTOR, Step, move_placement, move_rental, rental_event, reserve_slot, write
 from orion.manager.domain.world import World
 
 MAX_UNDER_WAY = 12
@@ -70,9 +61,8 @@ class Source:
     move: int = 0
 
     @staticmethod
-    def of(placement: Placement) -> Source:
-        p = placement
-        return Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
+    def of(source: Placement) -> Source:
+        return Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
 
 
 class Placed(Protocol):
@@ -118,7 +108,7 @@ def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
     if worker.health not in SOURCE_HEALTH:
         return ""
     if worker.id in evacuating:
-        return f"worker {worker.id} was told to stop"
+        return f"worker {worker.id} is about to stop"
     if worker.intent is Intent.DRAINING:
         return f"worker {worker.id} is being drained"
     if worker.health is Health.QUARANTINED:
@@ -128,11 +118,8 @@ def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
 
 def can_migrate(rental: Rental, placement: Placement) -> bool:
     """Return whether a rental is at rest on its worker: nothing makes, restores or ends it."""
-    return (
-        rental.state is RentalState.ACTIVE
-        and placement.state is PlacementState.RUNNING
-        and placement.public_key == rental.public_key
-    )
+    runs = rental.state is RentalState.ACTIVE and placement.state is PlacementState.RUNNING
+    return runs and placement.public_key == rental.public_key
 
 
 def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
@@ -142,7 +129,7 @@ def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new
     change = {"last_epoch": epoch, "explanation": reason}
     writes = (
         write(placement, {}, state=PlacementState.RUNNING, held=0),
-        write_rental(rental, change, state=RentalState.ACTIVE, last_epoch=rental.last_epoch),
+        write(rental, change, state=RentalState.ACTIVE, epoch=rental.epoch, last_epoch=rental.last_epoch),
     )
     started = rental_event("rental.move_started", reason, rental, worker.id, epoch=epoch, actor=actor)
     reserved = reserve_slot(rental, worker, slot, new_id, f"slot {slot}, for a planned migration", standby=True)
@@ -156,7 +143,7 @@ def quiesce(rental: Rental, placement: Placement, target: Placement | None, why:
     move = target.epoch if target else rental.next_epoch
     guard = (write(target, {}, state=PlacementState.PREPARING),) if target else ()
     quiesced = write(placement, {"held": move}, state=PlacementState.RUNNING, held=0)
-    numbered = write_rental(rental, {} if target else {"last_epoch": move}, state=RentalState.ACTIVE)
+    numbered = write(rental, {} if target else {"last_epoch": move}, state=RentalState.ACTIVE, epoch=rental.epoch)
     event = rental_event("rental.held", why, rental, placement.worker_id, epoch=placement.epoch)
     return Step((quiesced, *guard, numbered), (event,))
 
@@ -166,7 +153,8 @@ def abandon(rental: Rental, placement: Placement, target: Placement | None, why:
     check_phase(rental.id, phase_of(rental, placement, target), MigrationPhase.NONE)
     worker_id, epoch = placement.worker_id, placement.epoch
     event = rental_event("rental.move_failed", why, rental, worker_id, epoch=epoch)
-    step = Step((write_rental(rental, {"explanation": f"{NOT_MOVED}{why}"}, state=RentalState.ACTIVE),), (event,))
+    change = {"explanation": f"{NOT_MOVED}{why}"}
+    step = Step((write(rental, change, state=RentalState.ACTIVE, epoch=rental.epoch),), (event,))
     if placement.held:
         released = rental_event("rental.let_go_on", "it goes on here", rental, worker_id, epoch=epoch)
         step += Step((write(placement, {"held": 0}, state=PlacementState.RUNNING, held=placement.held),), (released,))
@@ -187,7 +175,8 @@ def promote_target(rental: Rental, target: Placement) -> Step:
         placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, target.worker_id, epoch=target.epoch)
         return placed + taken
     event = rental_event("rental.taken_over", reason, rental, target.worker_id, epoch=target.epoch)
-    return Step((write_rental(rental, {"epoch": target.epoch}),), (event,)) + taken
+    risen = write(rental, {"epoch": target.epoch}, state=rental.state, epoch=rental.epoch)
+    return Step((risen,), (event,)) + taken
 
 
 def target_problem(target: Placement, rental: Rental, worker: Worker | None, exiting: Collection[str]) -> str:
@@ -208,12 +197,10 @@ def precopied(rental: Rental, target: Placement, snapshot: str) -> Step | None:
     return Step((write(target, {"filled": snapshot}, state=PlacementState.PREPARING, standby=True),))
 
 
-def cut_over(
-    rental: Rental, placement: Placement, target: Placement | None, source: Source, snapshot: str
-) -> Step | None:
+def cut_over(rental: Rental, placement: Placement, target: Placement | None, source: Source, name: str) -> Step | None:
     """Return the step of the cutover: the epoch rises, and the source ends. Without a target the rental is parked.
 
-    Return None if another step came between, which ended the migration.
+    `name`: the snapshot of the final sync. Return None if another step came between, which ended the migration.
     """
     phase = phase_of(rental, placement, as_target(target))
     due = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
@@ -221,7 +208,7 @@ def cut_over(
         return None
     check_phase(rental.id, phase, MigrationPhase.CUTOVER)
     where = f"to worker {target.worker_id}" if target else f"away from worker {placement.worker_id}, to wait"
-    reason = f"moved {where} with all its files: snapshot {snapshot}"
+    reason = f"moved {where} with all its files: snapshot {name}"
     quiesced = Step((write(placement, {}, held=source.move),))
     ends = quiesced + move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
     if target is None:
@@ -229,7 +216,7 @@ def cut_over(
         waiting = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)
         return ends + waiting + Step((), (parked,))
     moved = rental_event("rental.moved", reason, rental, target.worker_id, epoch=target.epoch)
-    change = {"standby": False, "filled": snapshot}
+    change = {"standby": False, "filled": name}
     taken = Step((write(target, change, state=PlacementState.PREPARING, standby=True),), (moved,))
     risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, target.worker_id, epoch=target.epoch)
     return ends + risen + taken
@@ -245,5 +232,4 @@ def under_way(world: World, failed: Collection[str] = ()) -> Counter[Claim]:
 
 
 def claim_of(rental: Rental | None, failed: bool) -> Claim:
-    """Return the claim of a rental to a place among planned migrations."""
     return Claim(rental.owner if rental else "", failed)

@@ -1,4 +1,4 @@
-"""The rows that decisions read, as frozen records, and what inventories show.
+"""Frozen records of the rows that decisions read, and of the items of inventories.
 
 Fields have the names of the columns: the glossary maps those that are older than its words.
 """
@@ -26,13 +26,17 @@ class Worker:
     session_id: str | None
     boot_id: str
     verified_session: str | None = None
-    """The session in which the manager reached the worker by SSH and found nothing stale; a ready worker has this one.
-    """
+    """The session in which the manager reached the worker by SSH and found nothing stale."""
     fault: str = ""
     """The fault that keeps the worker in quarantine until an operator resumes it; empty: none."""
     explanation: str = ""
     agent_version: str = ""
     """The version of the agent. The words after a plus sign, separated by dots, are features of its orders."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the worker was verified in its current session."""
+        return self.session_id is not None and self.verified_session == self.session_id
 
     @property
     def ordered_boot_id(self) -> str:
@@ -73,7 +77,7 @@ class Rental:
     copy_problem: str = ""
     """The reason why no snapshot can be taken at present; empty: none."""
     home_warning: str = ""
-    """The warning about the home for the owner: see snapshots.nearly_full and snapshots.slower_warning."""
+    """The warning for the owner about the home: see snapshots.nearly_full and snapshots.slower_warning."""
     restore_from: str | None = None
     """The snapshot, or `empty`, that was requested for the next placement; None: the newest is taken."""
     let_in_epoch: int = 0
@@ -95,7 +99,7 @@ class Rental:
 
     @property
     def next_epoch(self) -> int:
-        """An epoch that was never given: workers also remember those of migrations that failed."""
+        """An epoch that was never given; workers also remember those of migrations that failed."""
         return max(self.epoch, self.last_epoch) + 1
 
 
@@ -118,9 +122,9 @@ class Placement:
     salvaged: bool = False
     """Whether the files of a lost placement were recovered from its worker, or given up."""
     standby: bool = False
-    """Whether it is the target of a planned migration before the cutover."""
+    """Whether the placement is the target of a planned migration before the cutover."""
     held: int = 0
-    """The number of the planned migration for which it is quiesced, or was when it was stopped; 0: none."""
+    """The number of the planned migration for which the placement is, or was at its stop, quiesced; 0: none."""
     filled: str = ""
     """The snapshot that precopy or the final sync has put into the target."""
 

@@ -1,4 +1,4 @@
-"""Observations: the inputs of a decision that are in no row, as of one moment."""
+"""Observations: the inputs of a decision, as of one moment, that are in no row."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from orion.manager.domain.model import CommandEnd, Item, Placement
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """The inputs of a decision that are in no row."""
-
     inventories: Mapping[str, tuple[Item, ...]]
     """The last inventory of each worker that has shown one."""
     exiting: frozenset[str]
-    """Workers that were told to stop."""
+    """Workers that are to stop."""
     ages: Mapping[str, float]
     """Seconds that a placement, a rental or a joining worker (by id) has been in its state."""
     new_ids: Iterator[str]
     """Ids for new placements."""
     unknown_rentals: frozenset[tuple[str, int]] = frozenset()
-    """Rentals in inventories that the database never placed, as (rental id, epoch). A placement is committed before it
+    """Rentals in inventories, as (rental id, epoch), that the database never placed. A placement is committed before it
     is made, so the database is older than the workers, or was lost."""
     wall: float = 0.0
-    """UTC seconds, for the losses that start commands may have caused."""
+    """UTC seconds now."""
     evacuating: frozenset[str] = frozenset()
     """Workers among `exiting` that wait until their rentals have migrated."""
     migration_backoff: frozenset[str] = frozenset()
     """Rentals whose planned migration has failed lately; no other begins yet."""
     migration_failed: frozenset[str] = frozenset()
-    """Rentals whose last planned migration has failed, those included for which another may begin."""
+    """Rentals whose last planned migration has failed; another may begin for some of them."""
     awaits_files_s: float = 0.0
     """Seconds that a rental without a snapshot waits for the lost worker that has its files; 0: it does not wait."""
-
     start_ends: Mapping[str, tuple[CommandEnd, ...]] = field(default_factory=dict)
     """The ends of start commands that each worker reports."""
 

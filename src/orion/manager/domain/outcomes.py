@@ -37,85 +37,80 @@ def follow(world: World, ended: TaskEnded) -> Step | None:
 def succeeded(world: World, ended: TaskEnded) -> Step | None:
     """Return the step that records a success; None if it changes nothing any more."""
     task, report = ended.task, ended.report
+    placement, source, rental = _rows(world, task)
     if task.kind is TaskKind.REACH:
         return _verified(task)
-    placement = world.placements.get(task.placement_id or "")
     if task.kind is TaskKind.RECOVER:
         return None  # the recovered snapshot was recorded by operations/recover.py
     if task.kind is TaskKind.DELETE:
-        return _purged(world, task, placement, report)
-    if task.source is not None:
-        return _migrated(world, task, placement, task.source, report)
-    rental = world.rentals.get(placement.rental_id) if placement else None
-    if placement is None or rental is None:
+        return _purged(task, placement, rental, report)
+    if rental is None:
         return None
-    return _created(rental, placement, ended)
+    if task.source is not None:
+        return _migrated(task, placement, source, rental, report)
+    return _created(rental, placement, ended) if placement else None
 
 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
     """Return the step after a failure: the explanation changes, and after MAX_ATTEMPTS another worker is tried."""
-    placement = world.placements.get(task.placement_id or "")
+    placement, source, rental = _rows(world, task)
     if task.source is not None:
-        return _not_migrated(world, task, placement, task.source, message, attempts)
+        return _not_migrated(task, placement, source, rental, message, attempts)
     if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
-        return give_up(placement, world.rentals.get(placement.rental_id), message)
-    if task.kind is TaskKind.RECOVER:
-        return _not_recovered(world, placement, message, attempts)
-    return _explained(world, task, placement, message)
-
-
-def _not_recovered(world: World, placement: Placement | None, message: str, attempts: int) -> Step | None:
-    rental = world.rentals.get(placement.rental_id) if placement else None
+        return give_up(placement, rental, message)
+    if task.kind is not TaskKind.RECOVER:
+        return _explained(task, placement, rental, message)
     if placement is None or rental is None or attempts < RECOVERY_ATTEMPTS:
         return None
     is_due = snapshots.is_to_be_recovered(rental, placement)
     return snapshots.not_recovered(rental, placement, message) if is_due else None
 
 
+def _rows(world: World, task: Task) -> tuple[Placement | None, Placement | None, Rental | None]:
+    """Return the placement of a task, the source of its migration, and their rental."""
+    placement = world.placements.get(task.placement_id or "")
+    source = world.placements.get(task.source.placement_id) if task.source else None
+    either = placement or source
+    return placement, source, world.rentals.get(either.rental_id) if either else None
+
+
 def _migrated(
-    world: World, task: Task, placement: Placement | None, source: migration.Source, report: Mapping[str, Any]
+    task: Task, placement: Placement | None, source: Placement | None, rental: Rental, report: Mapping[str, Any]
 ) -> Step | None:
-    rental, placed = _source_rows(world, source)
-    if rental is None or placed is None or task.kind is TaskKind.THAW:
+    if source is None or task.source is None or task.kind is TaskKind.THAW:
         return None
-    snapshot = str(report.get("generation", ""))
+    name = str(report.get("generation", ""))
     if task.kind is TaskKind.PARK:
-        return migration.cut_over(rental, placed, None, source, snapshot)
+        return migration.cut_over(rental, source, None, task.source, name)
     if placement is None:
         return None
     if task.kind is TaskKind.PRECOPY:
-        return migration.precopied(rental, placement, snapshot)
-    return migration.cut_over(rental, placed, placement, source, snapshot)
+        return migration.precopied(rental, placement, name)
+    return migration.cut_over(rental, source, placement, task.source, name)
 
 
 def _not_migrated(
-    world: World, task: Task, placement: Placement | None, source: migration.Source, message: str, attempts: int
+    task: Task, placement: Placement | None, source: Placement | None, rental: Rental | None, why: str, attempts: int
 ) -> Step | None:
     """Return the step that ends a migration after a failure; None while the precopy is tried again.
 
     A quiesced source runs on at once, after its first failure.
     """
-    rental, placed = _source_rows(world, source)
-    if rental is None or placed is None or not migration.can_migrate(rental, placed) or task.kind is TaskKind.THAW:
+    if task.source is None or source is None or rental is None or not migration.can_migrate(rental, source):
         return None
-    if placed.held != source.move or (task.kind is TaskKind.PRECOPY and attempts < MAX_ATTEMPTS):
+    tries_again = task.kind is TaskKind.PRECOPY and attempts < MAX_ATTEMPTS
+    if task.kind is TaskKind.THAW or source.held != task.source.move or tries_again:
         return None
     if task.kind is TaskKind.PARK:
-        return migration.abandon(rental, placed, None, message)
+        return migration.abandon(rental, source, None, why)
     target = migration.as_target(placement)
-    waits = target is not None and migration.phase_of(rental, placed, target) in WAITS_FOR_ITS_TARGET
-    return migration.abandon(rental, placed, target, message) if waits else None
+    waits = target is not None and migration.phase_of(rental, source, target) in WAITS_FOR_ITS_TARGET
+    return migration.abandon(rental, source, target, why) if waits else None
 
 
-def _source_rows(world: World, source: migration.Source) -> tuple[Rental | None, Placement | None]:
-    placed = world.placements.get(source.placement_id)
-    return (world.rentals.get(placed.rental_id) if placed else None), placed
-
-
-def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:
+def _explained(task: Task, placement: Placement | None, rental: Rental | None, message: str) -> Step | None:
     if task.kind is TaskKind.REACH:
         return Step((_write_session(task, {"explanation": message}),))
-    rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None or not _is_awaited(task, placement, rental):
         return None
     change = {"explanation": f"trying again: {message}"}
@@ -176,8 +171,8 @@ def _command_started(rental: Rental, placement: Placement, task: Task, report: M
     return Step((write(placement, start_commands.new_run(task.start_mark)),), (event,))
 
 
-def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
-    details = {"report": _bounded(report)}
+def _purged(task: Task, placement: Placement | None, rental: Rental | None, report: Mapping[str, Any]) -> Step | None:
+    details = {"report": dict(report) if len(json.dumps(report)) <= MAX_REPORT_CHARS else {"cut": True}}
     if placement is None:
         rental_id, epoch = (task.item.rental_id, task.item.epoch) if task.item else (None, None)
         event = Event(
@@ -190,7 +185,6 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
             details=details,
         )
         return Step((), (event,))
-    rental = world.rentals.get(placement.rental_id)
     owner = rental.owner if rental else None
     reason = "purged, then looked: nothing is left"
     if placement.state is PlacementState.STOPPING:
@@ -200,7 +194,3 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
     if placement.state in {PlacementState.FAILED, PlacementState.LOST, PlacementState.STOPPED}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, reason, details)
     return None
-
-
-def _bounded(report: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(report) if len(json.dumps(report)) <= MAX_REPORT_CHARS else {"cut": True}

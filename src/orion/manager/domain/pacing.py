@@ -1,8 +1,8 @@
 """The pace of a rental's snapshots, for which its programs are paused.
 
 Programs may be paused for a share of the time. A pause that is longer than the share of one interval is a debt, which
-the time after it pays off. Until then snapshots are tried at growing intervals, with short pauses only: they are enough
-if little changes.
+the time after it pays off. Until then snapshots are tried at growing intervals, with short pauses only, which are
+enough if little changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Pace:
     refused: int = 0
     """The number of tries in succession without a snapshot, because the pause would have been too long."""
     is_slower: bool = False
-    """Whether the owner was told that snapshots are taken less often."""
+    """Whether the owner was informed that snapshots are taken less often."""
 
     def allowed_s(self, now: float) -> float:
         """Return the seconds for which a snapshot may pause the programs now."""
@@ -46,27 +46,27 @@ class Pace:
         return max(self.usual_s, self.pause_s / self.share) if self.is_slower else self.usual_s
 
     def copied(self, now: float, pause_s: float) -> bool:
-        """Note a snapshot and its pause; return whether the owner is to be told of another interval."""
+        """Note a snapshot and its pause; return whether the interval that the owner sees has changed."""
         self.refused = 0
         is_paid, cost_s = now >= self.paid_at, pause_s / self.share
         self._owe(now, cost_s)
         if is_paid or cost_s > self.usual_s:
             self.pause_s = pause_s
         owed_s = self.paid_at - now
-        # A pause that was longer than allowed was not foreseen by the worker, and would not be foreseen next time.
+        # The worker did not foresee a pause that was longer than allowed, and would not foresee it next time.
         is_waited_for = self.usual_s < owed_s <= WAIT_UP_TO * self.usual_s or (not is_paid and cost_s > self.usual_s)
         self.wait_s = owed_s if is_waited_for else self.usual_s
         was_slower, is_long = self.is_slower, cost_s > WARN_FROM * self.usual_s
         self.is_slower = is_long and (was_slower or self.wait_s > self.usual_s)
         return self.is_slower != was_slower
 
-    def too_long(self, now: float, stood_s: float) -> bool:
-        """Note that a snapshot would have needed a longer pause; return whether the owner is to be told.
+    def too_long(self, now: float, paused_s: float) -> bool:
+        """Note that a snapshot would have needed a longer pause; return whether the owner is to be informed.
 
-        `stood_s`: the seconds for which the programs were paused in vain.
+        `paused_s`: the seconds for which the programs were paused in vain.
         """
         self.refused += 1
-        self._owe(now, stood_s / self.share)
+        self._owe(now, paused_s / self.share)
         wait_s = self.usual_s * 2**self.refused
         owed_s = self.paid_at - now
         self.wait_s = min(wait_s, owed_s if owed_s > 0 else LONGEST_PAUSE_S / self.share)

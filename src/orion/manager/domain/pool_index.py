@@ -35,15 +35,12 @@ class IndexedPlacement:
     start_due: bool = False
     """Whether the start command is to be run there: see start_commands.due."""
     standby: bool = False
-    """Whether it is the target of a planned migration."""
     held: int = 0
-    """The number of the planned migration for which it is quiesced; 0: none."""
     start_ended: bool = False
     """Whether the end of the start command is recorded."""
 
     @staticmethod
-    def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> IndexedPlacement:
-        p = placement
+    def of(p: Placement, rental: Rental | None, worker: Worker | None = None) -> IndexedPlacement:
         return IndexedPlacement(
             id=p.id,
             rental_id=p.rental_id,
@@ -71,26 +68,22 @@ class IndexedWorker:
     """Whether the manager verified the worker in its current session."""
     fault: str
     address: str
-    """The address from which it registered."""
 
     @staticmethod
-    def of(worker: Worker, token_hash: str) -> IndexedWorker:
-        verified = worker.session_id is not None and worker.verified_session == worker.session_id
-        w = worker
+    def of(w: Worker, token_hash: str) -> IndexedWorker:
         return IndexedWorker(
             token_hash=token_hash,
             health=w.health,
             intent=w.intent,
             slots=w.slots,
             session_id=w.session_id,
-            verified=verified,
+            verified=w.verified,
             fault=w.fault,
             address=w.address,
         )
 
     def as_worker(self, worker_id: str) -> Worker:
         """Return a record with the fields by which its health is judged; the others are empty."""
-        verified = self.session_id if self.verified else None
         return Worker(
             id=worker_id,
             hostname="",
@@ -101,7 +94,7 @@ class IndexedWorker:
             intent=self.intent,
             session_id=self.session_id,
             boot_id="",
-            verified_session=verified,
+            verified_session=self.session_id if self.verified else None,
             fault=self.fault,
         )
 
@@ -111,19 +104,21 @@ class IndexedWorker:
 
 
 T = TypeVar("T")
+S = TypeVar("S", Health, RentalState)
 BEING_MADE = {PlacementState.RESERVED, PlacementState.PREPARING}
-NO_PLACEMENTS: tuple[IndexedPlacement, ...] = ()
+Placements = tuple[IndexedPlacement, ...]
+NO_PLACEMENTS: Placements = ()
 
 
 @dataclass(frozen=True)
 class Changes:
     """The rows that a commit touched, as it left them. None: the worker was removed, or the rental has ended."""
 
-    workers: Mapping[str, tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]]
+    workers: Mapping[str, tuple[IndexedWorker | None, Placements]]
     rentals: Mapping[str, RentalState | None]
 
 
-Rule = Callable[[IndexedWorker | None, tuple[IndexedPlacement, ...]], bool]
+Rule = Callable[[IndexedWorker | None, Placements], bool]
 DIRTY: tuple[Rule, ...] = (
     # It was removed, and its placements are not settled.
     lambda w, placed: w is None and bool(placed),
@@ -150,9 +145,9 @@ DIRTY: tuple[Rule, ...] = (
 class PoolIndex:
     def __init__(self) -> None:
         self.room = Ranking()
-        """Workers that can take a rental."""
+        """The ranks of the workers that can take a rental."""
         self._workers: dict[str, IndexedWorker] = {}
-        self._placed: dict[str, tuple[IndexedPlacement, ...]] = {}
+        self._placed: dict[str, Placements] = {}
         self._rentals: dict[str, RentalState] = {}
         self._dirty: dict[str, bool] = {}
         self._refusals: Counter[str] = Counter()
@@ -162,18 +157,16 @@ class PoolIndex:
         self._destinations = self._slots = self._slots_used = 0
         self._changed: dict[str, None] = {}
 
-    # -- changes -------------------------------------------------------------------------------------------------------
-
     def apply(self, changes: Changes, now: float) -> None:
         """Apply the rows of a commit. `now`: monotonic seconds, from which the ages of new states are counted."""
         for worker_id, (known, placed) in changes.workers.items():
             self._put(worker_id, known, placed, now)
         for rental_id, state in changes.rentals.items():
-            self._put_rental(rental_id, state, now)
+            before = self._rentals.get(rental_id)
+            _set(self._rentals, rental_id, state)
+            _age(self._by_state, rental_id, before, state, now)
 
-    def _put(
-        self, worker_id: str, known: IndexedWorker | None, placed: tuple[IndexedPlacement, ...], now: float
-    ) -> None:
+    def _put(self, worker_id: str, known: IndexedWorker | None, placed: Placements, now: float) -> None:
         before, placed_before = self._workers.get(worker_id), self.placements_on(worker_id)
         if before is not None:
             self._count(before, placed_before, -1)
@@ -181,7 +174,7 @@ class PoolIndex:
             self._count(known, placed, 1)
         _set(self._workers, worker_id, known)
         _set(self._placed, worker_id, placed or None)
-        self._age_worker(worker_id, before, known, now)
+        _age(self._by_health, worker_id, before.health if before else None, known.health if known else None, now)
         self._age_placements(before, placed_before, known, placed, now)
         _set(self._dirty, worker_id, any(rule(known, placed) for rule in DIRTY) or None)
         used = _used(placed)
@@ -189,7 +182,7 @@ class PoolIndex:
         self.room.put(worker_id, rank(worker_id, used, known.slots) if known and fits else None)
         self._changed[worker_id] = None
 
-    def _count(self, known: IndexedWorker, placed: tuple[IndexedPlacement, ...], one: int) -> None:
+    def _count(self, known: IndexedWorker, placed: Placements, one: int) -> None:
         """Add `one` (1 or -1) to the figures of the pool for a worker."""
         used = _used(placed)
         self._refusals[refusal(_eligibility(known, used))] += one
@@ -198,20 +191,12 @@ class PoolIndex:
             self._slots += one * known.slots
             self._slots_used += one * min(used, known.slots)
 
-    def _age_worker(
-        self, worker_id: str, before: IndexedWorker | None, known: IndexedWorker | None, now: float
-    ) -> None:
-        if before is not None and (known is None or known.health is not before.health):
-            del self._by_health[before.health][worker_id]
-        if known is not None and (before is None or known.health is not before.health):
-            self._by_health[known.health][worker_id] = now
-
     def _age_placements(
         self,
         before: IndexedWorker | None,
-        placed_before: tuple[IndexedPlacement, ...],
+        placed_before: Placements,
         known: IndexedWorker | None,
-        placed: tuple[IndexedPlacement, ...],
+        placed: Placements,
         now: float,
     ) -> None:
         # An age starts again with another fault of the worker: after `orion resume` a clean-up has its deadline again.
@@ -222,29 +207,15 @@ class PoolIndex:
             if p.state is not PlacementState.RUNNING or p.held:
                 self._unsettled[p.id] = since[p.id] if states.get(p.id) == (p.state, migration.is_quiesced(p)) else now
 
-    def _put_rental(self, rental_id: str, state: RentalState | None, now: float) -> None:
-        before = self._rentals.get(rental_id)
-        if before is state:
-            return
-        if before is not None:
-            del self._by_state[before][rental_id]
-            del self._rentals[rental_id]
-        if state is not None:
-            self._rentals[rental_id] = state
-            self._by_state[state][rental_id] = now
-
-    # -- one worker --------------------------------------------------------------------------------------------------
-
     def worker(self, worker_id: str) -> IndexedWorker | None:
         return self._workers.get(worker_id)
 
-    def placements_on(self, worker_id: str) -> tuple[IndexedPlacement, ...]:
+    def placements_on(self, worker_id: str) -> Placements:
         """Return the placements of a worker that are not purged."""
         return self._placed.get(worker_id, NO_PLACEMENTS)
 
     def disagrees(self, worker_id: str, inventory: Iterable[Item]) -> bool:
-        """Return whether an inventory needs a decision: it shows what is not placed there, or is needed to settle a
-        fault or a placement without keys."""
+        """Return whether an inventory has an unplaced rental, or is needed for a fault or a placement without keys."""
         known, placed = self._workers.get(worker_id), self.placements_on(worker_id)
         if known is None or known.health is Health.DOWN:
             return False
@@ -262,8 +233,6 @@ class PoolIndex:
             (p.rental_id, p.epoch) in ended and p.state is PlacementState.RUNNING and not (p.start_ended or p.start_due)
             for p in self.placements_on(worker_id)
         )
-
-    # -- the pool ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -318,8 +287,6 @@ class PoolIndex:
     def number(self, health: Health) -> int:
         return len(self._by_health[health])
 
-    # -- rentals and ages --------------------------------------------------------------------------------------------
-
     def by_state(self) -> dict[str, int]:
         """Return the number of rentals in each state that is not an end."""
         return {str(state): len(found) for state, found in self._by_state.items() if found}
@@ -329,8 +296,10 @@ class PoolIndex:
         return len(self._by_state[RentalState.QUEUED]) + len(self._by_state[RentalState.MIGRATING])
 
     def wanted_places(self, worker_ids: Iterable[str], exiting: Collection[str] = ()) -> int:
-        """Return the number of slots that a decision about these workers may need: for rentals that wait, will be lost
-        or are to migrate away. `exiting`: the workers that were told to stop."""
+        """Return the number of slots that a decision about these workers may need.
+
+        They are for rentals that wait, will be lost or are to migrate away. `exiting`: the workers that are to stop.
+        """
         return self.waiting() + sum(
             p.blank
             or p.state in BEING_MADE
@@ -369,19 +338,21 @@ def _set(table: dict[str, T], key: str, value: T | None) -> None:
         table[key] = value
 
 
+def _age(by_state: dict[S, dict[str, float]], key: str, before: S | None, state: S | None, now: float) -> None:
+    """Note in the tables of states since when a key is in another state; None: it is in no table."""
+    if before is not None and before is not state:
+        del by_state[before][key]
+    if state is not None and before is not state:
+        by_state[state][key] = now
+
+
 def _is_up(known: IndexedWorker | None) -> bool:
     return known is not None and known.health is not Health.DOWN
 
 
-def _used(placed: tuple[IndexedPlacement, ...]) -> int:
+def _used(placed: Placements) -> int:
     return sum(p.state in HOLDING for p in placed)
 
 
-def _eligibility(known: IndexedWorker, used: int) -> Eligibility:
-    return Eligibility(
-        health=known.health,
-        fault=bool(known.fault),
-        intent=known.intent,
-        exiting=False,
-        full=is_full(used, known.slots),
-    )
+def _eligibility(w: IndexedWorker, used: int) -> Eligibility:
+    return Eligibility(health=w.health, fault=bool(w.fault), intent=w.intent, full=is_full(used, w.slots))

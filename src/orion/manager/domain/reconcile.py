@@ -1,6 +1,6 @@
 """The decision of the reconciler: from the world and observations to steps to commit and tasks to run. It is pure.
 
-The world may be a part of the whole that is enough (see world.World): the decision is the same as from the whole.
+A part of the world that is enough (see world.World) leads to the same decision as the whole.
 
 Safe order: a placement's row is committed before anything is made for it on a worker, and it keeps its slot until the
 worker has looked for residue and found none. Inventories must be read before the rows: then every rental that an
@@ -12,32 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from orion.manager.domain import migration, snapshots, start_commands, tasks
+from orion.manager.domain import migration, snapshots, start_commands, states, tasks
 from orion.manager.domain.assignment import Assignments, wait_for_files, wait_for_worker
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.observations import Observations
-from orion.manager.domain.states import (
-    CREATE_DEADLINE_S,
-    DELETE_DEADLINE_S,
-    ENDED,
-    HELD_DEADLINE_S,
-    HOLDING,
-    LIVE,
-    QUEUE_DEADLINE_S,
-    RESTORE_DEADLINE_S,
-    Health,
-    Intent,
-    MigrationPhase,
-    PlacementState,
-    RentalState,
-)
+from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, MigrationPhase, PlacementState, RentalState
 from orion.manager.domain.steps import ACTOR, Event, Step, move_placement, move_rental, write, write_rental
 from orion.manager.domain.tasks import Task
 from orion.manager.domain.world import Draft, World
 
 MAX_FAILURES = 5
 """The number of failed tries to make a rental that was never active, after which it is failed."""
-
 RECOVERY_DEADLINE_S = 150.0
 """Seconds since a worker joined, of JOIN_DEADLINE_S in all, after which its files are purged though they are not
 recovered. A try that is under way ends first (operations/recover.py)."""
@@ -66,14 +51,17 @@ def decide(loaded: World, observations: Observations) -> Decision:
     for placement in list(world.placements.values()):
         commit(_settle_placement(world, placement, observations))
     assignments = Assignments(world, observations)
-    for rental in _by_priority(world):
+    unsettled = (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE})
+    # Rentals that were active before come first, then the oldest.
+    for rental in sorted(unsettled, key=lambda r: (r.activated_at is None, r.created_at, r.id)):
         commit(_settle_rental(world, rental, observations, assignments))
     evacuating = observations.evacuating
     for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in evacuating, p.id)):
         commit(_settle_migration(world, placement, observations, assignments))
     for placement in list(world.placements.values()):
-        if placement.state is PlacementState.RESERVED:
-            commit(_prepare(world, placement))
+        owned = world.rentals.get(placement.rental_id)
+        if owned and placement.state is PlacementState.RESERVED:
+            commit(move_placement(placement, owned.owner, PlacementState.PREPARING, ACTOR, "making its account"))
     for worker in list(world.workers.values()):
         commit(_finish_drain(world, worker))
     quiesced = (migration.Source.of(p) for p in loaded.placements.values() if p.held)
@@ -86,7 +74,7 @@ def _settle_placement(world: World, placement: Placement, observations: Observat
     worker = world.workers.get(placement.worker_id)
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN:
-        return _settle_without_worker(worker, placement, rental, observations)
+        return _settle_if_down(worker, placement, rental, observations.wall)
     case = PlacementCase(placement=placement, worker=worker, rental=rental, observations=observations)
     return next((step for rule in PLACEMENT_RULES[placement.state] if (step := rule(case))), None)
 
@@ -100,30 +88,27 @@ class PlacementCase:
     rental: Rental | None
     observations: Observations
 
-    @property
-    def owner(self) -> str | None:
-        return self.rental.owner if self.rental else None
+    def move(self, to: PlacementState, reason: str) -> Step:
+        return move_placement(self.placement, self.rental.owner if self.rental else None, to, ACTOR, reason)
 
     @property
     def passed_clean_up_s(self) -> bool:
         """Whether a worker that answers has had more than the deadline to clean up."""
-        return self.worker.health in ANSWERING and self.observations.age(self.placement.id) > DELETE_DEADLINE_S
+        return self.worker.health in ANSWERING and self.observations.age(self.placement.id) > states.DELETE_DEADLINE_S
 
 
-def _settle_without_worker(
-    worker: Worker | None, placement: Placement, rental: Rental | None, observations: Observations
-) -> Step | None:
-    owner = rental.owner if rental else None
+def _settle_if_down(worker: Worker | None, placement: Placement, rental: Rental | None, wall: float) -> Step | None:
+    owner, to = rental.owner if rental else None, PlacementState.PURGED
     if placement.state is PlacementState.STOPPED:
-        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "nothing was made there")
+        return move_placement(placement, owner, to, ACTOR, "nothing was made there")
     if worker is None and placement.state in {PlacementState.FAILED, PlacementState.LOST}:
-        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker was removed")
-    return _lose(worker, placement, rental, observations)
+        return move_placement(placement, owner, to, ACTOR, "its worker was removed")
+    return _lose(worker, placement, rental, wall)
 
 
 def _nothing_was_made(case: PlacementCase) -> Step:
     # A placement is stopped only where nothing was made, or nothing is left.
-    return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "nothing was made there")
+    return case.move(PlacementState.PURGED, "nothing was made there")
 
 
 def _container_restarted(case: PlacementCase) -> Step | None:
@@ -134,16 +119,15 @@ def _container_restarted(case: PlacementCase) -> Step | None:
 
 def _rental_ends(case: PlacementCase) -> Step | None:
     # A rental that ends, or has ended, needs no placement.
-    placement = case.placement
     if case.rental is not None and case.rental.state is not RentalState.RELEASING:
         return None
-    to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
-    return move_placement(placement, case.owner, to, ACTOR, "its rental is being released")
+    to = PlacementState.STOPPED if case.placement.state is PlacementState.RESERVED else PlacementState.STOPPING
+    return case.move(to, "its rental is being released")
 
 
 def _not_made_in_time(case: PlacementCase) -> Step | None:
     # Another worker may be faster. The deadline is longer if a snapshot is restored first.
-    within_s = RESTORE_DEADLINE_S if case.rental and snapshots.wanted(case.rental) else CREATE_DEADLINE_S
+    within_s = states.RESTORE_DEADLINE_S if case.rental and snapshots.wanted(case.rental) else states.CREATE_DEADLINE_S
     if case.observations.age(case.placement.id) <= within_s:
         return None
     return give_up(case.placement, case.rental, f"it was not made within {within_s:.0f} s")
@@ -154,11 +138,10 @@ def _missing(case: PlacementCase) -> Step | None:
     if case.placement.public_key or case.observations.shows(case.placement):
         return None
     reason = "its worker does not have it: it was moved or ended after the backup"
-    lost = move_placement(case.placement, case.owner, PlacementState.LOST, ACTOR, reason)
-    rental = case.rental
+    lost, rental = case.move(PlacementState.LOST, reason), case.rental
     if rental is None or rental.state is not RentalState.ACTIVE:
         return lost
-    return lost + move_rental(rental, RentalState.MIGRATING, ACTOR, reason, case.placement.worker_id)
+    return lost + move_rental(rental, RentalState.MIGRATING, ACTOR, reason, case.worker.id)
 
 
 def _command_ended(case: PlacementCase) -> Step | None:
@@ -171,8 +154,7 @@ def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
     # The rental does not wait for a worker that cannot clean up.
     if not case.passed_clean_up_s:
         return None
-    reason = "its clean-up passed its deadline"
-    failed = move_placement(case.placement, case.owner, PlacementState.FAILED, ACTOR, reason)
+    failed = case.move(PlacementState.FAILED, "its clean-up passed its deadline")
     return failed + _fault_after_clean_up(case.worker, case.placement)
 
 
@@ -192,9 +174,8 @@ def _not_recovered_in_time(case: PlacementCase) -> Step | None:
 
 def _came_back_without_it(case: PlacementCase) -> Step | None:
     # Nothing is left to purge.
-    if case.observations.shows(case.placement):
-        return None
-    return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
+    is_shown = case.observations.shows(case.placement)
+    return None if is_shown else case.move(PlacementState.PURGED, "its worker came back without it")
 
 
 PlacementRule = Callable[[PlacementCase], Step | None]
@@ -211,9 +192,7 @@ PLACEMENT_RULES: Mapping[PlacementState, tuple[PlacementRule, ...]] = {
 """The first rule that makes a step decides."""
 
 
-def _lose(
-    worker: Worker | None, placement: Placement, rental: Rental | None, observations: Observations
-) -> Step | None:
+def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, wall: float) -> Step | None:
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
     owner, reason = rental.owner if rental else None, "its worker is down"
@@ -224,7 +203,7 @@ def _lose(
         lost = Step((write(worker, {}, health=Health.DOWN),)) + lost
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
-    change, events = start_commands.after_loss(rental, placement, observations.wall)
+    change, events = start_commands.after_loss(rental, placement, wall)
     worker_id = placement.worker_id
     if rental.state is RentalState.ACTIVE:
         reason = f"worker {worker_id} is down: moving to another one"
@@ -268,7 +247,7 @@ def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | 
         fault = f"{HOLDS_UNKNOWN} ({names}): {to_do}"
         return _set_fault(worker, fault, "worker.holds_unknown", fault)
     if not found and worker.fault.startswith(HOLDS_UNKNOWN):
-        gone = "what the database has never placed is not there any more"
+        gone = "the database knows every rental that it holds"
         return _set_fault(worker, "", "worker.holds_nothing_unknown", gone)
     return None
 
@@ -279,12 +258,6 @@ def _set_fault(worker: Worker, fault: str, kind: str, reason: str, placement: Pl
     event = Event(kind=kind, actor=ACTOR, reason=reason, rental_id=rental_id, worker_id=worker.id, epoch=epoch)
     change = {"fault": fault, "verified_session": None}
     return Step((write(worker, change, session_id=worker.session_id, fault=worker.fault),), (event,))
-
-
-def _by_priority(world: World) -> list[Rental]:
-    """Return the rentals to settle: those that were active before come first, then the oldest."""
-    unsettled = (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE})
-    return sorted(unsettled, key=lambda r: (r.activated_at is None, r.created_at, r.id))
 
 
 def _settle_rental(world: Draft, rental: Rental, observations: Observations, assignments: Assignments) -> Step | None:
@@ -305,8 +278,9 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, ass
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
         reason = f"it could not be made {rental.failures} times; last: {rental.explanation}"
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
-    if rental.activated_at is None and observations.age(rental.id) > QUEUE_DEADLINE_S:
-        return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
+    if rental.activated_at is None and observations.age(rental.id) > states.QUEUE_DEADLINE_S:
+        reason = f"no worker was free within {states.QUEUE_DEADLINE_S:.0f} s"
+        return move_rental(rental, RentalState.FAILED, ACTOR, reason)
     failed = _may_run_command(world, rental, observations)
     if failed is not None:
         return wait_for_worker(rental, f"waiting until worker {failed.worker_id} has ended its start command")
@@ -349,26 +323,21 @@ def _may_run_command(world: Draft, rental: Rental, observations: Observations) -
         return None
     given_up = (p for p in world.placements_of(rental.id) if p.state is PlacementState.FAILED)
     own = (p for p in given_up if not p.standby and not p.held)
-    return next((p for p in own if observations.age(p.id) <= DELETE_DEADLINE_S), None)
+    return next((p for p in own if observations.age(p.id) <= states.DELETE_DEADLINE_S), None)
 
 
 def _settle_migration(
     world: Draft, placement: Placement, observations: Observations, assignments: Assignments
 ) -> Step | None:
     """Return the next step of a planned migration, or its first step: see domain/migration.py."""
-    worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
-    if placement.standby or worker is None or rental is None or not migration.can_migrate(rental, placement):
+    rental = world.rentals.get(placement.rental_id)
+    if rental is None or placement.worker_id not in world.workers:
+        return None
+    if placement.standby or not migration.can_migrate(rental, placement):
         return None
     target = world.target_of(rental.id)
-    to = world.workers.get(target.worker_id) if target else None
     case = MigrationCase(
-        rental=rental,
-        source=placement,
-        worker=worker,
-        target=target,
-        to=to,
-        observations=observations,
-        assignments=assignments,
+        world=world, rental=rental, source=placement, target=target, observations=observations, assignments=assignments
     )
     rules = MIGRATION_RULES[migration.phase_of(rental, placement, target)]
     return next((step for rule in rules if (step := rule(case))), None)
@@ -378,25 +347,22 @@ def _settle_migration(
 class MigrationCase:
     """A rental at rest, and the planned migration away from its worker, if one has begun."""
 
+    world: World
     rental: Rental
     source: Placement
-    worker: Worker
-    """The worker of the source."""
     target: Placement | None
-    to: Worker | None
-    """The worker of the target."""
     observations: Observations
     assignments: Assignments
 
     @property
     def is_evacuating(self) -> bool:
-        return self.worker.id in self.observations.evacuating
+        return self.source.worker_id in self.observations.evacuating
 
 
 def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
     # Whatever the problem of the final sync is, no programs are frozen for longer.
-    why = f"it stood still for {HELD_DEADLINE_S:.0f} s"
-    is_late = case.observations.age(case.source.id) > HELD_DEADLINE_S
+    why = f"it was quiesced for {states.HELD_DEADLINE_S:.0f} s"
+    is_late = case.observations.age(case.source.id) > states.HELD_DEADLINE_S
     return migration.abandon(case.rental, case.source, case.target, why) if is_late else None
 
 
@@ -404,7 +370,8 @@ def _target_is_of_no_use(case: MigrationCase) -> Step | None:
     # A target whose worker is lost, at fault or to be emptied would have to migrate again at once.
     if case.target is None:
         return None
-    problem = migration.target_problem(case.target, case.rental, case.to, case.observations.exiting)
+    worker = case.world.workers.get(case.target.worker_id)
+    problem = migration.target_problem(case.target, case.rental, worker, case.observations.exiting)
     return migration.abandon(case.rental, case.source, case.target, problem) if problem else None
 
 
@@ -418,13 +385,13 @@ def _quiesce(case: MigrationCase) -> Step | None:
 def _target_was_lost(case: MigrationCase) -> Step | None:
     # On a worker that is about to end the rental stays quiesced, and is parked.
     parks = case.is_evacuating
-    why = "where it was to go is not ready any more"
+    why = "its target is not there any more"
     return None if parks else migration.abandon(case.rental, case.source, None, why)
 
 
 def _begin(case: MigrationCase) -> Step | None:
     # A rental whose last migration has failed waits for a while.
-    why = migration.must_leave(case.worker, case.observations.evacuating)
+    why = migration.must_leave(case.world.workers[case.source.worker_id], case.observations.evacuating)
     if not why or case.rental.id in case.observations.migration_backoff:
         return None
     return case.assignments.migrate(case.rental, case.source, why, parks=case.is_evacuating)
@@ -454,17 +421,12 @@ def _finish_release(world: Draft, rental: Rental) -> Step | None:
         return None
     to = RentalState.EXPIRED if rental.end == "expired" else RentalState.RELEASED
     away = ", ".join(sorted(p.worker_id for p in left))
-    reason = f"it runs nowhere; what it left on {away} is purged when that returns" if left else "nothing of it is left"
+    reason = f"it runs nowhere; its residue on {away} is purged when that returns" if left else "nothing of it is left"
     return move_rental(rental, to, ACTOR, reason)
 
 
-def _prepare(world: World, placement: Placement) -> Step | None:
-    rental, to = world.rentals.get(placement.rental_id), PlacementState.PREPARING
-    return move_placement(placement, rental.owner, to, ACTOR, "making its account") if rental else None
-
-
 def _finish_drain(world: Draft, worker: Worker) -> Step | None:
-    if worker.intent is not Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
+    if worker.intent is not states.Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
         return None
     event = Event(kind="worker.drained", actor=ACTOR, reason="it holds no rental any more", worker_id=worker.id)
-    return Step((write(worker, {"intent": Intent.DRAINED}, intent=Intent.DRAINING),), (event,))
+    return Step((write(worker, {"intent": states.Intent.DRAINED}, intent=states.Intent.DRAINING),), (event,))

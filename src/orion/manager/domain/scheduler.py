@@ -13,15 +13,15 @@ from orion.manager.domain.states import Health, Intent
 
 
 class Eligibility(NamedTuple):
-    """The facts about one worker that the filters use."""
+    """The properties of one worker that the filters use."""
 
     health: Health
     fault: bool
     intent: Intent
-    exiting: bool
     full: bool
+    exiting: bool = False
     failed_here: bool = False
-    """Whether this rental could not be made here before."""
+    """Whether the rental could not be made on this worker before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,9 @@ class Candidate:
 
     @property
     def eligibility(self) -> Eligibility:
-        worker, full = self.worker, is_full(len(self.used), self.worker.slots)
-        return Eligibility(
-            health=worker.health,
-            fault=bool(worker.fault),
-            intent=worker.intent,
-            exiting=self.exiting,
-            full=full,
-            failed_here=self.failed_here,
-        )
+        w, full = self.worker, is_full(len(self.used), self.worker.slots)
+        available = Eligibility(health=w.health, fault=bool(w.fault), intent=w.intent, full=full)
+        return available._replace(exiting=self.exiting, failed_here=self.failed_here)
 
     @property
     def rank(self) -> Rank:
@@ -59,11 +53,10 @@ class Chosen:
 class NoWorker:
     explanation: str
     counted: str = field(default="", compare=False)
-    """The numbers of refusals alone: see `counted`."""
+    """The numbers of refusals without the rest of the explanation: see `counted`."""
 
 
 Filter = tuple[str, Callable[[Eligibility], bool]]
-
 FILTERS: tuple[Filter, ...] = (
     ("{health}", lambda s: s.health is not Health.READY),
     ("at fault", lambda s: s.fault),

@@ -9,8 +9,6 @@ from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 
 @dataclass(frozen=True)
 class SnapshotLimits:
-    """The limits of one snapshot."""
-
     max_files: int = 200_000
     max_bytes: int = 2 << 30
     pause_s: float = LONGEST_PAUSE_S
@@ -21,8 +19,6 @@ class SnapshotLimits:
 
 @dataclass(frozen=True)
 class SnapshotPlan:
-    """The settings of the snapshot controller."""
-
     interval_s: float = 30.0
     """The seconds between snapshots of one rental."""
     at_once: int = 8
@@ -32,5 +28,5 @@ class SnapshotPlan:
     """The share of the time for which snapshots may pause the programs of a rental."""
 
     def pace(self) -> Pace:
-        """Return the pace of a rental without a snapshot."""
+        """Return the pace of a rental that has no snapshot yet."""
         return Pace(usual_s=self.interval_s, share=self.paused_share, wait_s=self.interval_s)

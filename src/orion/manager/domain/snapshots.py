@@ -4,10 +4,8 @@ Only a complete snapshot counts. Snapshots are ordered by (epoch, number), so a 
 comes after one of a later placement.
 
 A recovered snapshot (`salvage` in the database and the API) is made of the home that a lost worker still has when it
-comes back. It has what was written after the last snapshot of its epoch, and may lack what was written at a later
-epoch. A rental is restored from it without a request only if that gives up nothing known of a later epoch: the renter
-was activated at no later epoch, or there is no snapshot of the later epochs and they began with an earlier state of the
-same home. Every other recovered snapshot waits for a request (`waiting_recovered_snapshot`).
+comes back. It may lack what was written at a later epoch, so a restore takes it without a request only if that gives up
+nothing known of a later epoch (`newest`); otherwise it waits for a request (`waiting_recovered_snapshot`).
 """
 
 from __future__ import annotations
@@ -115,7 +113,7 @@ def newest(complete: Iterable[Snapshot], rental: Rental) -> Snapshot | None:
     """Return the snapshot that a rental is restored from without a request; None: there is none.
 
     It is the latest since the renter was last activated; else the latest that grew out of the snapshot of that
-    activation; if that is unknown, the latest regular one.
+    activation, which may be a recovered one; if that is unknown, the latest regular one.
     """
     ordered = sorted(complete, key=_by_id)
     since = [snapshot for snapshot in ordered if snapshot.generation.epoch >= rental.let_in_epoch]
@@ -262,19 +260,16 @@ def slower_warning(interval_s: float, usual_s: float) -> str:
 def accepted(rental: Rental, placement: Placement, snapshot: Snapshot, warning: str = "", slower: str = "") -> Step:
     """Return the step that records a complete snapshot, if its placement is still the one that runs.
 
-    `warning`: see `nearly_full`; `slower`: see `slower_warning`. Events are written for the first snapshot, after a
-    problem, and when the home becomes nearly full.
-
-    The step is void if the placement was quiesced meanwhile: this snapshot must not replace that of the final sync,
-    which has every byte.
+    `warning`: see `nearly_full`; `slower`: see `slower_warning`. The step is void if the placement was quiesced
+    meanwhile: this snapshot must not replace that of the final sync, which has every byte.
     """
     change = {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes, "copy_problem": ""}
     change |= {"home_warning": _joined(warning, slower)}
-    event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, snapshot)
+    event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, _sizes(snapshot))
     events = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
     if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
-        events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, snapshot))
-    return _while_it_runs(rental, placement, change, *events, held=placement.held)
+        events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, _sizes(snapshot)))
+    return _if_running(rental, placement, change, *events, held=placement.held)
 
 
 def _joined(*warnings: str) -> str:
@@ -298,7 +293,7 @@ def slowed(rental: Rental, placement: Placement, problem: str, slower: str) -> S
     reason = f"{problem}. The snapshot is tried again at growing intervals, until less changes at once"
     event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
     full = rental.home_warning.partition(SLOWER)[0].removesuffix("; ")
-    return _while_it_runs(rental, placement, {"home_warning": _joined(full, slower)}, event)
+    return _if_running(rental, placement, {"home_warning": _joined(full, slower)}, event)
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
@@ -307,14 +302,14 @@ def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool 
         return None
     kind = "rental.over_limit" if over_limit else "rental.copy_failed"
     event = _event(kind, problem, rental, placement.worker_id)
-    return _while_it_runs(rental, placement, {"copy_problem": problem}, event)
+    return _if_running(rental, placement, {"copy_problem": problem}, event)
 
 
 def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
     """Return the step that records a thaw of a rental whose home holds more than its limit."""
     problem = "it was thawed to make room, and is frozen again unless it does within ten minutes"
     event = rental_event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
-    return _while_it_runs(rental, placement, {"copy_problem": problem}, event)
+    return _if_running(rental, placement, {"copy_problem": problem}, event)
 
 
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
@@ -354,7 +349,7 @@ def recovered(rental: Rental, placement: Placement, snapshot: Snapshot, there: I
         reason = f"{had}: they are kept as snapshot {name}; to restore them: {restore}"
     change |= {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes} if is_restored else {}
     known = write(rental, change, let_in_epoch=rental.let_in_epoch, state=rental.state)
-    event = _event("rental.salvaged", reason, rental, worker_id, snapshot)
+    event = _event("rental.salvaged", reason, rental, worker_id, _sizes(snapshot))
     return _recovery_ends(placement) + Step((known,), (event,))
 
 
@@ -399,11 +394,11 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
     if not name:
         return _event("rental.started_empty", restored["reason"], rental, worker_id)
     if "at" not in restored:
-        return _event("rental.files_restored", f"snapshot {name}", rental, worker_id, details={"generation": name})
+        return _event("rental.files_restored", f"snapshot {name}", rental, worker_id, {"generation": name})
     age_s = max(0.0, wall - restored["at"])
     reason = f"snapshot {name}, {age_s:.0f} s old, {restored['files']} files, {restored['bytes']} bytes"
     reason += f"; incomplete in it: {_first(restored['skipped'])}" if restored["skipped"] else ""
-    return _event("rental.files_restored", reason, rental, worker_id, details={**restored, "age_s": round(age_s, 1)})
+    return _event("rental.files_restored", reason, rental, worker_id, {**restored, "age_s": round(age_s, 1)})
 
 
 def lacking(report: Mapping[str, Any]) -> str:
@@ -418,22 +413,15 @@ def _first(skipped: Sequence[str]) -> str:
     return ", ".join(skipped[:NAMES_SHOWN])
 
 
-def _while_it_runs(
-    rental: Rental, placement: Placement, change: Mapping[str, Any], *events: Event, **expect: object
-) -> Step:
+def _if_running(rental: Rental, placement: Placement, change: dict[str, Any], *events: Event, **expect: object) -> Step:
     """Return the step that changes a rental only if the placement of the snapshot is still the one that runs."""
     runs = write(placement, {}, state=PlacementState.RUNNING, epoch=placement.epoch, **expect)
     return Step((runs, write_rental(rental, change, state=RentalState.ACTIVE)), events)
 
 
-def _event(
-    kind: str,
-    reason: str,
-    rental: Rental,
-    worker_id: str,
-    snapshot: Snapshot | None = None,
-    details: Mapping[str, Any] | None = None,
-) -> Event:
-    if snapshot is not None:
-        details = {"generation": str(snapshot.generation), "bytes": snapshot.bytes, "files": snapshot.files}
+def _event(kind: str, reason: str, rental: Rental, worker_id: str, details: Mapping[str, Any] | None = None) -> Event:
     return rental_event(kind, reason, rental, worker_id, actor=ACTOR, details=details)
+
+
+def _sizes(snapshot: Snapshot) -> Mapping[str, Any]:
+    return {"generation": str(snapshot.generation), "bytes": snapshot.bytes, "files": snapshot.files}

@@ -1,12 +1,11 @@
 """The start command of a rental: when it is run, how it ended, and when it is run no more.
 
-It is run once in each boot of each worker that gets the rental, and once more at each request of its owner. The
-placement has a mark of the last run, `RUN@BOOT`: the number of the requested run, and the boot id of the worker. A
-restart of the worker's container changes the boot id, so the command is run again.
+The command is run once in each boot of each worker that gets the rental, and once more at each request of its owner.
+The placement has a mark of the last run, `RUN@BOOT`: the number of the requested run, and the boot id of the worker. A
+restart of the worker's container changes the boot id, so the command is run again. It is run no more after TAKEOVERS
+losses of its worker within TAKEOVERS_WITHIN_S seconds.
 
 The end of a run is recorded once, so a worker that lies about ends makes one event for each run.
-
-A command is run no more after TAKEOVERS losses of its worker within TAKEOVERS_WITHIN_S seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from orion.manager.domain.steps import Event, Step, rental_event, write, write_r
 TAKEOVERS = 3
 TAKEOVERS_WITHIN_S = 600.0
 MAY_HAVE_RUN = frozenset({PlacementState.PREPARING, PlacementState.RUNNING})
-"""States of placements in which the start command may have run."""
+"""The states of placements in which the start command may have run."""
 
 
 def mark(rental: Rental, worker: Worker) -> str:
@@ -55,8 +54,7 @@ def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mappi
 
 
 def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float) -> Step | None:
-    """Return the step after a restart of the container in which the command ran, which counts as a loss of the worker;
-    None if there was none."""
+    """Return the step after a restart of the worker's container, which counts as a loss; None if there was none."""
     run, _, boot_id = placement.started.partition("@")
     if not run or boot_id == worker.boot_id or placement.state is not PlacementState.RUNNING:
         return None

@@ -127,7 +127,7 @@ PLACEMENT_TABLE: Mapping[str, Row] = {
     P.STOPPED: _row({P.PURGED}, "reconciler", DELETE_DEADLINE_S, "its worker is quarantined"),
     P.FAILED: _row({P.PURGED, P.LOST}, "reconciler", DELETE_DEADLINE_S, "its worker is quarantined"),
     P.LOST: _row({P.PURGED}, "reconciler"),
-    P.PURGED: _row((), "nobody"),
+    P.PURGED: _row((), "none"),
 }
 
 RENTAL_TABLE: Mapping[str, Row] = {
@@ -136,9 +136,9 @@ RENTAL_TABLE: Mapping[str, Row] = {
     R.ACTIVE: _row({R.MIGRATING, R.RELEASING}, "renter"),
     R.MIGRATING: _row({R.ACTIVE, R.QUEUED, R.RELEASING}, "reconciler", PROVISIONING_DEADLINE_S, "queued"),
     R.RELEASING: _row({R.RELEASED, R.EXPIRED}, "reconciler", DELETE_DEADLINE_S, "orion remove of its worker"),
-    R.RELEASED: _row((), "nobody"),
-    R.EXPIRED: _row((), "nobody"),
-    R.FAILED: _row((), "nobody"),
+    R.RELEASED: _row((), "none"),
+    R.EXPIRED: _row((), "none"),
+    R.FAILED: _row((), "none"),
 }
 
 M = MigrationPhase

@@ -54,10 +54,9 @@ class Write:
     change: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if READ[self.kind].issuperset(self.expect) and WRITTEN[self.kind].issuperset(self.change):
-            return
-        unknown = sorted((self.expect.keys() - READ[self.kind]) | (self.change.keys() - WRITTEN[self.kind]))
-        raise UnknownField(f"a step cannot write {', '.join(unknown)} of {self.kind} {self.id}")
+        unknown = (self.expect.keys() - READ[self.kind]) | (self.change.keys() - WRITTEN[self.kind])
+        if unknown:
+            raise UnknownField(f"a step cannot write {', '.join(sorted(unknown))} of {self.kind} {self.id}")
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,10 @@ def move_placement(
     return Step((write(placement, {"state": to} | change, state=placement.state),), (event,))
 
 
-def reserve_slot(
-    rental: Rental, worker: Worker, slot: int, placement_id: str, reason: str, standby: bool = False
-) -> Step:
+def reserve_slot(rental: Rental, worker: Worker, slot: int, new_id: str, reason: str, standby: bool = False) -> Step:
     """Return the step that inserts a placement on a worker that is still as it was chosen; it gets the next epoch."""
     placement = Placement(
-        id=placement_id,
+        id=new_id,
         rental_id=rental.id,
         worker_id=worker.id,
         slot=slot,

@@ -18,7 +18,7 @@ from orion.manager.domain.steps import Step
 from orion.manager.domain.world import Draft, World
 
 REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
-"""Workers on which a rental may be made or changed; a joining one is only cleaned."""
+"""The health of workers on which a rental may be made or changed; a joining one is only cleaned."""
 
 
 class TaskKind(StrEnum):
@@ -51,9 +51,9 @@ class Task:
     start_mark: str = ""
     """The mark of the start command to run at the activation, empty for none: see start_commands.due."""
     filled: str = ""
-    """The snapshot that a planned migration has put into the home already."""
+    """The snapshot that a planned migration has already put into the home."""
     rental_name: str = ""
-    """The name of the rental, for its sessions to show; only where an account is made."""
+    """The name that sessions of the rental show; empty if no account is made."""
     source: migration.Source | None = None
     """The source of a planned migration: see migration.py."""
     owner: str = ""
@@ -91,10 +91,7 @@ Follow = Callable[[World, TaskEnded], Step | None]
 
 def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
     """Return the tasks of the world as it is now; some of them may be under way."""
-    for placement in world.placements.values():
-        task = _task_of(world, placement, observations)
-        if task is not None:
-            yield task
+    yield from filter(None, (_task_of(world, placement, observations) for placement in world.placements.values()))
     for worker in world.workers.values():
         yield from _tasks_of_worker(world, worker, observations)
 

@@ -13,22 +13,21 @@ from orion.manager.domain.steps import READ, Step
 
 @dataclass(kw_only=True)
 class World:
-    """Workers, rentals that have not ended, and placements that are not purged, by id. Decisions work on a copy.
+    """Workers, rentals that have not ended, and placements that are not purged, by id.
 
-    It may be a part of the whole that is enough for a decision: each placement comes with its worker and its rental;
-    each rental that is not at rest, or has a target, with all its placements; each worker in `whole` with all of its
-    placements.
+    A world may be a part of the whole that is enough for a decision: each placement comes with its worker and its
+    rental; each rental that is not at rest, or has a target, and each worker in `whole` comes with all its placements.
     """
 
     workers: dict[str, Worker]
     rentals: dict[str, Rental]
     placements: dict[str, Placement]
     whole: frozenset[str] | None = None
-    """The workers whose placements are all here; None: all workers."""
+    """The workers whose placements are all in this part; None: all workers."""
     taken: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The slots in use, by worker id, of candidates that are not in `whole`."""
     elsewhere: Mapping[str, int] = field(default_factory=dict)
-    """The number of workers that are not here and that each filter refuses: see scheduler.Candidates."""
+    """The number of workers outside of this part that each filter refuses: see scheduler.Candidates."""
 
     def copy(self) -> World:
         return replace(self, workers=dict(self.workers), rentals=dict(self.rentals), placements=dict(self.placements))
@@ -37,21 +36,17 @@ class World:
         return self.whole is None or worker_id in self.whole
 
     def apply(self, step: Step) -> bool:
-        """Apply a step whole; return False, with nothing applied, if a row is not as expected."""
-        tables: dict[str, dict[str, Any]] = {
-            "worker": self.workers,
-            "rental": self.rentals,
-            "placement": self.placements,
-        }
+        """Apply all of a step; return False, with nothing applied, if a row is not as expected."""
+        rows: dict[str, dict[str, Any]] = {"worker": self.workers, "rental": self.rentals, "placement": self.placements}
         changed: dict[tuple[str, str], Any] = {}
         for write in step.writes:
-            row = changed.get((write.kind, write.id), tables[write.kind].get(write.id))
+            row = changed.get((write.kind, write.id), rows[write.kind].get(write.id))
             if row is None or any(getattr(row, column) != value for column, value in write.expect.items()):
                 return False
             read = {column: value for column, value in write.change.items() if column in READ[write.kind]}
             changed[write.kind, write.id] = replace(row, **read)
         for (kind, identity), row in changed.items():
-            tables[kind][identity] = row
+            rows[kind][identity] = row
         if step.placement:
             self.placements[step.placement.id] = step.placement
         return True
