@@ -8,7 +8,6 @@ from sqlalchemy import Connection, select, update
 
 from orion import wire
 from orion.manager.domain.model import Rental
-from orion.manager.domain.states import ENDED, RentalState
 from orion.manager.domain.steps import Event
 from orion.manager.store import state
 from orion.manager.store.database import record, touched
@@ -16,14 +15,12 @@ from orion.manager.store.schema import placements, rentals
 
 
 def with_made_anew(before: str, made: str) -> str:
-    """Return the keys after a replayed rent for which the manager made the key `made`.
+    """Return the keys after a repeated rent for which the manager made the key `made`.
 
-    It replaces the one key that the rental has; if its renter has added others, it is added to them.
+    `made` replaces the one key of the rental, or is added to its keys if it has several.
     """
     known = before.splitlines()
-    if len(known) == 1:
-        return made
-    return "\n".join([*known[-(wire.MAX_KEYS - 1) :], made])
+    return made if len(known) == 1 else "\n".join([*known[-(wire.MAX_KEYS - 1) :], made])
 
 
 def comments_after(before: Mapping[str, str], keys: str, key: str, comment: str) -> dict[str, str]:
@@ -34,11 +31,8 @@ def comments_after(before: Mapping[str, str], keys: str, key: str, comment: str)
 
 
 def add(connection: Connection, rental_id: str, actor: str, key: str, comment: str = "") -> str:
-    """Add a key; return an error code, empty when the rental has the key. Repeatable.
-
-    `comment`: its name for people, which no worker gets.
-    """
-    rental = _living(connection, rental_id)
+    """Add a key with a name for people, which no worker gets; return an error code, or an empty string. Repeatable."""
+    rental = state.load_living(connection, rental_id)
     if rental is None:
         return "ended"
     known = rental.public_key.splitlines()
@@ -55,8 +49,8 @@ def add(connection: Connection, rental_id: str, actor: str, key: str, comment: s
 
 
 def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> str:
-    """Remove a key; return an error code, empty when it is removed. The last key of a rental cannot be removed."""
-    rental = _living(connection, rental_id)
+    """Remove a key, but never the last one of a rental; return an error code, or an empty string."""
+    rental = state.load_living(connection, rental_id)
     if rental is None:
         return "ended"
     known = rental.public_key.splitlines()
@@ -87,12 +81,6 @@ def _keep_comments(connection: Connection, rental_id: str, keys: str, key: str =
     now = comments_after(before, keys, key, comment)
     if now != before:
         connection.execute(update(rentals).where(this).values(key_comments=now))
-
-
-def _living(connection: Connection, rental_id: str) -> Rental | None:
-    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = state.rental(row)
-    return None if rental.state in ENDED | {RentalState.RELEASING} else rental
 
 
 def _event(kind: str, rental: Rental, actor: str, key: str) -> Event:

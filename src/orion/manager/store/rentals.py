@@ -34,34 +34,30 @@ class OtherRequest(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class NewRental:
-    """A requested rental. `request_hash` is compared when its idempotency key is used again."""
+    """A requested rental."""
 
     owner: str
     name: str | None
     public_key: str
     made_key: bool
-    """Whether the manager made the SSH key; a replay then brings a new one."""
+    """Whether the manager made the SSH key; a repeated request then gets a new one."""
     ttl_s: int
     labels: Mapping[str, str]
     key: str | None
     """The idempotency key, if the request has one."""
     request_hash: str
+    """It is compared when the idempotency key is used again."""
     start: str = ""
     comment: str = ""
-    """The name of the SSH key, for people; empty: it has none."""
+    """The name of the SSH key, for people; empty: none."""
     key_begins_at: float = field(default_factory=time.time)
     """Unix seconds from which the lifetime of the idempotency key counts."""
 
 
 def create(connection: Connection, new: NewRental) -> str:
-    """Make a queued rental; return its id, or the id of the rental that the idempotency key made before.
-
-    Raises NameTaken and OtherRequest.
-    """
-    known = _replayed(connection, new)
-    if known is not None:
+    """Make a queued rental; return its id, or the id of the rental that the idempotency key made before."""
+    if (known := _replayed(connection, new)) is not None:
         return known
-    now = time.time()
     identity = new_id(10)
     row = {
         "id": identity,
@@ -76,7 +72,7 @@ def create(connection: Connection, new: NewRental) -> str:
         "ttl_s": new.ttl_s,
         "labels": dict(new.labels),
         "start": new.start,
-        "created_at": now,
+        "created_at": time.time(),
         "explanation": "it is next",
     }
     try:
@@ -88,9 +84,10 @@ def create(connection: Connection, new: NewRental) -> str:
         used = {"owner": new.owner, "key": new.key, "request_hash": new.request_hash}
         connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": new.key_begins_at})
     touched(connection).rentals.add(identity)
+    owner = new.owner
     record(
         connection,
-        Event(kind="rental.queued", actor=new.owner, reason="asked for", owner=new.owner, rental_id=identity, epoch=0),
+        Event(kind="rental.queued", actor=owner, reason="asked for", owner=owner, rental_id=identity, epoch=0),
     )
     return identity
 
@@ -104,7 +101,7 @@ def _replayed(connection: Connection, new: NewRental) -> str | None:
     if new.key is None:
         return None
     same = and_(idempotency.c.owner == new.owner, idempotency.c.key == new.key)
-    row = connection.execute(select(idempotency).where(same)).mappings().first()
+    row = first(connection.execute(select(idempotency).where(same)))
     if row is None:
         return None
     if row["request_hash"] != new.request_hash:
@@ -154,31 +151,27 @@ def page(
     limit: int,
     wall: float = float("-inf"),
 ) -> list[Row]:
-    """Return rentals in the order of their ids; `owner` None: of all; `ended`: also ended ones; `wall`: see `one`."""
-    query = _with_worker().order_by(rentals.c.id).limit(limit)
+    """Return rentals by id; `owner`, `name` None: any; `ended`: also ended ones; `wall`: see `one`."""
+    query = _with_worker().where(rentals.c.id > (after or "")).order_by(rentals.c.id).limit(limit)
     for wanted, column in ((owner, rentals.c.owner), (name, rentals.c.name)):
         if wanted is not None:
             query = query.where(column == wanted)
     if not ended:
         query = query.where(text(LIVING))
-    if after:
-        query = query.where(rentals.c.id > after)
     return _with_recovered(connection, rows(connection.execute(query)), wall)
 
 
 def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
     """Begin to release a living rental; do nothing if it is releasing or has ended."""
-    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = state.rental(row)
-    if rental.state not in ENDED | {RentalState.RELEASING}:
+    rental = state.load_living(connection, rental_id)
+    if rental is not None:
         state.apply(connection, [release(rental, "released", actor, "asked for")])
 
 
 def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, counts_from: float | None) -> bool:
-    """Renew a living rental, as expiry.renew; return False if it is releasing or has ended."""
-    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = state.rental(row)
-    if rental.state in ENDED | {RentalState.RELEASING}:
+    """Renew a living rental as expiry.renew does; return False if it is releasing or has ended."""
+    rental = state.load_living(connection, rental_id)
+    if rental is None:
         return False
     state.apply(connection, [renew(rental, ttl_s, actor, counts_from)])
     return True
@@ -186,9 +179,8 @@ def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, count
 
 def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
     """Request a run of the rental's start command; return an error code, empty when it was requested."""
-    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = state.rental(row)
-    if rental.state in ENDED | {RentalState.RELEASING}:
+    rental = state.load_living(connection, rental_id)
+    if rental is None:
         return "ended"
     if not rental.start:
         return "no_start"

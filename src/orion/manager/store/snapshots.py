@@ -1,4 +1,4 @@
-"""The snapshot catalog: what the database knows of the snapshots that the snapshot service keeps.
+"""The snapshot catalog: the rows about the snapshots that the snapshot service keeps.
 
 `SqlSnapshotCatalog` is the real one, `MemorySnapshotCatalog` the shipped fake; tests/unit/test_store_snapshots.py is
 the contract of both. Released names in the tables: `copies` are snapshots, `salvage` is a recovered snapshot, `standby`
@@ -32,12 +32,13 @@ from orion.manager.store.pool_index import chunks
 from orion.manager.store.schema import copies, placements, rentals, workers
 
 _targets = placements.alias()
+_IDS = (rentals.c.id, placements.c.id, workers.c.id)
 REACHABLE = (Health.READY, Health.QUARANTINED)
 """Health of the workers from which snapshots are taken regularly: a quarantined worker runs its rentals and answers."""
 
 
 class Running(NamedTuple):
-    """An active rental with its running placement and the worker of that."""
+    """An active rental with its running placement and the worker of the placement."""
 
     rental: Rental
     placement: Placement
@@ -45,24 +46,21 @@ class Running(NamedTuple):
 
 
 class SnapshotCatalog(Protocol):
-    """Each call is one transaction."""
+    """The port to the rows of snapshots. Each call is one transaction."""
 
     async def running(self) -> dict[str, tuple[int, str]]:
-        """Return, by rental id, epoch and owner of the rentals of which a snapshot can be taken now.
+        """Return epoch and owner of each rental of which a snapshot can be taken now, by rental id.
 
-        They are active, on a reachable worker, and in no planned migration.
+        Such a rental is active, on a reachable worker, and in no planned migration.
         """
         ...
 
     async def one(self, rental_id: str) -> Running | None:
-        """Return a rental of which a snapshot can be taken now, as in `running`; None if it is not one of these."""
+        """Return the rental if a snapshot of it can be taken now, as in `running`; None if not."""
         ...
 
     async def migrating(self, rental_id: str) -> Running | None:
-        """Return a rental for the snapshots of its planned migration, whatever its worker's health.
-
-        None if the rental is not active and running any more.
-        """
+        """Return a rental in a planned migration, whatever its worker's health; None if it is not active and running."""
         ...
 
     async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
@@ -85,13 +83,13 @@ class SnapshotCatalog(Protocol):
         ...
 
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
-        """Return a lost placement that is to be recovered, and its rental; None if it is not to be, or not any more."""
+        """Return a lost placement and its rental if its files are to be recovered; None if not, or not any more."""
         ...
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        """Return id and uid of each of these rentals that has ended and whose snapshots are not kept any longer.
+        """Return id and uid of those of these rentals that have ended and whose snapshots are not kept any longer.
 
         `wall`: the time now in Unix seconds; `short_of_room`: owners whose ended rentals keep no snapshots.
         """
@@ -109,13 +107,13 @@ class SqlSnapshotCatalog:
         self._store = store
 
     async def running(self) -> dict[str, tuple[int, str]]:
-        return await self._store.read(load_running)
+        return await self._store.read(_load_running)
 
     async def one(self, rental_id: str) -> Running | None:
-        return await self._store.read(load_one, rental_id)
+        return await self._store.read(_load, _running(*_IDS), rental_id)
 
     async def migrating(self, rental_id: str) -> Running | None:
-        return await self._store.read(load_migrating, rental_id)
+        return await self._store.read(_load, _placed(*_IDS), rental_id)
 
     async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
         return await self._store.write(_accept, step, rental_id, kept)
@@ -127,15 +125,15 @@ class SqlSnapshotCatalog:
         return await self._store.read(snapshots_of, rental_id)
 
     async def newest(self, rental_id: str) -> Snapshot | None:
-        return await self._store.read(newest_of, rental_id)
+        return await self._store.read(_newest_of, rental_id)
 
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
-        return await self._store.read(load_to_recover, placement_id)
+        return await self._store.read(_load_to_recover, placement_id)
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        return await self._store.read(load_removable, list(rental_ids), wall, short_of_room)
+        return await self._store.read(_load_removable, list(rental_ids), wall, short_of_room)
 
     async def forget(self, rental_id: str) -> None:
         await self._store.write(forget, rental_id)
@@ -194,42 +192,32 @@ class MemorySnapshotCatalog:
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        known = [
-            self._state_store.world.rentals[each] for each in rental_ids if each in self._state_store.world.rentals
-        ]
+        rentals = self._state_store.world.rentals
+        known = [rentals[each] for each in rental_ids if each in rentals]
         return [(rental.id, rental.uid) for rental in known if _is_removable(rental, wall, short_of_room)]
 
     async def forget(self, rental_id: str) -> None:
         self.snapshots.pop(rental_id, None)
 
 
-def load_running(connection: Connection) -> dict[str, tuple[int, str]]:
+def _load_running(connection: Connection) -> dict[str, tuple[int, str]]:
     rows = connection.execute(_running(rentals.c.id, rentals.c.epoch, rentals.c.owner))
     return {row.id: (row.epoch, row.owner) for row in rows}
-
-
-def load_one(connection: Connection, rental_id: str) -> Running | None:
-    return _load(connection, _running(rentals.c.id, placements.c.id, workers.c.id), rental_id)
-
-
-def load_migrating(connection: Connection, rental_id: str) -> Running | None:
-    return _load(connection, _placed(rentals.c.id, placements.c.id, workers.c.id), rental_id)
 
 
 def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
     found = connection.execute(query.where(rentals.c.id == rental_id)).first()
     if found is None:
         return None
-    # Three queries, because the columns of the tables have the same names.
-    rental, placement, worker = (
-        connection.execute(select(table).where(table.c.id == identity)).mappings().one()
-        for table, identity in zip((rentals, placements, workers), found, strict=True)
-    )
-    return Running(state.rental(rental), state.placement(placement), state.worker(worker))
+    _, placement_id, worker_id = found
+    # Each row has its own query, because the columns of the tables have the same names.
+    placement = state.load_placement(connection, placements.c.id == placement_id)
+    worker = state.load_workers(connection, [worker_id])[worker_id]
+    return Running(state.load_rental(connection, rental_id), placement, worker) if placement else None
 
 
 def _running(*columns: Column[Any]) -> Any:
-    """Return the query of rentals of which regular snapshots are taken; a planned migration takes its own."""
+    """Return the query of the rentals of which regular snapshots are taken; a planned migration takes its own ones."""
     migrating = select(_targets.c.rental_id).where(_targets.c.standby.is_(True), _targets.c.state.in_(LIVE))
     ordinary = (placements.c.held == 0, workers.c.health.in_(REACHABLE), rentals.c.id.not_in(migrating))
     return _placed(*columns).where(*ordinary)
@@ -270,55 +258,43 @@ def with_recovered(connection: Connection, rental_ids: Iterable[str]) -> dict[st
 
 
 def _snapshot(row: RowMapping) -> Snapshot:
-    generation, skipped = SnapshotId(row["epoch"], row["number"]), tuple(row["skipped"])
-    return Snapshot(
-        generation=generation,
-        at=row["at"],
-        bytes=row["bytes"],
-        files=row["files"],
-        skipped=skipped,
-        salvage=bool(row["salvage"]),
-    )
+    values = {name: row[name] for name in ("at", "bytes", "files", "salvage")}
+    return Snapshot(generation=SnapshotId(row["epoch"], row["number"]), skipped=tuple(row["skipped"]), **values)
 
 
-def newest_of(connection: Connection, rental_id: str) -> Snapshot | None:
-    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    return newest(snapshots_of(connection, rental_id), state.rental(row))
+def _newest_of(connection: Connection, rental_id: str) -> Snapshot | None:
+    return newest(snapshots_of(connection, rental_id), state.load_rental(connection, rental_id))
 
 
-def load_to_recover(connection: Connection, placement_id: str) -> tuple[Rental, Placement] | None:
-    row = connection.execute(select(placements).where(placements.c.id == placement_id)).mappings().first()
-    if row is None:
+def _load_to_recover(connection: Connection, placement_id: str) -> tuple[Rental, Placement] | None:
+    placement = state.load_placement(connection, placements.c.id == placement_id)
+    if placement is None:
         return None
-    placement = state.placement(row)
-    found = connection.execute(select(rentals).where(rentals.c.id == placement.rental_id)).mappings().one()
-    rental = state.rental(found)
+    rental = state.load_rental(connection, placement.rental_id)
     return (rental, placement) if is_to_be_recovered(rental, placement) else None
 
 
-def load_removable(
+def _load_removable(
     connection: Connection, rental_ids: Sequence[str], wall: float, short_of_room: Collection[str]
 ) -> list[tuple[str, int]]:
     found = []
-    for start in range(0, len(rental_ids), 500):
-        some = select(rentals).where(rentals.c.id.in_(rental_ids[start : start + 500]), rentals.c.state.in_(ENDED))
-        rows = [state.rental(row) for row in connection.execute(some).mappings()]
-        found += [(rental.id, rental.uid) for rental in rows if _is_removable(rental, wall, short_of_room)]
-    return found
+    for some in chunks(rental_ids):
+        ended = state.RENTALS.where(rentals.c.id.in_(some), rentals.c.state.in_(ENDED))
+        found += [state.rental(row) for row in connection.execute(ended).mappings()]
+    return [(rental.id, rental.uid) for rental in found if _is_removable(rental, wall, short_of_room)]
 
 
 def begin_restore(connection: Connection, rental_id: str, actor: str, source: str) -> str:
     """Restart a rental from the snapshot `source`, or EMPTY; return an error code, empty when it was begun."""
-    rental = state.rental(connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one())
-    if rental.state in ENDED | {RentalState.RELEASING}:
+    rental = state.load_living(connection, rental_id)
+    if rental is None:
         return "ended"
     if not was_activated(rental):
         return "not_active_yet"
     if source != EMPTY and source not in {str(one.generation) for one in snapshots_of(connection, rental_id)}:
         return "no_such_snapshot"
     runs = and_(placements.c.rental_id == rental_id, placements.c.state == PlacementState.RUNNING)
-    row = connection.execute(select(placements).where(runs)).mappings().first()
-    running = state.placement(row) if row is not None and rental.state is RentalState.ACTIVE else None
+    running = state.load_placement(connection, runs) if rental.state is RentalState.ACTIVE else None
     state.apply(connection, [ask_to_restore(rental, running, source, actor)])
     return ""
 
@@ -335,6 +311,5 @@ def _is_removable(rental: Rental, wall: float, short_of_room: Collection[str]) -
 
 
 def _row(rental_id: str, snapshot: Snapshot) -> dict[str, object]:
-    named = {"rental_id": rental_id, "epoch": snapshot.generation.epoch, "number": snapshot.generation.number}
-    values = {"at": snapshot.at, "bytes": snapshot.bytes, "files": snapshot.files, "skipped": list(snapshot.skipped)}
-    return named | values | {"salvage": snapshot.salvage}
+    values = {name: getattr(snapshot, name) for name in ("at", "bytes", "files", "salvage")}
+    return values | vars(snapshot.generation) | {"rental_id": rental_id, "skipped": list(snapshot.skipped)}

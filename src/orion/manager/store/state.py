@@ -1,4 +1,7 @@
-"""Loads the world for a decision, and applies the decided steps, each one completely or not at all."""
+"""Loads the world for a decision, and applies the decided steps, each one completely or not at all.
+
+The functions that SqlStateStore runs are documented in store/port.py.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from sqlalchemy import (
 
 from orion.manager.domain.model import Item, Origin, Placement, Rental, Worker
 from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
-from orion.manager.domain.steps import Step, Write
+from orion.manager.domain.steps import READ, Kind, Step, Write
 from orion.manager.domain.tasks import Follow, TaskEnded
 from orion.manager.domain.world import World
 from orion.manager.store.database import record, touched
@@ -36,13 +39,16 @@ from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, wor
 
 TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
 IN_TRANSITION = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
-COLUMNS = {
-    table.name: select(*(table.c[field.name] for field in fields(kind)))
+
+# Queries of the columns that decisions read; labels and loads would cost memory in thousands of rows.
+WORKERS, RENTALS, PLACEMENTS = (
+    select(*(table.c[field.name] for field in fields(kind)))
     for table, kind in ((workers, Worker), (rentals, Rental), (placements, Placement))
-}
-"""Queries of the columns that decisions read; labels and loads would cost memory in thousands of rows."""
+)
+OPEN_PLACEMENTS = PLACEMENTS.where(placements.c.state.in_(OPEN))
 
 T = TypeVar("T")
+Row = RowMapping | Mapping[str, Any]
 
 
 class _Stale(Exception):
@@ -50,44 +56,33 @@ class _Stale(Exception):
 
 
 def load(connection: Connection) -> World:
-    """See `port.StateStore.load`."""
-    open_placements = connection.execute(select(placements).where(placements.c.state != PlacementState.PURGED))
-    found = {row["id"]: placement(row) for row in open_placements.mappings()}
-    living = rentals.c.state.not_in(ENDED)
-    of_open = rentals.c.id.in_(select(placements.c.rental_id).where(placements.c.state != PlacementState.PURGED))
+    placed = rentals.c.id.in_(select(placements.c.rental_id).where(placements.c.state != PlacementState.PURGED))
     return World(
-        workers={row["id"]: worker(row) for row in connection.execute(select(workers)).mappings()},
-        rentals={
-            row["id"]: rental(row) for row in connection.execute(select(rentals).where(living | of_open)).mappings()
-        },
-        placements=found,
+        workers=_found(connection, WORKERS, worker),
+        rentals=_found(connection, RENTALS.where(rentals.c.state.not_in(ENDED) | placed), rental),
+        placements=_found(connection, PLACEMENTS.where(placements.c.state != PlacementState.PURGED), placement),
     )
 
 
 def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
-    """See `port.StateStore.never_placed`."""
     shown = {(item.rental_id, item.epoch) for item in items}
-    ids = sorted({rental_id for rental_id, _ in shown})
     placed: set[tuple[str, int]] = set()
-    for start in range(0, len(ids), 500):  # an inventory may be longer than the list of values that a statement takes
-        query = select(placements.c.rental_id, placements.c.epoch)
-        found = connection.execute(query.where(placements.c.rental_id.in_(ids[start : start + 500])))
-        placed |= {(row[0], row[1]) for row in found}
+    for some in chunks({rental_id for rental_id, _ in shown}):
+        query = select(placements.c.rental_id, placements.c.epoch).where(placements.c.rental_id.in_(some))
+        placed |= {(rental_id, epoch) for rental_id, epoch in connection.execute(query)}
     return frozenset(shown - placed)
 
 
 def load_part(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
-    """See `port.StateStore.load_part`."""
-    active = _rentals(connection, rentals.c.state.in_(IN_TRANSITION))
-    active |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
-    active |= _rentals(connection, _has_target(connection))
-    found = _in(connection, placements.c.worker_id, whole, placement)
-    found |= _in(connection, placements.c.rental_id, active, placement)
+    active = _in_queue_order(connection, rentals.c.state.in_(IN_TRANSITION))
+    active |= _in_queue_order(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
+    active |= _in_queue_order(connection, _has_target(connection))
+    found = _among(connection, OPEN_PLACEMENTS, placements.c.worker_id, whole, placement)
+    found |= _among(connection, OPEN_PLACEMENTS, placements.c.rental_id, active, placement)
     others = {p.rental_id for p in found.values()} - active.keys()
-    known = {p.worker_id for p in found.values()} | {*whole, *candidates}
     return World(
-        workers=load_workers(connection, known),
-        rentals=active | _by_id(connection, rentals, others, rental),
+        workers=load_workers(connection, {p.worker_id for p in found.values()} | {*whole, *candidates}),
+        rentals=active | _among(connection, RENTALS, rentals.c.id, others, rental),
         placements=found,
         whole=frozenset(whole),
         taken=_taken(connection, set(candidates) - set(whole)),
@@ -107,37 +102,46 @@ def _has_target(connection: Connection) -> ColumnElement[bool]:
 
 
 def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
-    """See `port.StateStore.workers`."""
-    return _by_id(connection, workers, ids, worker)
+    return _among(connection, WORKERS, workers.c.id, ids, worker)
 
 
 def load_known_at(connection: Connection, address: str) -> list[Worker]:
-    """See `port.Registry.known_at`."""
-    at = select(workers).where(workers.c.address == address)
-    return [worker(row) for row in connection.execute(at).mappings()]
+    return list(_found(connection, WORKERS.where(workers.c.address == address), worker).values())
 
 
 def load_due(connection: Connection, wall: float) -> list[Rental]:
-    """See `port.StateStore.due`."""
     expired = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
-    due = select(rentals).where(*expired).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
-    return [rental(row) for row in connection.execute(due).mappings()]
+    due = RENTALS.where(*expired).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
+    return list(_found(connection, due, rental).values())
 
 
 def load_without_expiry(connection: Connection) -> list[Rental]:
-    """See `port.StateStore.without_expiry`."""
     activated = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
-    found = select(rentals).where(*activated, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
-    return [rental(row) for row in connection.execute(found).mappings()]
+    found = RENTALS.where(*activated, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
+    return list(_found(connection, found, rental).values())
+
+
+def load_rental(connection: Connection, rental_id: str) -> Rental:
+    """Return the rental; raise NoResultFound if it does not exist."""
+    return rental(connection.execute(RENTALS.where(rentals.c.id == rental_id)).mappings().one())
+
+
+def load_living(connection: Connection, rental_id: str) -> Rental | None:
+    """Return the rental; None if it is releasing or has ended."""
+    found = load_rental(connection, rental_id)
+    return None if found.state in ENDED | {RentalState.RELEASING} else found
+
+
+def load_placement(connection: Connection, which: ColumnElement[bool]) -> Placement | None:
+    row = connection.execute(PLACEMENTS.where(which)).mappings().first()
+    return None if row is None else placement(row)
 
 
 def apply(connection: Connection, steps: Iterable[Step]) -> bool:
-    """See `port.StateStore.apply`. Steps after a stale one are not applied: they were decided as if it had been."""
     return all(_apply_one(connection, step) for step in steps)
 
 
 def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
-    """See `port.StateStore.apply_each`."""
     applied: list[bool] = []
     for _, group in groupby(steps, key=_shape):
         alike = list(group)
@@ -181,15 +185,10 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
 
 
 def finish(connection: Connection, ended: Sequence[TaskEnded], follow: Follow) -> None:
-    """See `port.StateStore.finish`."""
     wanted = {identity for e in ended for identity in e.task.placement_ids}
-    placed = _by_id(connection, placements, wanted, placement)
-    placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
-    world = World(
-        workers={},
-        rentals=_by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental),
-        placements=placed,
-    )
+    placed = _among(connection, OPEN_PLACEMENTS, placements.c.id, wanted, placement)
+    rented = _among(connection, RENTALS, rentals.c.id, {p.rental_id for p in placed.values()}, rental)
+    world = World(workers={}, rentals=rented, placements=placed)
     for one in ended:
         step = follow(world, one)
         if step is not None and _apply_one(connection, step):
@@ -199,30 +198,29 @@ def finish(connection: Connection, ended: Sequence[TaskEnded], follow: Follow) -
                     del world.placements[write.id]
 
 
-def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
-    """Return rentals in the order of the queue."""
+def _in_queue_order(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
     order = (rentals.c.activated_at.is_(None), rentals.c.created_at, rentals.c.id)
-    query = COLUMNS["rentals"].where(which).order_by(*order).limit(limit)
-    return {row["id"]: rental(row) for row in connection.execute(query).mappings()}
+    return _found(connection, RENTALS.where(which).order_by(*order).limit(limit), rental)
 
 
-def _in(
-    connection: Connection, column: Column[Any], values: Iterable[str], make: Callable[[RowMapping], Placement]
-) -> dict[str, Placement]:
-    """Return the placements that are not purged and whose column has one of these values."""
-    found: dict[str, Placement] = {}
-    for some in chunks(values):
-        query = COLUMNS["placements"].where(column.in_(some), placements.c.state.in_(OPEN))
-        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
-    return found
+def _among(
+    connection: Connection,
+    query: Select[Any],
+    column: Column[Any],
+    values: Iterable[str],
+    make: Callable[[RowMapping], T],
+) -> dict[str, T]:
+    """Return the results of the query whose column has one of these values, by id."""
+    return {
+        identity: one
+        for some in chunks(values)
+        for identity, one in _found(connection, query.where(column.in_(some)), make).items()
+    }
 
 
-def _by_id(connection: Connection, table: Table, ids: Iterable[str], make: Callable[[RowMapping], T]) -> dict[str, T]:
-    found: dict[str, T] = {}
-    for some in chunks(ids):
-        query = COLUMNS[table.name].where(table.c.id.in_(some))
-        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
-    return found
+def _found(connection: Connection, query: Select[Any], make: Callable[[RowMapping], T]) -> dict[str, T]:
+    """Return the results of the query, by id."""
+    return {row["id"]: make(row) for row in connection.execute(query).mappings()}
 
 
 def _taken(connection: Connection, ids: set[str]) -> dict[str, frozenset[int]]:
@@ -273,70 +271,20 @@ def _touch(connection: Connection, writes: Iterable[Write]) -> None:
         ids[write.kind].add(write.id)
 
 
-def worker(row: RowMapping) -> Worker:
-    return Worker(
-        id=row["id"],
-        hostname=row["hostname"],
-        address=row["address"],
-        host_keys=tuple(row["host_keys"]),
-        slots=row["slots"],
-        health=Health(row["health"]),
-        intent=Intent(row["intent"]),
-        session_id=row["session_id"],
-        boot_id=row["boot_id"],
-        verified_session=row["verified_session"],
-        fault=row["fault"],
-        explanation=row["explanation"],
-        agent_version=row["agent_version"],
-    )
+def worker(row: Row) -> Worker:
+    enums = {"health": Health(row["health"]), "intent": Intent(row["intent"])}
+    return Worker(**_values("worker", row) | enums | {"host_keys": tuple(row["host_keys"])})
 
 
-def rental(row: RowMapping | Mapping[str, Any]) -> Rental:
-    return Rental(
-        id=row["id"],
-        name=row["name"],
-        owner=row["owner"],
-        username=row["username"],
-        uid=row["uid"],
-        state=RentalState(row["state"]),
-        epoch=row["epoch"],
-        public_key=row["public_key"],
-        ttl_s=row["ttl_s"],
-        created_at=row["created_at"],
-        activated_at=row["activated_at"],
-        expires_at=row["expires_at"],
-        end=row["end"],
-        failures=row["failures"],
-        explanation=row["explanation"],
-        last_safe_copy_at=row["last_safe_copy_at"],
-        copy_problem=row["copy_problem"],
-        home_warning=row["home_warning"],
-        restore_from=row["restore_from"],
-        let_in_epoch=row["let_in_epoch"],
-        began_with=row["began_with"],
-        lineage=tuple(Origin(*origin) for origin in row["lineage"]),
-        start=row["start"],
-        start_run=row["start_run"],
-        start_problem=row["start_problem"],
-        takeovers=tuple(row["takeovers"]),
-        last_epoch=row["last_epoch"],
-    )
+def rental(row: Row) -> Rental:
+    lineage = tuple(Origin(*origin) for origin in row["lineage"])
+    changed = {"state": RentalState(row["state"]), "lineage": lineage, "takeovers": tuple(row["takeovers"])}
+    return Rental(**_values("rental", row) | changed)
 
 
-def placement(row: RowMapping) -> Placement:
-    return Placement(
-        id=row["id"],
-        rental_id=row["rental_id"],
-        worker_id=row["worker_id"],
-        slot=row["slot"],
-        epoch=row["epoch"],
-        state=PlacementState(row["state"]),
-        public_key=row["public_key"],
-        started=row["started"],
-        start_end=row["start_end"],
-        start_ended_at=row["start_ended_at"],
-        salvaged=bool(row["salvaged"]),
-        standby=row["standby"],
-        held=row["held"],
-        filled=row["filled"],
-    )
+def placement(row: Row) -> Placement:
+    return Placement(**_values("placement", row) | {"state": PlacementState(row["state"])})
+
+
+def _values(kind: Kind, row: Row) -> dict[str, Any]:
+    return {name: row[name] for name in READ[kind]}

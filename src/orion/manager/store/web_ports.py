@@ -1,6 +1,8 @@
-"""The web ports of rentals: which of them are public, and on which worker a rental is."""
+"""Reads and changes the web ports of rentals: which of them are public, and on which worker their rental is."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from sqlalchemy import Connection, and_, select, update
 
@@ -14,7 +16,7 @@ CLOSED = "rental.port_closed"
 
 
 def look(connection: Connection, rental_id: str) -> Row | None:
-    """Return what decides about a request to a port of a rental; None if it does not exist.
+    """Return what decides about a request to a port of a rental; None if the rental does not exist.
 
     The columns of the worker are None while the rental has no live placement.
     """
@@ -28,7 +30,7 @@ def look(connection: Connection, rental_id: str) -> Row | None:
 
 
 def expose(connection: Connection, rental_id: str, actor: str, port: int, public: bool) -> str:
-    """Make a port public, or open to its owner alone; return an error code, empty when it is so. Repeatable."""
+    """Make a port public, or open to its owner alone; return an error code, or an empty string. Repeatable."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     if row["state"] in ENDED | {RentalState.RELEASING}:
         return "ended"
@@ -40,15 +42,7 @@ def expose(connection: Connection, rental_id: str, actor: str, port: int, public
     after = sorted({*before, port} if public else {*before} - {port})
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_ports=after))
     touched(connection).rentals.add(rental_id)
+    subject: dict[str, Any] = {"owner": row["owner"], "rental_id": rental_id, "epoch": row["epoch"]}
     kind = "rental.port_published" if public else CLOSED
-    event = Event(
-        kind=kind,
-        actor=actor,
-        reason="asked for",
-        owner=row["owner"],
-        rental_id=rental_id,
-        epoch=row["epoch"],
-        details={"port": port},
-    )
-    record(connection, event)
+    record(connection, Event(kind=kind, actor=actor, reason="asked for", details={"port": port}, **subject))
     return ""
