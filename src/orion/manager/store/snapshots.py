@@ -60,7 +60,7 @@ class SnapshotCatalog(Protocol):
         ...
 
     async def migrating(self, rental_id: str) -> Running | None:
-        """Return a rental in a planned migration, whatever its worker's health; None if it is not active and running."""
+        """Return a migrating rental, whatever its worker's health; None unless it is active and running."""
         ...
 
     async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
