@@ -97,7 +97,7 @@ async def test_who_sends_no_token_is_told_of_none_that_an_operator_alone_could_p
     for sent in ("", "Bearer", "Basic eDp5", "Bearer two words"):
         reply = await house.client("x").get("/api/status", headers={"Authorization": sent})
         refused = is_problem(reply, 401, "unauthorized")
-        assert "Ask whoever runs this platform" in refused["detail"]
+        assert "Ask the operator of this platform" in refused["detail"]
         assert "make" not in refused["detail"]
 
 
@@ -106,7 +106,7 @@ async def test_a_revoked_token_is_worth_nothing_and_revoking_is_repeatable(house
     for _ in range(2):
         assert (await house.as_admin.delete(f"/api/tokens/{made['id']}")).status_code == 204
     refused = is_problem(await house.client(made["token"]).get("/api/status"), 401, "unauthorized")
-    assert refused["detail"].startswith("this token was revoked. Ask whoever runs this platform")
+    assert refused["detail"].startswith("this token was revoked. Ask the operator of this platform")
     is_problem(await house.as_admin.delete("/api/tokens/never"), 404, "not_found")
     assert [e["kind"] for e in await house.events("token.")] == ["token.created", "token.revoked"]
 

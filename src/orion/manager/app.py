@@ -1,4 +1,4 @@
-"""The composition root: makes the loops, what they share and the routes, and joins them. The process is in main.py."""
+"""The composition root: makes and joins the controllers, the objects that they share, and the routes."""
 
 from __future__ import annotations
 
@@ -29,23 +29,14 @@ from orion.manager.api import (
     web_ports,
     workers,
 )
-from orion.manager.api.access import AccessServices
-from orion.manager.api.admin import AdminServices
 from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.heartbeat import HeartbeatRoute, HeartbeatServices
 from orion.manager.api.metrics import Metrics, MetricSources
-from orion.manager.api.operations import OperationServices
 from orion.manager.api.proxy_guard import ProxyGuard
-from orion.manager.api.rentals import RentalServices
 from orion.manager.api.services import Services
-from orion.manager.api.snapshots import SnapshotServices
-from orion.manager.api.ssh import SshServices
-from orion.manager.api.terminals import TerminalServices
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.api.web_ports import WebPortServices
-from orion.manager.api.workers import WorkerServices
 from orion.manager.authentication import Authentication
 from orion.manager.controllers.callbacks import Callbacks
 from orion.manager.controllers.expiry import ExpiryController
@@ -91,35 +82,36 @@ from orion.manager.store.sql import SqlStateStore
 log = structlog.get_logger()
 
 GARBAGE_THRESHOLDS = 5_000, 20, 100
-"""Of the collector's generations: what a request leaves dies young, so the oldest is seldom looked through."""
+"""Objects per generation of the garbage collector. Those of a request die young, so the oldest is seldom searched."""
 
 
 @dataclass
 class Ports:
-    """The ports to the world outside of the manager: real ones in main.py, fakes in tests."""
+    """The ports to the world outside the manager: real ones in main.py, fakes in tests."""
 
     engine: Engine
     reach: Reach
     snapshot_service: SnapshotService
     door: ProxyProbe | None
-    """None: there is no proxy to ask through, as in tests without one."""
+    """The proxy probe; None: there is no proxy, as in some tests."""
     copies_disk: Callable[[], float]
-    """How much of the disk that the copies are on is used, of its bytes or its inodes: from 0 to 1."""
+    """The used share of the disk of the snapshots, by its bytes or its inodes: from 0 to 1."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     watch: Liveness | None = None
-    """None: deaths are found by leases alone."""
+    """The port that opens liveness connections; None: deaths are found by leases alone."""
     shells: Shells | None = None
-    """None: of the workers' sshd, with certificates of this manager's own authority."""
+    """None: shells from the workers' sshd, with certificates of this manager's own authority."""
     boot_time: Callable[[], float] | None = None
-    """Seconds since the machine began, as boot_id says which beginning; None: `monotonic`."""
+    """The seconds since the machine booted; None: as `monotonic`."""
     boot_id: int = 0
+    """The boot of the machine from which `boot_time` counts."""
     end_connections: EndConnections | None = None
-    """None: there are no port proxies on workers, as in tests without them."""
+    """None: there are no port proxies on workers, as in some tests."""
 
 
 class Manager:
-    """The loops and what they share."""
+    """The controllers, the objects that they share, and the services of the routers."""
 
     def __init__(self, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
         self.store = store
@@ -159,9 +151,9 @@ class Manager:
             limits=settings.copies.limits,
             monotonic=ports.monotonic,
         )
-        # Objects that call each other are made one after the other, with one of these in between.
-        worker_changed, job_ended, watch_changed = Callbacks[[]](), Callbacks[str, bool, float](), Callbacks[str]()
-        task_ended = Callbacks[[]]()
+        # Callbacks join objects that call each other, and are subscribed to when both objects are made.
+        task_ended, worker_changed, liveness_changed = Callbacks[[]](), Callbacks[[]](), Callbacks[str]()
+        job_ended = Callbacks[str, bool, float]()
         self.task_runner = TaskRunner(
             state_store=self.state_store,
             pool_index=self.pool_index,
@@ -186,34 +178,33 @@ class Manager:
             wall=ports.wall,
             awaits_files_s=settings.awaits_files_s,
         )
-        task_ended.subscribe(self.reconciler.loop.hint)
-        removals = self.clock.wall_of_removals
+        wake_reconciler = self.reconciler.loop.hint
+        task_ended.subscribe(wake_reconciler)
         self.copies = SnapshotController(
             catalog=catalog,
             snapshot_service=ports.snapshot_service,
             plan=settings.copies,
             disk_share=ports.copies_disk,
             monotonic=ports.monotonic,
-            wall=removals,
+            wall=self.clock.wall_of_removals,
         )
         store.news.follow(self.copies.on_events)
-        wake_reconciler = self.reconciler.loop.hint
-        door = ports.door
-        self.watching = LivenessConnections(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
+        probe = ports.door
+        self.watching = LivenessConnections(ports.watch, ports.monotonic, liveness_changed) if ports.watch else None
         self.health = HealthController(
             state_store=self.state_store,
             pool_index=self.pool_index,
             leases=self.leases,
             clocks=settings.clocks,
-            proxy_answers=lambda: door is None or door.answers,
+            proxy_answers=lambda: probe is None or probe.answers,
             monotonic=ports.monotonic,
             on_verdict=wake_reconciler,
             liveness=self.watching,
         )
         worker_changed.subscribe(self.health.loop.hint)
         self.readiness = Preconnector(self.state_store, self.pool_index, ports.snapshot_service)
-        watch_changed.subscribe(self.health.judge_soon)
-        watch_changed.subscribe(self._prepare_for_loss)
+        liveness_changed.subscribe(self.health.judge_soon)
+        liveness_changed.subscribe(self._prepare_for_loss)
         self.expiry = ExpiryController(
             state_store=self.state_store, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler
         )
@@ -238,14 +229,13 @@ class Manager:
             tickets=Tickets(ports.monotonic),
             keys=PortKeys(secrets.proxy_secret),
         )
-        self.services: Services = {
-            type(one): one for one in self._services_of_routers(settings, Thawer(engine, catalog))
-        }
+        routers = self._services_of_routers(settings, Thawer(engine, catalog))
+        self.services: Services = {type(services): services for services in routers}
 
     def _services_of_routers(self, settings: Settings, thawer: Thawer) -> tuple[object, ...]:
-        """Return what each router uses, and what all requests are authenticated by."""
+        """Return the services of the routers, and the one that authenticates their requests."""
         store, ports, wake_reconciler = self.store, self._ports, self.reconciler.loop.hint
-        rentals = VisibleRentals(
+        visible = VisibleRentals(
             store=store,
             clock=self.clock,
             monotonic=ports.monotonic,
@@ -272,7 +262,7 @@ class Manager:
                 wake_health=self.health.loop.hint,
                 wake_reconciler=wake_reconciler,
             ),
-            WorkerServices(
+            workers.WorkerServices(
                 settings=settings,
                 store=store,
                 pool_index=self.pool_index,
@@ -283,8 +273,8 @@ class Manager:
                 wake_health=self.health.loop.hint,
                 wake_reconciler=wake_reconciler,
             ),
-            RentalServices(
-                rentals=rentals,
+            rentals.RentalServices(
+                rentals=visible,
                 store=store,
                 clock=self.clock,
                 monotonic=ports.monotonic,
@@ -295,21 +285,21 @@ class Manager:
                 migrate=self.reconciler.begin_migration,
                 engine_log=self.engine_log.of,
             ),
-            AccessServices(
-                rentals=rentals,
+            access.AccessServices(
+                rentals=visible,
                 store=store,
                 authority=self.authority,
                 app_address=str(settings.app_address),
                 wake_reconciler=wake_reconciler,
             ),
-            SnapshotServices(
-                rentals=rentals,
+            snapshots.SnapshotServices(
+                rentals=visible,
                 store=store,
                 token_uses=self.token_uses,
                 snapshot_now=self.copies.take_now,
                 wake_reconciler=wake_reconciler,
             ),
-            OperationServices(
+            operations.OperationServices(
                 store=store,
                 pool_index=self.pool_index,
                 clock=self.clock,
@@ -320,21 +310,21 @@ class Manager:
                 event_streams=self.event_streams,
                 token_uses=self.token_uses,
             ),
-            AdminServices(
+            admin.AdminServices(
                 database_url=settings.database_url,
                 clock=self.clock,
                 token_uses=self.token_uses,
                 restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
             ),
-            *self._services_of_the_gateway(settings, rentals),
+            *self._services_of_the_gateway(settings, visible),
         )
 
-    def _services_of_the_gateway(self, settings: Settings, rentals: VisibleRentals) -> tuple[object, ...]:
-        """Return what the routers of ssh, terminals and web ports use."""
+    def _services_of_the_gateway(self, settings: Settings, visible: VisibleRentals) -> tuple[object, ...]:
+        """Return the services of the routers of ssh, terminals and web ports."""
         store, ports = self.store, self._ports
-        active_rentals = RunningRentals(store, self.clock, ports.monotonic)
+        running_rentals = RunningRentals(store, self.clock, ports.monotonic)
         ssh_sessions = SshSessions(
-            rentals=active_rentals,
+            rentals=running_rentals,
             sessions=self.sessions,
             token_uses=self.token_uses,
             leases=self.leases,
@@ -344,7 +334,7 @@ class Manager:
         terminal_sessions = TerminalSessions(
             store=store,
             clock=self.clock,
-            rentals=active_rentals,
+            rentals=running_rentals,
             sessions=self.sessions,
             token_uses=self.token_uses,
             terminals=self.terminals,
@@ -352,24 +342,21 @@ class Manager:
             monotonic=ports.monotonic,
         )
         return (
-            SshServices(authentication=self.authentication, sessions=ssh_sessions),
-            TerminalServices(rentals=rentals, terminals=self.terminals, sessions=terminal_sessions),
-            WebPortServices(
-                rentals=rentals,
-                store=store,
-                access=self.port_access,
-                apps_domain=settings.apps_domain,
+            ssh.SshServices(authentication=self.authentication, sessions=ssh_sessions),
+            terminals.TerminalServices(rentals=visible, terminals=self.terminals, sessions=terminal_sessions),
+            web_ports.WebPortServices(
+                rentals=visible, store=store, access=self.port_access, apps_domain=settings.apps_domain
             ),
         )
 
     @property
     def loops(self) -> list[Loop]:
-        door = [self._ports.door.loop] if self._ports.door else []
-        deciding = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop]
-        return [*deciding, self.engine_log.loop, self.sessions.loop, self.retention.loop, *door]
+        deciding = (self.health, self.reconciler, self.expiry, self.copies)
+        probes = (self._ports.door,) if self._ports.door else ()
+        return [each.loop for each in (*deciding, self.engine_log, self.sessions, self.retention, *probes)]
 
     def _prepare_for_loss(self, worker_id: str) -> None:
-        """Prepare for the loss of a worker whose watch was closed."""
+        """Prepare for the loss of a worker if its liveness connection has ended."""
         if self.watching and self.watching.is_closed(worker_id):
             self.readiness.prepare_for_loss_of(worker_id)
 
@@ -386,9 +373,9 @@ class Manager:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Restore what the database knows, then run the loops until the end."""
+        """Restore the state from the database, run the loops during the block, and stop everything."""
         await self.restore()
-        await self.health.round()  # before anything is placed: nobody was heard yet, and some may be gone for good
+        await self.health.round()  # before anything is placed: no worker has called yet, and some may be gone for good
         running = [asyncio.create_task(loop.run(), name=loop.name) for loop in self.loops]
         running.append(asyncio.create_task(self._let_old_leases_lapse()))
         self.port_connections.begin()
@@ -412,19 +399,19 @@ class Manager:
                 await self._ports.door.close()
 
     async def restore(self) -> None:
-        """Take over what the secret files and the database know."""
+        """Restore tokens, clock, pool index and leases from the secrets and the database."""
         await self.store.write(tokens.install, "admin", self._secrets.admin_token)
         await self.store.write(tokens.install, "join", self._secrets.join_token)
         await self.clock.begin()
         await self.state_store.follow(lambda changes: self.pool_index.apply(changes, self._ports.monotonic()))
-        known = self.pool_index.items()
-        sessions = {w: k.session_id for w, k in known if k.session_id and k.health is not Health.DOWN}
+        in_session = ((w, k) for w, k in self.pool_index.items() if k.health is not Health.DOWN)
+        sessions = {worker_id: known.session_id for worker_id, known in in_session if known.session_id}
         granted_s = max(await self.store.read(worker_rows.granted_lease), self.clocks.freeze_after_s)
         await self.store.write(worker_rows.grant_lease, granted_s)
         self.leases.restore(sessions, granted_s)
 
     async def _let_old_leases_lapse(self) -> None:
-        """Leases given under longer clocks are over when none of them can be believed in any more."""
+        """Write the shorter lease of new settings once no lease of the former, longer ones can be valid any more."""
         granted_s = await self.store.read(worker_rows.granted_lease)
         if granted_s > self.clocks.freeze_after_s:
             await asyncio.sleep(2 * granted_s)
@@ -432,7 +419,7 @@ class Manager:
 
 
 def build(settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> FastAPI:
-    """The application, with its loops in its lifespan."""
+    """Return the application, whose lifespan runs the manager."""
     app = application(secrets.proxy_secret)
     put_into(app, Manager(settings, secrets, store, ports))
     return app
@@ -445,12 +432,15 @@ def put_into(app: FastAPI, manager: Manager) -> None:
 
 
 def application(proxy_secret: str) -> FastAPI:
-    """All routes behind the door; what they serve is found on the application's state."""
+    """Return the application with all routes behind the proxy guard, and no manager yet: see `put_into`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with app.state.manager.running():
-            _spare_the_collector()
+            # Exempt all loaded objects from garbage collection, which would block the event loop for 0.1 s and more.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GARBAGE_THRESHOLDS)
             log.info("manager ready", version=__version__, clocks=vars(app.state.manager.clocks))
             yield
 
@@ -467,17 +457,9 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(HeartbeatRoute)
     problems.install(app)
     contract.describe(app)
-    rooms = (workers, rentals, access, snapshots, operations, admin, ssh, terminals, web_ports)
-    for room in rooms:
-        app.include_router(room.router)
+    for module in (workers, rentals, access, snapshots, operations, admin, ssh, terminals, web_ports):
+        app.include_router(module.router)
     app.include_router(web_ports.inside)
     app.add_middleware(Bodies)
     app.add_middleware(ProxyGuard, secret=proxy_secret)
     return app
-
-
-def _spare_the_collector() -> None:
-    """Exempt all loaded objects from garbage collection, which would block the event loop for 0.1 s and more."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GARBAGE_THRESHOLDS)

@@ -1,4 +1,4 @@
-"""Authentication: find the principal of a request's token, and what it may see. Routes and gateway both use it."""
+"""Finds the principal of a request by its token. Routes and gateway both use it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from orion.manager.store.tokens import Principal
 
 @dataclass(frozen=True)
 class Authentication:
+    """Finds the principals of requests in the table of tokens."""
+
     store: Store
     wall: Callable[[], float]
-    """Unix time in seconds, by the clock that tokens end by."""
+    """The Unix time in seconds by which tokens expire."""
 
     async def authenticate(self, connection: HTTPConnection, *roles: str) -> Principal:
-        """Return who asks. Raise 401 for anything but a valid token, 403 for one of another role."""
+        """Return the principal. Raise ApiProblem: 401 for anything but a valid token, 403 for one of another role."""
         principal = await self.identify(connection)
         if principal.role not in roles:
-            may = " or ".join(roles)
-            raise ApiProblem(
-                403, "forbidden", f"this takes a token of the role {may}, and yours is of the role {principal.role}"
-            )
+            detail = f"this takes a token of the role {' or '.join(roles)}, and yours is of the role {principal.role}"
+            raise ApiProblem(403, "forbidden", detail)
         return principal
 
     async def identify(self, connection: HTTPConnection) -> Principal:
-        """Return whose token was sent, of whatever role. Raise 401 for anything but a valid one."""
+        """Return the principal of any role. Raise ApiProblem 401 for anything but a valid token."""
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise unauthorized("no token was sent: it belongs into the header 'Authorization: Bearer TOKEN'")
@@ -41,5 +41,5 @@ class Authentication:
 
 
 def visible_owner(principal: Principal) -> str | None:
-    """Return the owner whose rentals and events the principal sees; None: everybody's."""
+    """Return the owner whose rentals and events the principal sees; None: those of all owners."""
     return None if principal.role == "admin" else principal.name

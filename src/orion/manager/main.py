@@ -1,7 +1,4 @@
-"""The process of the manager, from its settings to its last signal: `python -m orion.manager.main`.
-
-What the manager consists of is in app.py.
-"""
+"""The process of the manager: `python -m orion.manager.main`. Its parts are put together in app.py."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -40,13 +38,13 @@ log = structlog.get_logger()
 LOOPBACK = "127.0.0.1"
 GRACEFUL_SHUTDOWN_S = 5
 LOOK_AGAIN_S = 10.0
-"""The seconds between two looks at a database of a newer version."""
+"""Seconds between two attempts to open a database of a newer version."""
 LOOKS_PER_WORD = 30
-"""The number of such looks for one line in the log."""
+"""Such attempts for each line of the log."""
 
 
 def main() -> None:
-    """Run the manager with the settings of the environment and the secrets of the entrypoint's pipe."""
+    """Run the manager with the settings of the environment and the secrets from the entrypoint's pipe."""
     log_as_json()
     try:
         settings = Settings()
@@ -55,8 +53,8 @@ def main() -> None:
     secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
     lock = _lead(Path(settings.lock_file))
     store = _open_store_in_time(settings)
-    ports = _real_ports(settings, secrets)
-    serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
+    # All interfaces: the proxy guard closes the connection of every other peer than the proxy.
+    serve(settings, secrets, store, _real_ports(settings, secrets), "0.0.0.0")  # noqa: S104
     lock.close()
 
 
@@ -77,9 +75,9 @@ def _real_ports(settings: Settings, secrets: Secrets) -> Ports:
 
 
 def _lead(path: Path) -> IO[str]:
-    """Return the lock of the one active manager, which ends with the process; end the process if another has it.
+    """Return the lock of the only manager, which ends with the process; end the process if another manager has it.
 
-    There is one manager at a time because leases live in its memory.
+    There is one manager at a time because leases are in its memory.
     """
     lock = path.open("w")
     try:
@@ -90,23 +88,22 @@ def _lead(path: Path) -> IO[str]:
 
 
 def _open_store_in_time(settings: Settings) -> Store:
-    """Open the database, and wait while it is of a newer version: a process that ends is only started again.
+    """Open the database; wait while it is of a newer version, because Docker restarts a process that ends.
 
-    Nothing listens meanwhile, so the proxy says that the manager is not there, and no worker freezes what runs on it.
+    Nothing listens meanwhile, so the proxy answers that the manager is away, and no worker freezes its rentals.
     """
-    looks = 0
+    attempts = count()
     while True:
         try:
             return open_store(settings, Store)
         except NewerSchema as newer:
-            if looks % LOOKS_PER_WORD == 0:
+            if next(attempts) % LOOKS_PER_WORD == 0:
                 log.error("the manager does not start: it waits for a database that it understands", why=str(newer))
-        looks += 1
         time.sleep(LOOK_AGAIN_S)
 
 
 def open_store(settings: Settings, make: Callable[[str, Ballast | None], Store]) -> Store:
-    """Return the store by `make`: of the database of a restore that was accepted, its schema up to date."""
+    """Return the store that `make` makes, with its schema up to date, after swapping in an accepted backup."""
     backups = Backups.of(settings.database_url)
     if backups and backups.swap_in():
         log.warning("restored from a backup", former_database=backups.replaced.name)
@@ -120,7 +117,7 @@ def open_store(settings: Settings, make: Callable[[str, Ballast | None], Store])
 
 
 def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host: str) -> None:
-    """Run the manager until it is told to end."""
+    """Run the manager until a signal ends it."""
     uvicorn.run(
         build(settings, secrets, store, ports),
         host=host,
@@ -128,9 +125,9 @@ def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host
         http=protocol_for(frozenset({str(settings.proxy_address), LOOPBACK})),
         ws="websockets-sansio",
         ws_max_size=2**20,
-        # A renter who suspends ssh answers no ping and is not gone: TCP ends what is dead (gateway/relay.py).
+        # A client whose ssh is suspended answers no ping, and is still there: TCP finds dead ones (gateway/relay.py).
         ws_ping_timeout=None,
-        ws_per_message_deflate=False,  # what ssh encrypted does not shrink
+        ws_per_message_deflate=False,  # encrypted data does not shrink
         log_config=None,
         access_log=False,
         server_header=False,
@@ -142,7 +139,7 @@ def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host
 
 
 def log_as_json() -> None:
-    """Have each line of the log be one JSON object on the standard output."""
+    """Write each line of the log as one JSON object to the standard output."""
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

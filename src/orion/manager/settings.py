@@ -1,4 +1,4 @@
-"""The settings of an operator, from ORION_* in the environment, and the secrets, which are never in the environment."""
+"""The operator's settings, from ORION_* in the environment, and the secrets, which are never in the environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
 
 
 class Settings(BaseSettings):
-    """Refuses timings under which an environment could live twice; see domain/clocks.py."""
+    """The settings of the manager. Clocks under which a rental could run twice are refused: see domain/clocks.py."""
 
     model_config = SettingsConfigDict(env_prefix="ORION_", frozen=True, env_ignore_empty=True)
 
@@ -29,32 +29,26 @@ class Settings(BaseSettings):
     engine_socket: str = "/run/orion/engine.sock"
     vault_socket: str = "/run/orion-vault/vault.sock"
     copies_directory: str = "/var/lib/orion/copies"
-    ballast_bytes: int = Field(
-        16 << 20, ge=0, lt=2**40, description="Beside the database; dropped when the disk is full"
-    )
+    ballast_bytes: int = Field(16 << 20, ge=0, lt=2**40, description="Size of the ballast: see store/ballast.py")
     port: int = 5000
     apps_domain: str = Field(
         "",
         pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*)?$",
-        description="Under which each web port of a rental has a host name of its own; the proxy has it as well",
+        description="The domain of the host names of web ports; the proxy has the same setting",
     )
 
     snapshot_interval_s: float = Field(
-        30.0, gt=0, description="Between copies of a rental's home; scaled as the clocks"
+        30.0, gt=0, description="Between two snapshots of a rental; scaled as the clocks"
     )
-    uncopied_wait_s: float = Field(
-        600.0, ge=0, description="A rental of which there is no copy waits so long for its lost worker; scaled as well"
-    )
+    uncopied_wait_s: float = Field(600.0, ge=0, description="Wait for a lost worker without a snapshot; scaled as well")
     copies_at_once: int = Field(8, ge=1, le=32)
-    home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
+    home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="No snapshot is taken of a larger home")
     home_max_files: int = Field(200_000, ge=100, lt=2**31)
-    owner_disk_share: float = Field(
-        0.5, gt=0, le=1, description="Of the disk of the copies, for all copies of one owner's rentals"
-    )
+    owner_disk_share: float = Field(0.5, gt=0, le=1, description="Share of the snapshots' disk for one owner's rentals")
 
-    events_kept: int = Field(1_000_000, ge=10_000, lt=2**31, description="The newest events; older ones are removed")
+    events_kept: int = Field(1_000_000, ge=10_000, lt=2**31, description="Number of the newest events that are kept")
 
-    clock_scale: float = Field(1.0, gt=0, le=10, description="Multiplies every clock below")
+    clock_scale: float = Field(1.0, gt=0, le=10, description="Factor of every clock below")
     heartbeat_s: float = Clocks.heartbeat_s
     suspect_after_s: float = Clocks.suspect_after_s
     freeze_after_s: float = Clocks.freeze_after_s
@@ -73,13 +67,11 @@ class Settings(BaseSettings):
 
     @property
     def copies(self) -> SnapshotPlan:
-        limits = SnapshotLimits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share)
-        share = SnapshotPlan.paused_share / self.clock_scale  # a pause does not scale
         return SnapshotPlan(
             interval_s=self.snapshot_interval_s * self.clock_scale,
             at_once=self.copies_at_once,
-            limits=limits,
-            paused_share=share,
+            limits=SnapshotLimits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share),
+            paused_share=SnapshotPlan.paused_share / self.clock_scale,  # a pause does not scale
         )
 
     @property
@@ -88,8 +80,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _safe_clocks(self) -> Self:
-        problems = self.clocks.problems()
-        if problems:
+        if problems := self.clocks.problems():
             raise ValueError("; ".join(problems))
         return self
 
@@ -102,11 +93,11 @@ class Settings(BaseSettings):
 
     @property
     def door_url(self) -> str:
-        """Where the manager asks itself through the proxy."""
+        """The address at which the proxy probe reaches the manager through the proxy."""
         return f"http://{self.proxy_address}/healthz"
 
     def may_be_a_worker(self, address: str) -> bool:
-        """Whether a registration can come from this address: in the pool's network, and not the house's own."""
+        """Return whether a worker may register from this address: in the subnet, and not an address of the platform."""
         try:
             peer = IPv4Address(address)
         except ValueError:
@@ -117,7 +108,7 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True, repr=False)
 class Secrets:
-    """The secrets that the entrypoint read as root and handed over by a pipe. No repr: they must not reach a log."""
+    """The secrets that the entrypoint reads as root and writes to a pipe. No repr: they must not reach a log."""
 
     admin_token: str
     join_token: str
@@ -125,9 +116,9 @@ class Secrets:
     ssh_private_key: str
     ssh_public_key: str
     host_authority: str
-    """The private key that signs for workers."""
+    """The private key that signs host certificates of workers."""
     user_authority: str
-    """The private key that signs for renters."""
+    """The private key that signs user certificates for rentals."""
 
     @staticmethod
     def from_pipe(descriptor: int) -> Secrets:
