@@ -47,7 +47,7 @@ class FakeSnapshotService:
     pause_s: float = 0.0
     """The seconds for which processes are stopped for a snapshot that differs from the one before."""
     unreadable: set[str] = field(default_factory=set)
-    """The names of files that are unreadable, in every home."""
+    """The names of the files that are unreadable in every home."""
     disk_bytes: int = 1 << 40
     """The size of the disk, of which each owner has a share. Inodes are not counted."""
     _restored_from: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -68,19 +68,14 @@ class FakeSnapshotService:
         worker = await self._worker(home, deadline_s)
         if home.rental_id in worker.set_aside:
             raise SnapshotError("laid_down", "it is laid down to be salvaged")
-        files, skipped = self._readable(worker.homes[home.rental_id])
-        size = _counted(files)
-        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
-            over_limit = home.rental_id not in worker.exempt
-            worker.over |= {home.rental_id} if over_limit else set()
-            raise SnapshotError(
-                OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if over_limit else 'spared'}"
-            )
+        try:
+            files, copy = self._read(home, worker, began_at, limits)
+        except SnapshotError as error:
+            over = {home.rental_id} - worker.exempt
+            worker.over |= over
+            raise SnapshotError(error.code, f"{error}: {'frozen' if over else 'spared'}") from error
         if self.pause_s > limits.pause_s and not for_migration:
             raise SnapshotError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
-        copy = Snapshot(
-            generation=SnapshotId(home.epoch, 1), at=began_at, bytes=size, files=len(files) + 1, skipped=skipped
-        )
         return self._keep(home, files, copy, protected, limits)
 
     async def salvage(
@@ -96,24 +91,18 @@ class FakeSnapshotService:
             raise SnapshotError(NOTHING_TO_RECOVER, "its renter was never activated here")
         worker.set_aside.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
-        files, skipped = self._readable(worker.homes[home.rental_id])
-        size = _counted(files)
-        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
-            raise SnapshotError(OVER_LIMIT, "its home holds more than a copy may")
-        copy = Snapshot(
-            generation=SnapshotId(home.epoch, 1),
-            at=began_at,
-            bytes=size,
-            files=len(files) + 1,
-            skipped=skipped,
-            salvage=True,
-        )
-        return self._keep(home, files, copy, protected, limits)
+        files, copy = self._read(home, worker, began_at, limits)
+        return self._keep(home, files, replace(copy, salvage=True), protected, limits)
 
-    def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
-        """Return the readable files of a home, and the names of the others."""
-        files = {name: content for name, content in home.items() if name not in self.unreadable}
-        return files, tuple(sorted(home.keys() - files.keys()))
+    def _read(self, home: Home, worker: FakeWorker, at: float, limits: SnapshotLimits) -> tuple[Files, Snapshot]:
+        """Return the readable files of a home, and a snapshot of them that has no number yet."""
+        there = worker.homes[home.rental_id]
+        files = {name: content for name, content in there.items() if name not in self.unreadable}
+        size, entries, skipped = _counted(files), len(files) + 1, tuple(sorted(there.keys() - files.keys()))
+        if entries > limits.max_files or size > limits.max_bytes:
+            raise SnapshotError(OVER_LIMIT, "its home holds more than a copy may")
+        snapshot_id = SnapshotId(home.epoch, 1)
+        return files, Snapshot(generation=snapshot_id, at=at, bytes=size, files=entries, skipped=skipped)
 
     def _keep(
         self, home: Home, files: Files, copy: Snapshot, protected: SnapshotId | None, limits: SnapshotLimits
@@ -122,12 +111,12 @@ class FakeSnapshotService:
         self._owners[home.rental_id] = home.owner
         base = base_of(self._copies(home.rental_id), home.epoch, copy.salvage)
         if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
-            there[base.generation] = (replace(base, at=copy.at), dict(files))
+            there[base.generation] = (replace(base, at=copy.at), files)
             if not copy.salvage:
                 self._make_room(home, protected, limits)
             return Taken(there[base.generation][0], self._copies(home.rental_id))
         copy = replace(copy, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
-        there[copy.generation] = (copy, dict(files))
+        there[copy.generation] = (copy, files)
         if not self._make_room(home, protected, limits):
             del there[copy.generation]
             raise SnapshotError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
@@ -137,8 +126,8 @@ class FakeSnapshotService:
         """Remove the snapshots that do not stay; return False, and remove none, if the owner's share has no room."""
         there = self.stored[home.rental_id]
         others = {rental_id for rental_id, owner in self._owners.items() if owner == home.owner} - {home.rental_id}
-        stored = [self.stored.get(rental_id, {}) for rental_id in others]
-        room = limits.owner_share * self.disk_bytes - sum(_taken(one, one.keys()) for one in stored)
+        used = sum(_taken(one, one.keys()) for one in (self.stored.get(rental_id, {}) for rental_id in others))
+        room = limits.owner_share * self.disk_bytes - used
         choices = may_stay(self._copies(home.rental_id), protected)
         fitting = [staying for staying in choices if _taken(there, staying) <= room]
         self._refused = self._refused - {home.rental_id} if fitting else self._refused | {home.rental_id}
@@ -205,15 +194,11 @@ class FakeSnapshotService:
             raise self.failure
 
     async def _reached(self, host: Host, deadline_s: float) -> FakeWorker:
-        worker = self.world.at(host)
-        if worker is None or not self.world.recognises(worker, host):
-            raise SnapshotError("unreachable", "the worker cannot be asked")
         try:
-            async with asyncio.timeout(deadline_s):
-                await worker.wait_until_running()
+            worker = await self.world.reach(host, deadline_s)
         except TimeoutError as error:
             raise SnapshotError("timed_out", "it took longer than it may") from error
-        if not worker.alive:
+        if worker is None or not self.world.recognises(worker, host):
             raise SnapshotError("unreachable", "the worker cannot be asked")
         return worker
 
@@ -234,7 +219,7 @@ def _counted(files: Files) -> int:
 
 
 def _taken(there: dict[SnapshotId, tuple[Snapshot, Files]], staying: Iterable[SnapshotId]) -> int:
-    """Return the bytes that these snapshots use. Files that are the same as in the one before count once."""
+    """Return the bytes that these snapshots use. A file that is as in the snapshot before counts once."""
     taken, before = 0, Files()
     for generation in sorted(staying):
         files = there[generation][1]

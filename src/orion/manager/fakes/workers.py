@@ -1,4 +1,4 @@
-"""Workers in memory, with fakes of the engine, of reaching a worker and of the liveness connection.
+"""Workers in memory, with fakes of the ports `Engine`, `Reach` and `Liveness`.
 
 Their contract is tests/ansible_contract.py, which includes the worker's checks of epochs and tombstones.
 """
@@ -90,10 +90,7 @@ class FakeWorker:
         """Start the container again with its files, and with every account locked."""
         self.alive = True
         self.frozen.clear()
-        self.accounts = {
-            rental_id: Account(a.username, a.uid, a.epoch, a.keys, unlocked=False)
-            for rental_id, a in self.accounts.items()
-        }
+        self.accounts = {rental_id: replace(one, unlocked=False) for rental_id, one in self.accounts.items()}
 
     def hang(self) -> None:
         """Behave as a paused container: jobs wait until `resume` is called, or until their deadline."""
@@ -107,27 +104,29 @@ class FakeWorker:
         await self._running.wait()
 
     def create(self, job: Job) -> dict[str, Any]:
-        before = self.accounts.get(job.order.rental_id)
-        purged = self.tombstones.get(job.order.rental_id, 0)
-        if job.order.epoch <= purged:
-            raise RefusedOrder(f"epoch {job.order.epoch} was purged here (tombstone of epoch {purged})")
+        order, rental_id = job.order, job.order.rental_id
+        before = self.accounts.get(rental_id)
+        purged = self.tombstones.get(rental_id, 0)
+        if order.epoch <= purged:
+            raise RefusedOrder(f"epoch {order.epoch} was purged here (tombstone of epoch {purged})")
         self._refuse_older(before, job)
         self._refuse_name_in_use(job)
-        if job.action is Action.CREATE and job.order.rental_id in self.frozen:
+        if job.action is Action.CREATE and rental_id in self.frozen:
             raise RefusedOrder("it is frozen: thaw it")
-        unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.order.epoch and before.unlocked)
-        account = Account(job.order.username, job.order.uid, job.order.epoch, job.order.public_keys, unlocked)
-        self.accounts[job.order.rental_id] = account
-        self.set_aside.discard(job.order.rental_id)
-        self.names[job.order.rental_id] = job.order.rental_name
-        self._show(job.order.host_certificate)
-        self.homes.setdefault(job.order.rental_id, {})
+        same = before if before and before.epoch == order.epoch else None
+        unlocked = job.action is Action.CREATE or bool(same and same.unlocked)
+        account = Account(order.username, order.uid, order.epoch, order.public_keys, unlocked)
+        self.accounts[rental_id] = account
+        self.set_aside.discard(rental_id)
+        self.names[rental_id] = order.rental_name
+        self._show(order.host_certificate)
+        self.homes.setdefault(rental_id, {})
         if unlocked:
-            self.activated[job.order.rental_id] = job.order.epoch
-        report = {"changed": account != before, "epoch": job.order.epoch, "state": "running" if unlocked else "locked"}
-        if before and before.epoch == job.order.epoch and job.order.rental_id in self.restored:
-            report["restored"] = self.restored[job.order.rental_id]
-        return report | (self._start(job) if unlocked and job.order.start else {})
+            self.activated[rental_id] = order.epoch
+        report = {"changed": account != before, "epoch": order.epoch, "state": "running" if unlocked else "locked"}
+        if same and rental_id in self.restored:
+            report["restored"] = self.restored[rental_id]
+        return report | (self._start(job) if unlocked and order.start else {})
 
     def _start(self, job: Job) -> dict[str, Any]:
         runs = self.started.setdefault(job.order.rental_id, [])
@@ -139,27 +138,23 @@ class FakeWorker:
         return {"started": True}
 
     def freeze(self, job: Job) -> dict[str, Any]:
-        account = self._here(job)
-        self.frozen[job.order.rental_id] = max(job.order.move, self.frozen.get(job.order.rental_id, 0))
-        self.accounts[job.order.rental_id] = replace(account, unlocked=False)
+        account, rental_id = self._here(job), job.order.rental_id
+        self.frozen[rental_id] = max(job.order.move, self.frozen.get(rental_id, 0))
+        self.accounts[rental_id] = replace(account, unlocked=False)
         return {"changed": account.unlocked, "epoch": job.order.epoch, "state": "frozen", "killed": 0}
 
     def thaw(self, job: Job) -> dict[str, Any]:
-        account = self._here(job)
-        if job.order.move < self.frozen.get(job.order.rental_id, 0):
-            raise RefusedOrder(
-                f"it stands still for planned move {self.frozen[job.order.rental_id]}, which is a later one"
-            )
-        over = job.order.rental_id in self.over
+        account, rental_id = self._here(job), job.order.rental_id
+        if job.order.move < self.frozen.get(rental_id, 0):
+            raise RefusedOrder(f"it stands still for planned move {self.frozen[rental_id]}, which is a later one")
+        self.frozen.pop(rental_id, None)
+        over = rental_id in self.over
         if over and job.order.move:
-            self.frozen.pop(job.order.rental_id, None)
             raise RefusedOrder("its home holds more than it may: its owner alone may have it go on")
-        changed = over or not account.unlocked
-        self.frozen.pop(job.order.rental_id, None)
-        self.over.discard(job.order.rental_id)
-        self.exempt |= {job.order.rental_id} if over else set()
-        self.accounts[job.order.rental_id] = replace(account, unlocked=True)
-        return {"changed": changed, "epoch": job.order.epoch, "state": "running"}
+        self.over.discard(rental_id)
+        self.exempt |= {rental_id} if over else set()
+        self.accounts[rental_id] = replace(account, unlocked=True)
+        return {"changed": over or not account.unlocked, "epoch": job.order.epoch, "state": "running"}
 
     def _here(self, job: Job) -> Account:
         account = self.accounts.get(job.order.rental_id)
@@ -170,13 +165,13 @@ class FakeWorker:
         return account
 
     def certify(self, job: Job) -> dict[str, Any]:
-        account = self.accounts.get(job.order.rental_id)
+        account, epoch = self.accounts.get(job.order.rental_id), job.order.epoch
         if account is None:
             raise RefusedOrder("no such rental on this worker")
-        if account.epoch != job.order.epoch:
-            raise RefusedOrder(f"epoch {job.order.epoch} is not epoch {account.epoch}, which is here")
+        if account.epoch != epoch:
+            raise RefusedOrder(f"epoch {epoch} is not epoch {account.epoch}, which is here")
         changed = self._show(job.order.host_certificate)
-        return {"changed": changed, "epoch": job.order.epoch, "state": "running" if account.unlocked else "locked"}
+        return {"changed": changed, "epoch": epoch, "state": "running" if account.unlocked else "locked"}
 
     def _show(self, certificate: str) -> bool:
         if certificate in {"", self.host_certificate}:
@@ -186,16 +181,14 @@ class FakeWorker:
         return True
 
     def purge(self, job: Job) -> dict[str, Any]:
-        self._refuse_older(self.accounts.get(job.order.rental_id), job)
+        rental_id = job.order.rental_id
+        self._refuse_older(self.accounts.get(rental_id), job)
         self._refuse_name_in_use(job)
-        before = self.accounts.pop(job.order.rental_id, None)
-        self.homes.pop(job.order.rental_id, None)
-        self.activated.pop(job.order.rental_id, None)
-        self.started.pop(job.order.rental_id, None)
-        self.restored.pop(job.order.rental_id, None)
-        self.frozen.pop(job.order.rental_id, None)
-        self.set_aside.discard(job.order.rental_id)
-        self.tombstones[job.order.rental_id] = max(job.order.epoch, self.tombstones.get(job.order.rental_id, 0))
+        before = self.accounts.pop(rental_id, None)
+        for kept in (self.homes, self.activated, self.started, self.restored, self.frozen):
+            kept.pop(rental_id, None)
+        self.set_aside.discard(rental_id)
+        self.tombstones[rental_id] = max(job.order.epoch, self.tombstones.get(rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
     def _refuse_older(self, account: Account | None, job: Job) -> None:
@@ -226,6 +219,14 @@ class FakeWorld:
     def recognises(self, worker: FakeWorker, host: Host) -> bool:
         return bool(set(worker.host.host_keys) & set(host.host_keys))
 
+    async def reach(self, host: Host, timeout_s: float) -> FakeWorker | None:
+        """Return the worker when it runs; None if it is dead. Raise TimeoutError if it hangs for `timeout_s`."""
+        worker = self.at(host)
+        if worker is not None:
+            async with asyncio.timeout(timeout_s):
+                await worker.wait_until_running()
+        return worker if worker and worker.alive else None
+
 
 @dataclass
 class FakeEngine:
@@ -235,19 +236,12 @@ class FakeEngine:
 
     async def run(self, job: Job) -> Outcome:
         await asyncio.sleep(0)  # a real job never returns at once
-        worker = self.world.at(job.host)
-        if worker is None:
-            return _unreachable("nothing answers at its address")
         try:
-            async with asyncio.timeout(job.deadline_s):
-                await worker.wait_until_running()
+            worker = await self.world.reach(job.host, job.deadline_s)
         except TimeoutError:
             return Outcome(ok=False, message=f"timed out after {job.deadline_s:g} s")
-        return self._on(worker, job)
-
-    def _on(self, worker: FakeWorker, job: Job) -> Outcome:
-        if not worker.alive:
-            return _unreachable("the connection broke")
+        if worker is None:
+            return _unreachable("nothing answers at its address")
         if not self.world.recognises(worker, job.host):
             return _unreachable("it has another host key than the pinned one")
         if worker.failure:
@@ -255,20 +249,16 @@ class FakeEngine:
         if job.action in OF_ONE_BOOT and job.host.boot_id not in {"", worker.boot_id}:
             report = {"changed": False, "code": OTHER_BOOT}
             return Outcome(ok=False, message="it is for another life of this worker's container", report=report)
+        order = {Action.DELETE: worker.purge, Action.FREEZE: worker.freeze, Action.THAW: worker.thaw}
+        order[Action.CERTIFY] = worker.certify
         try:
-            report = self._work(worker, job.action)(job)
+            return Outcome(ok=True, report=order.get(job.action, worker.create)(job))
         except RefusedOrder as refusal:
             return Outcome(ok=False, message=str(refusal), report={"changed": False})
-        return Outcome(ok=True, report=report)
 
-    def _work(self, worker: FakeWorker, action: Action) -> Callable[[Job], dict[str, Any]]:
-        others = {
-            Action.DELETE: worker.purge,
-            Action.FREEZE: worker.freeze,
-            Action.THAW: worker.thaw,
-            Action.CERTIFY: worker.certify,
-        }
-        return others.get(action, worker.create)
+
+def _unreachable(reason: str) -> Outcome:
+    return Outcome(ok=False, message=f"the worker cannot be reached by SSH: {reason}")
 
 
 @dataclass
@@ -279,15 +269,11 @@ class FakeReach:
 
     async def reach(self, host: Host, timeout_s: float) -> Reached:
         await asyncio.sleep(0)
-        worker = self.world.at(host)
-        if worker is None:
-            return Reached.NO
         try:
-            async with asyncio.timeout(timeout_s):
-                await worker.wait_until_running()
+            worker = await self.world.reach(host, timeout_s)
         except TimeoutError:
             return Reached.NO
-        if not worker.alive:
+        if worker is None:
             return Reached.NO
         return Reached.YES if self.world.recognises(worker, host) else Reached.IMPOSTOR
 
@@ -314,7 +300,3 @@ class FakeLiveness:
             if not self.world.recognises(worker, host):
                 return End.REPLACED
         return End.NOT_HELD
-
-
-def _unreachable(reason: str) -> Outcome:
-    return Outcome(ok=False, message=f"the worker cannot be reached by SSH: {reason}")
