@@ -1,9 +1,8 @@
-"""Backups of a running database, and restoring one. SQLite alone: PostgreSQL has its own tools.
+"""Makes backups of a running SQLite database, and restores them. PostgreSQL has its own tools.
 
 Safe order of a restore: an uploaded backup is checked and its schema brought up to date beside the database; `accept`
-adapts it to what happened since the backup, and gives it the name for the next start by one rename; the manager ends;
-the next start swaps it in before anything opens the database. A crash between two of these steps leaves the old or the
-new database, complete.
+adapts it to what happened since the backup, and renames it for the next start; the manager ends; the next start swaps
+it in before anything opens the database. A crash between two steps leaves the old or the new database, complete.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from secrets import token_hex
 
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine
 from sqlalchemy.exc import DatabaseError
 
 from orion.manager.domain.states import ENDED
 from orion.manager.store.backup_rows import strange_column
+from orion.manager.store.ballast import database_file
 from orion.manager.store.database import Store, known_revisions
 from orion.manager.store.schema import metadata
 
@@ -75,9 +75,8 @@ class Backups:
     @staticmethod
     def of(url: str) -> Backups | None:
         """Return the backups of a database; None if the database is not a file."""
-        parsed = make_url(url)
-        in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
-        return Backups(Path(str(parsed.database))) if in_file else None
+        file = database_file(url)
+        return Backups(file) if file else None
 
     @property
     def accepted(self) -> Path:
@@ -90,27 +89,24 @@ class Backups:
         return self._beside("before-restore")
 
     def copy(self) -> Path:
-        """Make a consistent backup in one file, which the caller removes. Writes go on meanwhile (WAL)."""
-        target = self._beside(f"backup-{token_hex(8)}")
-        target.touch(0o600)
+        """Make a consistent backup in one file, which the caller removes. Other writers do not wait for it (WAL)."""
+        target = self._new("backup")
         with closing(_open(self.database)) as connection:
             connection.execute("VACUUM INTO ?", (str(target),))
         return target
 
     @staticmethod
     def refuse_early(beginning: bytes) -> None:
-        """Raise NotABackup if an upload does not begin like a backup: it may be larger than the disk."""
+        """Raise NotABackup if an upload does not begin as a backup, before more of it fills the disk."""
         if not _HEADER.startswith(beginning[: len(_HEADER)]):
             raise NotABackup("it is not an SQLite database")
 
     def receive(self) -> Path:
         """Return a new empty file for an upload."""
-        target = self._beside(f"upload-{token_hex(8)}")
-        target.touch(0o600)
-        return target
+        return self._new("upload")
 
     def stage(self, upload: Path) -> Examined:
-        """Check an upload, bring its schema up to date, and keep it for `accept`. Raises NotABackup."""
+        """Check an upload, bring its schema up to date, and keep it for `accept`; raise NotABackup if that fails."""
         identity = token_hex(8)
         try:
             _check(upload)
@@ -139,7 +135,7 @@ class Backups:
     def swap_in(self) -> bool:
         """Put an accepted backup in the place of the database, and keep the former one; return whether there was one.
 
-        It must be called before anything opens the database.
+        This must be called before anything opens the database.
         """
         for leftover in (*self._all("backup-*"), *self._all("upload-*")):
             leftover.unlink()
@@ -151,7 +147,7 @@ class Backups:
         return True
 
     def _set_aside(self) -> None:
-        """Keep the old file under a second name, without its log of commits: SQLite would apply it to the new file."""
+        """Keep the old file by a second name, without its write-ahead log: SQLite would apply that to the new file."""
         with suppress(sqlite3.Error), closing(_open(self.database, must_exist=False)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")  # this writes the log into the file and removes it
         for suffix in ("", "-wal", "-shm"):
@@ -159,7 +155,7 @@ class Backups:
             kept = Path(f"{self.replaced}{suffix}")
             kept.unlink(missing_ok=True)
             if old.exists() and suffix:
-                old.replace(kept)  # the database could not be read: its log is kept as it is
+                old.replace(kept)  # the database could not be read, so its log is kept as it is
             elif old.exists():
                 kept.hardlink_to(old)
 
@@ -169,19 +165,22 @@ class Backups:
             here, everything_here = _living(self.database), _all_ids(self.database)
         except sqlite3.Error:
             here, everything_here = {}, set(there)  # the database itself is broken
-        known = _all_ids(backup)
+        known, ended_here = _all_ids(backup), everything_here - set(here)
         with closing(_open(backup)) as connection:
             (last_event_at,) = connection.execute("SELECT max(at) FROM events").fetchone()
+        forgotten = [rental for rental_id, rental in here.items() if rental_id not in known]
+        revived = [rental for rental_id, rental in there.items() if rental_id in ended_here]
         return Examined(
-            id=identity,
-            last_event_at=last_event_at,
-            rentals=len(there),
-            forgotten=[rental for rental_id, rental in here.items() if rental_id not in known],
-            revived=[rental for rental_id, rental in there.items() if rental_id in everything_here - set(here)],
+            id=identity, last_event_at=last_event_at, rentals=len(there), forgotten=forgotten, revived=revived
         )
 
     def _beside(self, suffix: str) -> Path:
         return self.database.with_name(f"{self.database.name}.{suffix}")
+
+    def _new(self, kind: str) -> Path:
+        file = self._beside(f"{kind}-{token_hex(8)}")
+        file.touch(0o600)
+        return file
 
     def _all(self, pattern: str) -> list[Path]:
         return list(self.database.parent.glob(f"{self.database.name}.{pattern}"))
@@ -197,9 +196,9 @@ def _check(file: Path) -> None:
         damage = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
         if damage != ["ok"]:
             raise NotABackup(f"it is damaged: {damage[0]}")
-        code = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
+        code = connection.execute("SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone()
         if code:
-            raise NotABackup(f"it holds what no backup has: {code[0][0]}")
+            raise NotABackup(f"it holds a {code[0]}, which no backup has: {code[1]}")
         try:
             revisions = [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
         except sqlite3.OperationalError as error:
@@ -211,7 +210,7 @@ def _check(file: Path) -> None:
 
 
 def _bring_up_to_date(file: Path) -> None:
-    """Migrate the file's schema; raise NotABackup if tables or rows are not such as this version writes."""
+    """Migrate the file's schema; raise NotABackup if this version does not write such tables or rows."""
     store = Store(f"sqlite:///{file}")
     try:
         store.migrate()
@@ -225,12 +224,12 @@ def _bring_up_to_date(file: Path) -> None:
         raise NotABackup(f"its tables are not those of Orion-Sec: {differences[0]}")
     with closing(_open(file)) as connection:
         if column := strange_column(connection):
-            raise NotABackup(f"its rows are not those of Orion-Sec: {column} holds what it never does")
+            raise NotABackup(f"its rows are not those of Orion-Sec: {column} holds what the manager never writes")
         connection.execute("PRAGMA journal_mode = DELETE")
 
 
 def _adapt_to_present(connection: sqlite3.Connection, database: Path, actor: str) -> None:
-    """Adapt a backup to workers that went on: assign no number twice, and have each worker show what it holds.
+    """Adapt a backup to what workers did since: assign no number twice, and have each worker register again.
 
     A running placement whose key is removed is confirmed by its worker before it is relied on: see
     reconcile._is_missing.
@@ -241,23 +240,21 @@ def _adapt_to_present(connection: sqlite3.Connection, database: Path, actor: str
         connection.execute("UPDATE counters SET value = max(value, ?) WHERE name = ?", (value, name))
     connection.execute("UPDATE counters SET value = value + ? WHERE name = 'uid'", (UID_GAP,))
     connection.execute(f"UPDATE rentals SET epoch = epoch + ? WHERE {_LIVING}", (EPOCH_GAP,))  # noqa: S608
-    # Which epochs were activated since is unknown: recovered snapshots of earlier ones are restored on request only.
+    # It is unknown which epochs were activated since: recovered snapshots of earlier ones are restored on request only.
     unknown = "let_in_epoch = epoch, began_with = '', lineage = '[]'"
     connection.execute(f"UPDATE rentals SET {unknown} WHERE {_LIVING}")  # noqa: S608
     connection.execute("UPDATE placements SET public_key = '' WHERE state = 'running'")
-    # The snapshots of rentals that have ended since are removed: such a rental begins empty, without waiting for them.
+    # The snapshots of rentals that have ended since are removed: such a rental begins empty, without a wait for them.
     connection.executemany("DELETE FROM copies WHERE rental_id = ?", [(identity,) for identity in now.ended])
     connection.execute("UPDATE workers SET session_id = NULL, verified_session = NULL")
     present = [row[0] for row in connection.execute(f"SELECT id FROM workers WHERE health IN {_PRESENT}")]  # noqa: S608
     connection.execute(f"UPDATE workers SET health = 'joining' WHERE health IN {_PRESENT}")  # noqa: S608
     for identity, revoked_at in now.revoked.items():
-        connection.execute(
-            "UPDATE tokens SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (revoked_at, identity)
-        )
-    (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+        revoke = "UPDATE tokens SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
+        connection.execute(revoke, (revoked_at, identity))
     at, reason = time.time(), "the platform went back to a backup"
     recorded = [("platform.restored", None), *(("worker.became_joining", worker_id) for worker_id in present)]
-    first = max(last, now.last_event) + EVENT_GAP
+    first = max(_last_event(connection), now.last_event) + EVENT_GAP
     rows = [(first + n, at, kind, actor, reason, worker_id, "{}") for n, (kind, worker_id) in enumerate(recorded)]
     columns = "id, at, kind, actor, reason, worker_id, details"
     connection.executemany(f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
@@ -265,7 +262,7 @@ def _adapt_to_present(connection: sqlite3.Connection, database: Path, actor: str
 
 @dataclass(frozen=True, kw_only=True)
 class _Present:
-    """The rows of the present database that a restore keeps."""
+    """The rows of the present database that a restore must not undo."""
 
     counters: dict[str, int]
     revoked: dict[str, float]
@@ -274,16 +271,19 @@ class _Present:
 
 
 def _present(database: Path) -> _Present:
-    """Return what a restore must not undo; nothing if the database is broken: the gaps cover that case as well."""
+    """Read the rows; there are none if the database is broken, and the gaps cover that case as well."""
     try:
         with closing(_open(database)) as connection:
             counters = dict(connection.execute("SELECT name, value FROM counters").fetchall())
             revoked = dict(connection.execute("SELECT id, revoked_at FROM tokens WHERE revoked_at IS NOT NULL"))
-            (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
             ended = [row[0] for row in connection.execute(f"SELECT id FROM rentals WHERE NOT ({_LIVING})")]  # noqa: S608
+            return _Present(counters=counters, revoked=revoked, last_event=_last_event(connection), ended=ended)
     except sqlite3.Error:
         return _Present(counters={}, revoked={}, last_event=0, ended=[])
-    return _Present(counters=counters, revoked=revoked, last_event=last, ended=ended)
+
+
+def _last_event(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()[0])
 
 
 def _living(file: Path) -> dict[str, KnownRental]:
@@ -299,8 +299,8 @@ def _all_ids(file: Path) -> set[str]:
 
 
 def _open(file: Path, must_exist: bool = True) -> sqlite3.Connection:
-    mode = "rw" if must_exist else "rwc"
-    connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+    uri = f"{file.absolute().as_uri()}?mode={'rw' if must_exist else 'rwc'}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     connection.execute("PRAGMA busy_timeout = 10000")
     return connection
 

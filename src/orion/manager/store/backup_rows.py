@@ -1,6 +1,6 @@
-"""Checks that the rows of a backup are such as this manager writes: after a restore it reads them unchecked.
+"""Checks that this manager could have written the rows of a backup, because it reads them unchecked after a restore.
 
-SQLite stores values of any type in a column, and a file from elsewhere need not have our constraints.
+SQLite stores values of any type in a column, and a file from elsewhere may lack the constraints of the schema.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orion.manager.store.schema import metadata
 from orion.wire import Role
 
 LARGEST_NUMBER = 2**53
-"""Larger than any number that the manager writes, and small enough that SQLite can add to it."""
+"""A number above all that the manager writes, and so small that SQLite can add to it."""
 LAST_TIME = 1e11
 """Unix seconds, far beyond the year 5000."""
 LARGEST_UID = 10**9
@@ -52,23 +52,24 @@ _CONDITIONS = {
 def strange_column(connection: sqlite3.Connection) -> str:
     """Return the name of the first column with a value that this manager never writes; empty if there is none."""
     for table in metadata.sorted_tables:
-        conditions = [(name, f"coalesce({condition.format(_quoted(name))}, 0)") for name, condition in _expected(table)]
+        conditions = [(name, f"coalesce({condition}, 0)") for name, condition in _expected(table)]
         if not _all_true(connection, table.name, " AND ".join(condition for _, condition in conditions)):
             return next(f"{table}.{name}" for name, one in conditions if not _all_true(connection, table.name, one))
     return ""
 
 
 def _all_true(connection: sqlite3.Connection, table: str, condition: str) -> bool:
-    query = f'SELECT 1 FROM "{table}" WHERE NOT ({condition}) LIMIT 1'  # noqa: S608 - names and conditions of ours
+    query = f'SELECT 1 FROM "{table}" WHERE NOT ({condition}) LIMIT 1'  # noqa: S608 - names and conditions of this module
     return connection.execute(query).fetchone() is None
 
 
 def _expected(table: Table) -> Iterator[tuple[str, str]]:
-    """Yield each column with the conditions that it has to satisfy: first its type, then its value."""
+    """Yield each column with each condition that it must satisfy: first its type, then its value."""
     for column in table.columns:
-        yield column.name, _typed(column)
+        quoted = f'"{column.name}"'
+        yield column.name, _typed(column).format(quoted)
         if condition := _CONDITIONS.get(f"{table.name}.{column.name}"):
-            yield column.name, condition
+            yield column.name, condition.format(quoted)
 
 
 def _typed(column: Column[Any]) -> str:
@@ -86,7 +87,3 @@ def _typed(column: Column[Any]) -> str:
     else:
         typed = "typeof({0}) = 'text'"
     return f"({{0}} IS NULL OR {typed})" if column.nullable else typed
-
-
-def _quoted(column: str) -> str:
-    return f'"{column}"'

@@ -14,8 +14,15 @@ _FULL, _IO_ERROR = 13, 10
 """SQLITE_FULL and SQLITE_IOERR (sqlite.org/rescode.html); the low byte of an extended code is its primary one."""
 
 
+def database_file(url: str) -> Path | None:
+    """Return the file of a database; None if the database is not a file."""
+    parsed = make_url(url)
+    in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
+    return Path(str(parsed.database)) if in_file else None
+
+
 class Ballast:
-    """The ballast file. Not safe for several threads: only the store's writer thread uses it."""
+    """The ballast file. Only the store's writer thread may use it."""
 
     def __init__(self, file: Path, size_bytes: int) -> None:
         self._file = file
@@ -25,9 +32,8 @@ class Ballast:
     @staticmethod
     def of(url: str, size_bytes: int) -> Ballast | None:
         """Return the ballast of a database; None if the database is not a file, or the size is 0."""
-        parsed = make_url(url)
-        in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
-        return Ballast(Path(f"{parsed.database}.ballast"), size_bytes) if in_file and size_bytes else None
+        file = database_file(url)
+        return Ballast(Path(f"{file}.ballast"), size_bytes) if file and size_bytes else None
 
     def release(self, error: OperationalError) -> bool:
         """Delete the file if the error says that the disk is full; return whether there is room now."""
@@ -39,7 +45,7 @@ class Ballast:
         return True
 
     def allocate(self) -> None:
-        """Make the file if it is missing and as much room again stays free; check at most every CHECK_EVERY_S."""
+        """Make the file if it is missing and as much room again stays free. Check at most once in CHECK_EVERY_S."""
         if time.monotonic() < self._checked_at + CHECK_EVERY_S:
             return
         self._checked_at = time.monotonic()

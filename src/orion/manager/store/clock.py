@@ -1,10 +1,11 @@
-"""The last moment at which the wall clock was trusted, kept among the counters."""
+"""Reads and writes the last moment at which the wall clock was trusted, among the counters."""
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, select
 
 from orion.manager.domain.expiry import Mark
+from orion.manager.store.database import set_counter
 from orion.manager.store.schema import counters, events
 
 _NAMES = ("clock_wall_s", "clock_boot_s", "clock_boot_id")
@@ -15,13 +16,10 @@ def last_known(connection: Connection) -> tuple[Mark | None, float | None]:
     query = select(counters.c.name, counters.c.value).where(counters.c.name.in_(_NAMES))
     found = {str(name): int(value) for name, value in connection.execute(query)}
     mark = Mark(*(found[name] for name in _NAMES)) if len(found) == len(_NAMES) else None
-    last = connection.execute(select(func.max(events.c.id))).scalar()
-    at = connection.execute(select(events.c.at).where(events.c.id == last)).scalar() if last else None
-    return mark, at
+    return mark, connection.execute(select(events.c.at).order_by(events.c.id.desc()).limit(1)).scalar()
 
 
 def keep(connection: Connection, mark: Mark) -> None:
     """Write the mark in whole numbers, below 2**31 until 2038: the column has 32 bits in PostgreSQL."""
     for name, value in zip(_NAMES, (round(mark.wall), round(mark.boot), mark.boot_id), strict=True):
-        if connection.execute(update(counters).where(counters.c.name == name).values(value=value)).rowcount == 0:
-            connection.execute(insert(counters), {"name": name, "value": value})
+        set_counter(connection, name, value)

@@ -19,7 +19,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, Result, create_engine, event, insert
+from sqlalchemy import Connection, Engine, Result, create_engine, event, insert, update
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import OperationalError
 
@@ -28,14 +28,14 @@ from orion.manager.domain.pool_index import Changes
 from orion.manager.domain.steps import Event
 from orion.manager.store import pool_index
 from orion.manager.store.ballast import Ballast
-from orion.manager.store.schema import events
+from orion.manager.store.schema import counters, events
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Row = dict[str, Any]
-_Transacted = tuple[Any, list[Event], Changes | None]
+_Transacted = tuple[T, list[Event], Changes | None]
 
 
 class NewerSchema(Exception):
@@ -43,7 +43,7 @@ class NewerSchema(Exception):
 
 
 class News:
-    """Wakes waiting tasks after commits: about one rental, or any commit."""
+    """Wakes tasks that wait for commits: for those about one rental, or for any."""
 
     EVERYTHING = "*"
 
@@ -59,7 +59,7 @@ class News:
 
     @contextmanager
     def listen(self, topic: str) -> Iterator[asyncio.Event]:
-        """Give an event that is set after each commit about `topic` (a rental's id, or EVERYTHING)."""
+        """Yield an event that is set after each commit about `topic` (a rental's id, or EVERYTHING)."""
         changed = asyncio.Event()
         self._listeners[topic].add(changed)
         try:
@@ -75,15 +75,14 @@ class News:
         self.committed.update(e.kind for e in committed)
         for follower in self._followers:
             follower(committed)
-        topics = {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}
-        for topic in topics:
+        for topic in {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}:
             for changed in self._listeners.get(topic, ()):
                 changed.set()
 
 
 @dataclass(kw_only=True)
 class Touched:
-    """The rows that a transaction has changed, by id."""
+    """The ids of the rows that a transaction has changed."""
 
     workers: set[str] = field(default_factory=set)
     rentals: set[str] = field(default_factory=set)
@@ -91,10 +90,7 @@ class Touched:
     everything: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.everything or self.workers or self.rentals or self.placements)
-
-
-Follower = Callable[[Changes], None]
+        return any(vars(self).values())
 
 
 class Store:
@@ -104,21 +100,17 @@ class Store:
         """`ballast`: the file that is deleted when the disk is full."""
         self.url = url
         self.news = News()
-        self._follower: Follower | None = None
+        self._follower: Callable[[Changes], None] | None = None
         self._engine = _connect(url)
         self._ballast = ballast
         self._writer = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(4, "store-reader")
 
     def migrate(self) -> None:
-        """Bring the schema up to date; raise NewerSchema if a newer version made it.
-
-        It blocks, and is called before the event loop runs.
-        """
+        """Bring the schema up to date; raise NewerSchema if a newer version made it. This blocks."""
         config = _migrations()
         with self._engine.begin() as connection:
-            unknown = set(MigrationContext.configure(connection).get_current_heads()) - known_revisions()
-            if unknown:
+            if unknown := set(MigrationContext.configure(connection).get_current_heads()) - known_revisions():
                 raise NewerSchema(
                     f"the database has the schema {', '.join(sorted(unknown))}, which this version of Orion-Sec "
                     f"({__version__}) does not know: a newer version has made it. Nothing in it was changed. "
@@ -127,10 +119,10 @@ class Store:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
-    async def follow(self, follower: Follower) -> None:
+    async def follow(self, follower: Callable[[Changes], None]) -> None:
         """Call the follower in the event loop with the whole pool, then with the changes of each commit, in order.
 
-        `write` returns after the follower was called with its changes.
+        A `write` returns after the follower was called with its changes.
         """
         self._follower = follower
         await self.write(_touch_everything)
@@ -139,20 +131,19 @@ class Store:
         """Run the function in the writer thread; commit when it returns, roll back when it raises."""
         loop = asyncio.get_running_loop()
         transaction = loop.run_in_executor(self._writer, self._transact, function, args, kwargs)
-        # Not in the waiting task: it may be cancelled (its client disconnected), and the commit is published anyway.
+        # The commit is published even if the waiting task is cancelled because its client disconnected.
         transaction.add_done_callback(self._publish)
         return (await asyncio.shield(transaction))[0]
 
     async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self._read, function, args, kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function, args, kwargs)
 
     def close(self) -> None:
         self._writer.shutdown()
         self._readers.shutdown()
         self._engine.dispose()
 
-    def _publish(self, transaction: asyncio.Future[_Transacted]) -> None:
+    def _publish(self, transaction: asyncio.Future[_Transacted[Any]]) -> None:
         if transaction.cancelled() or transaction.exception() is not None:
             return
         _, committed, changes = transaction.result()
@@ -160,7 +151,7 @@ class Store:
             self._follower(changes)
         self.news.publish(committed)
 
-    def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event], Changes | None]:
+    def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> _Transacted[T]:
         if self._ballast:
             self._ballast.allocate()
         try:
@@ -170,11 +161,9 @@ class Store:
                 raise
         return self._transact_once(function, args, kwargs)
 
-    def _transact_once(
-        self, function: Callable[..., T], args: Any, kwargs: Any
-    ) -> tuple[T, list[Event], Changes | None]:
+    def _transact_once(self, function: Callable[..., T], args: Any, kwargs: Any) -> _Transacted[T]:
         with self._engine.begin() as connection:
-            # Replaced for each transaction: the pooled connection still has those of one that failed.
+            # Made new for each transaction: the pooled connection still has those of a transaction that failed.
             committed = connection.info["recorded"] = []
             rows_touched = connection.info["touched"] = Touched()
             result = function(connection, *args, **kwargs)
@@ -192,17 +181,16 @@ def known_revisions() -> set[str]:
 
 
 def record(connection: Connection, *recorded: Event) -> None:
-    """Write events in the transaction of the changes that they tell of."""
-    if not recorded:
-        return
-    at = time.time()
-    rows = [vars(item) | {"at": at, "details": dict(item.details)} for item in recorded]
-    connection.execute(insert(events), rows)
-    connection.info["recorded"].extend(recorded)
+    """Write events in the transaction of the changes that they describe."""
+    if recorded:
+        at = time.time()
+        rows = [vars(item) | {"at": at, "details": dict(item.details)} for item in recorded]
+        connection.execute(insert(events), rows)
+        connection.info["recorded"].extend(recorded)
 
 
 def touched(connection: Connection) -> Touched:
-    """Return the set to which code adds each worker, rental and placement that it changes: see store/pool_index.py."""
+    """Return the ids of changed rows, to which each writer adds those that it changes: see store/pool_index.py."""
     found: Touched = connection.info["touched"]
     return found
 
@@ -219,6 +207,11 @@ def rows(result: Result[Any]) -> list[Row]:
 def first(result: Result[Any]) -> Row | None:
     found = result.mappings().first()
     return dict(found) if found is not None else None
+
+
+def set_counter(connection: Connection, name: str, value: int) -> None:
+    if connection.execute(update(counters).where(counters.c.name == name).values(value=value)).rowcount == 0:
+        connection.execute(insert(counters), {"name": name, "value": value})
 
 
 def _migrations() -> Config:

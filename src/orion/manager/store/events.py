@@ -1,7 +1,4 @@
-"""Reads events, and removes the oldest.
-
-A number of events is kept, not a span of time, so that a wrong clock removes nothing.
-"""
+"""Reads events, and removes the oldest: a number is kept, not a time span, so that a wrong clock removes nothing."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ def page(
 ) -> list[Row]:
     """Return events with an id above `after`, oldest first; `owner` None: those of all owners.
 
-    With `newest_first` return the newest first, with an id below `after` if that is not 0. If events after `after` were
-    removed, the first row is of the kind MISSED.
+    With `newest_first`, return the newest first, with an id below `after` unless that is 0. If events after `after`
+    were removed, the first row is of the kind MISSED.
     """
     query = select(events).order_by(events.c.id.desc() if newest_first else events.c.id).limit(limit)
     if not newest_first:
@@ -65,18 +62,16 @@ def remove_batch(connection: Connection, up_to: int, kept: int) -> bool:
         return False
     connection.execute(delete(events).where(events.c.id <= ids[-1]))
     reason = f"the oldest {BATCH} events, up to number {ids[-1]}, were removed: the newest {kept} are kept"
-    record(
-        connection, Event(kind=REMOVED, actor="retention", reason=reason, details={"up_to": ids[-1], "number": BATCH})
-    )
+    details = {"up_to": ids[-1], "number": BATCH}
+    record(connection, Event(kind=REMOVED, actor="retention", reason=reason, details=details))
     return True
 
 
 def _missed(connection: Connection, after: int) -> list[Row]:
-    """Return a row, which is not in the database, in place of the removed events after `after`; none if none were."""
+    """Return one row, which is not in the database, in place of the removed events after `after`, if there were any."""
     first = connection.execute(select(func.min(events.c.id))).scalar()
     if first is None or first <= after + 1:
         return []
     reason = f"the events from number {after + 1} to {first - 1} were removed: only the newest are kept"
-    empty: Row = dict.fromkeys(("owner", "rental_id", "worker_id", "epoch"))
-    row: Row = {"id": first - 1, "at": time.time(), "kind": MISSED, "actor": "retention", "reason": reason}
-    return [row | empty | {"details": {"from": after + 1, "to": first - 1}}]
+    event = Event(kind=MISSED, actor="retention", reason=reason, details={"from": after + 1, "to": first - 1})
+    return [vars(event) | {"id": first - 1, "at": time.time()}]

@@ -1,11 +1,10 @@
-"""The state store and the registry in memory, over the domain's own World: for tests and experiments."""
+"""The state store and the registry in memory, over the domain's World: for tests and experiments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from orion.manager.domain.model import Item, Placement, Rental, Worker
 from orion.manager.domain.pool_index import Changes, IndexedPlacement, IndexedWorker
@@ -52,9 +51,9 @@ class MemoryStateStore:
         self.last_heard: dict[str, float] = {}
         self.tokens: dict[str, str] = {}
         """The one valid token of each worker."""
-        self._epochs = {(p.rental_id, p.epoch) for p in self.world.placements.values()}
-        open_ = {i: p for i, p in self.world.placements.items() if p.state is not PlacementState.PURGED}
-        self.world.placements = open_
+        placements = self.world.placements
+        self._epochs = {(p.rental_id, p.epoch) for p in placements.values()}
+        self.world.placements = {i: p for i, p in placements.items() if p.state is not PlacementState.PURGED}
         self._registrations = 0
         self._follower: Callable[[Changes], None] | None = None
 
@@ -64,7 +63,7 @@ class MemoryStateStore:
         self.publish({*self.world.workers, *on}, self.world.rentals)
 
     def publish(self, worker_ids: Iterable[str] = (), rental_ids: Iterable[str] = ()) -> None:
-        """Tell the follower that these rows have changed. Code that changes `world` without a step calls it as well."""
+        """Call the follower with these rows. Code that changes `world` without a step calls this as well."""
         if self._follower is not None:
             workers = {w: self._indexed(w) for w in sorted(worker_ids)}  # sorted, for equal replays
             self._follower(Changes(workers, {r: self._state(r) for r in sorted(rental_ids)}))
@@ -80,10 +79,9 @@ class MemoryStateStore:
         return rental.state if rental and rental.state not in ENDED else None
 
     async def load(self) -> World:
-        rentals, open_ = self.world.rentals, dict(self.world.placements)
-        wanted = {p.rental_id for p in open_.values()}
-        shown = {i: r for i, r in rentals.items() if r.state not in ENDED or i in wanted}
-        return World(workers=dict(self.world.workers), rentals=shown, placements=open_)
+        world, wanted = self.world, {p.rental_id for p in self.world.placements.values()}
+        shown = {i: r for i, r in world.rentals.items() if r.state not in ENDED or i in wanted}
+        return World(workers=dict(world.workers), rentals=shown, placements=dict(world.placements))
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         return frozenset((item.rental_id, item.epoch) for item in items) - self._epochs
@@ -115,12 +113,13 @@ class MemoryStateStore:
         return {w: self.world.workers[w] for w in sorted(ids) if w in self.world.workers}
 
     async def due(self, wall: float) -> list[Rental]:
-        living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
-        return [r for r in living if r.expires_at is not None and r.expires_at <= wall][:DUE_AT_ONCE]
+        return [r for r in self._living() if r.expires_at is not None and r.expires_at <= wall][:DUE_AT_ONCE]
 
     async def without_expiry(self) -> list[Rental]:
-        living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
-        return [r for r in living if r.activated_at is not None and r.expires_at is None][:DUE_AT_ONCE]
+        return [r for r in self._living() if r.activated_at is not None and r.expires_at is None][:DUE_AT_ONCE]
+
+    def _living(self) -> Iterator[Rental]:
+        return (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
 
     async def apply(self, steps: Iterable[Step]) -> bool:
         with self._transaction():
@@ -133,8 +132,7 @@ class MemoryStateStore:
     async def finish(self, ended: Sequence[TaskEnded], follow: Follow) -> None:
         with self._transaction():
             for one in ended:
-                step = follow(self.world, one)
-                if step is not None:
+                if step := follow(self.world, one):
                     self._apply_one(step)
 
     @contextmanager
@@ -177,25 +175,13 @@ class MemoryStateStore:
         self._registrations += 1
         identity = worker_id or f"w-new{self._registrations:04d}"
         session_id = f"session-{self._registrations:04d}"
-        observations: dict[str, Any] = {
-            "address": claim.address,
-            "hostname": claim.hostname,
-            "host_keys": claim.host_keys,
-        }
-        observations |= {
-            "slots": claim.slots,
-            "boot_id": claim.boot_id,
-            "session_id": session_id,
-            "verified_session": None,
-        }
-        observations |= {"agent_version": claim.agent_version}
-        known = self.world.workers.get(identity)
+        observations = {name: value for name, value in vars(claim).items() if name != "labels"}
+        observations |= {"session_id": session_id, "verified_session": None}
+        workers = self.world.workers
         if worker_id is None:
-            self.world.workers[identity] = Worker(
-                id=identity, health=Health.JOINING, intent=Intent.ACTIVE, **observations
-            )
-        elif known is not None:
-            self.world.workers[identity] = replace(known, **observations)
+            workers[identity] = Worker(id=identity, health=Health.JOINING, intent=Intent.ACTIVE, **observations)
+        elif identity in workers:
+            workers[identity] = replace(workers[identity], **observations)
         token = f"token-{self._registrations:04d}-of-{identity}" if new_token else None
         if token:
             self.tokens[identity] = token
@@ -207,11 +193,8 @@ class MemoryStateStore:
 
     def _remove_replaced(self, claim: Registration, identity: str) -> tuple[str, ...]:
         """See `port.Registry.register`."""
-        with_placements = {p.worker_id for p in self.world.placements.values()}
-        gone = []
-        for other in [
-            self.world.workers[each] for each in sorted(self.world.workers) if each not in {identity, *with_placements}
-        ]:
+        kept, gone = {identity} | {p.worker_id for p in self.world.placements.values()}, []
+        for other in [self.world.workers[each] for each in sorted(self.world.workers.keys() - kept)]:
             same_address = other.address == claim.address
             same_agent = (other.host_keys, other.boot_id) == (claim.host_keys, claim.boot_id)
             same_agent = same_agent and (same_address or other.hostname == claim.hostname)
@@ -228,10 +211,10 @@ class MemoryStateStore:
             return False
         worker_ids, rental_ids = self._touched
         for write in step.writes:
-            if write.kind == "placement":
-                worker_ids.add(self.world.placements[write.id].worker_id)
+            if write.kind == "rental":
+                rental_ids.add(write.id)
             else:
-                {"worker": worker_ids, "rental": rental_ids}[write.kind].add(write.id)
+                worker_ids.add(self.world.placements[write.id].worker_id if write.kind == "placement" else write.id)
         if step.placement:
             worker_ids.add(step.placement.worker_id)
             self._check(step.placement)
@@ -245,7 +228,7 @@ class MemoryStateStore:
     def _check(self, new: Placement) -> None:
         """Raise InvariantBroken if a new row violates a constraint.
 
-        Only a new row can: no transition of a placement enters LIVE or HOLDING from outside.
+        Only a new row can do so, because no transition of a placement enters LIVE or HOLDING from outside.
         """
         others = [p for p in self.world.placements.values() if p.id != new.id]
         alike = [p for p in others if p.rental_id == new.rental_id and p.state in LIVE and p.standby == new.standby]

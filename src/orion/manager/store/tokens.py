@@ -1,4 +1,4 @@
-"""Tokens. Only their hashes are kept, and they are compared in constant time."""
+"""Makes, finds and revokes tokens. Only their hashes are kept, and they are compared in constant time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import secrets
 import string
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from orion.manager.domain.steps import Event
-from orion.manager.store.database import Row, record, rows
+from orion.manager.store.database import Row, first, record, rows
 from orion.manager.store.schema import tokens, workers
 
 _TOKEN = re.compile(r"orion_(admin|client|join|worker)_([a-z0-9-]{1,64})_([A-Za-z0-9]{43})")
@@ -26,13 +25,15 @@ _ALPHABET = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, kw_only=True)
 class Principal:
-    """The sender of a request. `name`: the owner of its rentals; `id`: the id of the token, or of the worker."""
+    """The sender of a request."""
 
     role: str
     id: str
+    """The id of the token, or of the worker."""
     name: str
+    """The owner of its rentals."""
     mark: str = field(default="", compare=False)
-    """The beginning of the token's hash: a token that was made again in its file has the same id and another mark."""
+    """The beginning of the token's hash, which differs when the token was made again in its file, with the same id."""
     expires_at: float | None = field(default=None, compare=False)
     """Unix seconds at which the token expires; None: never."""
 
@@ -54,24 +55,21 @@ def authenticate(connection: Connection, token: str, now: float) -> Principal | 
         return None
     role, identity = match[1], match[2]
     if role == "worker":
-        row = connection.execute(select(workers.c.token_hash).where(workers.c.id == identity)).first()
-        return (
-            Principal(role=role, id=identity, name=identity)
-            if row and hmac.compare_digest(row[0], digest(token))
-            else None
-        )
-    kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
-    if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
+        kept = connection.execute(select(workers.c.token_hash).where(workers.c.id == identity)).scalar()
+        same = kept is not None and hmac.compare_digest(kept, digest(token))
+        return Principal(role=role, id=identity, name=identity) if same else None
+    row = _row(connection, identity)
+    if row is None or row["role"] != role or not hmac.compare_digest(row["hash"], digest(token)):
         return None
-    return None if _is_over(kept, now) else _principal(kept)
+    return None if _is_over(row, now) else _principal(row)
 
 
 def why_refused(connection: Connection, token: str) -> str:
-    """Return why a token is not valid; of a token whose secret part is wrong, only that it is unknown."""
+    """Return why a token is not valid; if its secret part is wrong, say only that it is unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return "what was sent is no token of Orion: a token is one word, such as orion_client_..."
-    kept = connection.execute(select(tokens).where(tokens.c.id == match[2])).mappings().first()
+    kept = _row(connection, match[2])
     if kept is None or not hmac.compare_digest(kept["hash"], digest(token)):
         return "this token is not known here: it may be another platform's, or have been replaced"
     return "this token was revoked" if kept["revoked_at"] is not None else "the time of this token is over"
@@ -85,9 +83,8 @@ def is_valid(connection: Connection, principal: Principal, now: float) -> bool:
 
 def named(connection: Connection, role: str, identity: str, now: float) -> Principal | None:
     """Return the principal of a client's or admin's token by its id; None if it is expired, revoked or unknown."""
-    query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
-    kept = connection.execute(query).mappings().first()
-    return _principal(kept) if kept is not None and not _is_over(kept, now) else None
+    kept = _row(connection, identity)
+    return _principal(kept) if kept and kept["role"] == role and not _is_over(kept, now) else None
 
 
 def install(connection: Connection, role: str, token: str) -> None:
@@ -110,38 +107,22 @@ def create(connection: Connection, actor: str, name: str, role: str, ends_at: fl
     """Make a token; return its row and the token, which is not kept. `ends_at`: Unix seconds; None: never."""
     identity = secrets.token_hex(5)
     token = make_token(role, identity)
-    now = time.time()
-    row: dict[str, Any] = {"id": identity, "name": name, "role": role, "hash": digest(token), "created_at": now}
-    row["expires_at"] = ends_at
+    row: Row = {"id": identity, "name": name, "role": role, "hash": digest(token), "created_at": time.time()}
+    row |= {"expires_at": ends_at, "revoked_at": None}
     connection.execute(insert(tokens), row)
     record(connection, Event(kind="token.created", actor=actor, reason=f"{role} token {identity} for {name}"))
-    return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
-
-
-def _principal(kept: RowMapping) -> Principal:
-    return Principal(
-        role=kept["role"],
-        id=kept["id"],
-        name=kept["name"],
-        mark=kept["hash"][:MARK_LENGTH],
-        expires_at=kept["expires_at"],
-    )
-
-
-def _is_over(kept: RowMapping, now: float) -> bool:
-    return kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= now)
+    return row, token
 
 
 def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
-    query = select(tokens).order_by(tokens.c.id).limit(limit)
-    if after:
-        query = query.where(tokens.c.id > after)
-    return rows(connection.execute(query))
+    return rows(
+        connection.execute(select(tokens).where(tokens.c.id > (after or "")).order_by(tokens.c.id).limit(limit))
+    )
 
 
 def revoke(connection: Connection, actor: str, identity: str) -> bool:
     """Revoke a token; return False if it does not exist. Repeatable."""
-    row = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
+    row = _row(connection, identity)
     if row is None:
         return False
     if row["revoked_at"] is None:
@@ -149,3 +130,16 @@ def revoke(connection: Connection, actor: str, identity: str) -> bool:
         reason = f"{row['role']} token {identity} of {row['name']}"
         record(connection, Event(kind=REVOKED, actor=actor, reason=reason, details={"token_id": identity}))
     return True
+
+
+def _row(connection: Connection, identity: str) -> Row | None:
+    return first(connection.execute(select(tokens).where(tokens.c.id == identity)))
+
+
+def _principal(kept: Row) -> Principal:
+    mark = kept["hash"][:MARK_LENGTH]
+    return Principal(role=kept["role"], id=kept["id"], name=kept["name"], mark=mark, expires_at=kept["expires_at"])
+
+
+def _is_over(kept: Row, now: float) -> bool:
+    return kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= now)

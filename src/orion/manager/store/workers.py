@@ -1,9 +1,10 @@
-"""The inventory of workers."""
+"""Registers, lists, drains and removes workers."""
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,19 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from orion.manager.domain.model import Item
-from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, SILENT, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import (
+    ENDED,
+    HOLDING,
+    OUT_OF_SERVICE,
+    SILENT,
+    Health,
+    Intent,
+    PlacementState,
+    RentalState,
+)
 from orion.manager.domain.steps import Event
 from orion.manager.store import state
-from orion.manager.store.database import Row, first, record, rows, touched
+from orion.manager.store.database import Row, first, record, rows, set_counter, touched
 from orion.manager.store.names import new_id
 from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Notes, Registered, Registration
 from orion.manager.store.schema import counters, placements, rentals, workers
@@ -90,33 +100,25 @@ def one(connection: Connection, worker_id: str) -> Row | None:
 
 def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
     """Return workers in the order of their ids, each with `used`, the number of its slots that are taken."""
-    query = _with_use().order_by(workers.c.id).limit(limit)
-    if after:
-        query = query.where(workers.c.id > after)
-    return rows(connection.execute(query))
+    return rows(connection.execute(_with_use().where(workers.c.id > (after or "")).order_by(workers.c.id).limit(limit)))
 
 
 def record_heartbeats(connection: Connection, notes: Notes) -> None:
     """See `port.StateStore.record_heartbeats`."""
-    rows = [{"which": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in notes]
-    if rows:
-        same = workers.c.id == bindparam("which")
-        change: dict[str, Any] = {"last_heartbeat_at": bindparam("last_heartbeat_at"), "load": bindparam("load")}
-        connection.execute(update(workers).where(same).values(change), rows)
+    if found := [{"which": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in notes]:
+        change: dict[str, Any] = {name: bindparam(name) for name in ("last_heartbeat_at", "load")}
+        connection.execute(update(workers).where(workers.c.id == bindparam("which")).values(change), found)
 
 
 def granted_lease(connection: Connection) -> float:
-    """Return the longest lease in seconds that replies of a former manager may have granted; 0 before the first one."""
+    """Return the longest lease, in seconds, that a former manager may have granted; 0 if there was none."""
     value = connection.execute(select(counters.c.value).where(counters.c.name == "lease_ms")).scalar()
     return (value or 0) / 1000
 
 
 def grant_lease(connection: Connection, lease_s: float) -> None:
-    """Write the longest lease in seconds that replies grant from now on; must be called before the first reply."""
-    value = round(lease_s * 1000)
-    same = counters.c.name == "lease_ms"
-    if connection.execute(update(counters).where(same).values(value=value)).rowcount == 0:
-        connection.execute(insert(counters), {"name": "lease_ms", "value": value})
+    """Write the longest lease, in seconds, that replies grant from now on; this must precede the first reply."""
+    set_counter(connection, "lease_ms", round(lease_s * 1000))
 
 
 def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -> Row | None:
@@ -141,9 +143,9 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
 def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]) -> list[Row | None]:
     """Drain these workers and return their rows. If one does not exist its row is None, and none of them is changed."""
     found = [one(connection, worker_id) for worker_id in worker_ids]
-    if None in found:
-        return found
-    return [set_intent(connection, actor, row["id"], Intent.DRAINING) for row in found if row]
+    return (
+        found if None in found else [set_intent(connection, actor, row["id"], Intent.DRAINING) for row in found if row]
+    )
 
 
 def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
@@ -169,18 +171,8 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
         connection.execute(insert(placements), place)
         touched(connection).workers.add(worker_id)
         reason = "the database had never placed it; an operator gave it up"
-        record(
-            connection,
-            Event(
-                kind="rental.given_up",
-                actor=actor,
-                reason=reason,
-                owner=None,
-                rental_id=item.rental_id,
-                worker_id=worker_id,
-                epoch=item.epoch,
-            ),
-        )
+        at: dict[str, Any] = {"rental_id": item.rental_id, "worker_id": worker_id, "epoch": item.epoch}
+        record(connection, Event(kind="rental.given_up", actor=actor, reason=reason, **at))
 
 
 def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
@@ -230,8 +222,7 @@ def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None
 
 
 def _names_of_needed(connection: Connection) -> dict[str, list[str]]:
-    """Return, by worker that is down, the names of the living rentals whose newest files it may hold."""
-    ended = (RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED)
+    """Return the names of the living rentals whose newest files a worker that is down may hold, by worker id."""
     query = (
         select(placements.c.worker_id, rentals.c.name)
         .join(rentals, rentals.c.id == placements.c.rental_id)
@@ -240,12 +231,12 @@ def _names_of_needed(connection: Connection) -> dict[str, list[str]]:
             workers.c.health == Health.DOWN,
             placements.c.state != PlacementState.PURGED,
             placements.c.salvaged.is_(False),
-            rentals.c.state.not_in(ended),
+            rentals.c.state.not_in(ENDED),
         )
     )
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = defaultdict(list)
     for worker_id, name in connection.execute(query):
-        found.setdefault(worker_id, []).append(name)
+        found[worker_id].append(name)
     return found
 
 
