@@ -1,7 +1,7 @@
 """Messages between processes: one JSON object per line over a stream, in both directions.
 
-`Lines` is the framing of all channels. There is one channel for each way in which a process waits: `SelectorChannel` in
-a loop of selectors, `BlockingChannel`, and `AsyncChannel` in a loop of asyncio.
+`Lines` is the framing of all channels. There is one class of channel for each way to wait: `SelectorChannel` in a loop
+of selectors, `BlockingChannel`, and `AsyncChannel` in a loop of asyncio.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ class BrokenLine(ChannelError):
     """A line is not a valid message of the expected kind."""
 
     def __init__(self, reason: str, field: str = "") -> None:
-        """`field`: the dotted name of the first wrong field; empty if the line as a whole is wrong."""
+        """Take the dotted name of the first wrong field; empty if the line as a whole is wrong."""
         super().__init__(f"{field}: {reason}" if field else reason)
         self.reason = reason
         self.field = field
 
 
 def encode(message: Message) -> bytes:
-    """Return the line of a message."""
     text = message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
     return text.encode() + b"\n"
 
@@ -80,21 +79,19 @@ class Lines:
     """Cuts a stream that arrives in parts into lines."""
 
     def __init__(self, max_line_bytes: int | None = MAX_LINE_BYTES) -> None:
-        """`max_line_bytes`: None allows lines of any length, for streams between this program's own processes."""
+        """Allow lines of any length if `max_line_bytes` is None, for streams between this program's own processes."""
         self._max_line_bytes = max_line_bytes
         self._rest = bytearray()
 
     def feed(self, part: bytes) -> list[bytes]:
         """Return the lines that end in this part, without their line breaks. Raise LineTooLong for a longer one."""
-        if b"\n" not in part:
-            self._rest += part
-            lines = []
-        else:
-            first, *others = part.split(b"\n")
-            lines = [bytes(self._rest + first), *others[:-1]]
+        first, *others = part.split(b"\n")
+        self._rest += first
+        lines: list[bytes] = []
+        if others:
+            lines = [bytes(self._rest), *others[:-1]]
             self._rest = bytearray(others[-1])
-        longest = max(map(len, (*lines, self._rest)))
-        if self._max_line_bytes is not None and longest > self._max_line_bytes:
+        if self._max_line_bytes is not None and max(map(len, (*lines, self._rest))) > self._max_line_bytes:
             raise LineTooLong(f"a line is longer than {self._max_line_bytes} bytes")
         return lines
 
@@ -117,7 +114,8 @@ class SelectorChannel:
 
     `take` is called with each line, and may raise BrokenLine. `ended` is called once if the channel ends without
     `close`: with ChannelError after an invalid message, with OSError if writing fails, and with None if the other end
-    closes the stream. Neither is called after `close`.
+    closes the stream. Neither is called after `close`. `reading` and `writing` are the same socket or two pipes, and
+    non-blocking; `close` closes them.
     """
 
     def __init__(
@@ -128,16 +126,13 @@ class SelectorChannel:
         take: Callable[[SelectorChannel, bytes], None],
         ended: Callable[[SelectorChannel, Exception | None], None],
     ) -> None:
-        """`reading` and `writing` are the same socket or two pipes, and non-blocking; `close` closes them."""
         self._selector = selector
         self._streams = (reading, writing)
         self._reading, self._writing = reading.fileno(), writing.fileno()
-        self._take = take
-        self._ended = ended
+        self._take, self._ended = take, ended
         self._lines = Lines()
         self._outgoing = bytearray()
-        self._open = True
-        self._readable = True
+        self._open = self._readable = True
         self._registered: dict[int, int] = {}
         """The registered events, by descriptor."""
         self._register()
@@ -194,11 +189,10 @@ class SelectorChannel:
                     return False
         except ChannelError as found:
             error = found
-        if part and error is None:
-            return True
-        self._readable = False
-        self._end(error)
-        return False
+        self._readable = bool(part) and error is None
+        if not self._readable:
+            self._end(error)
+        return self._readable
 
     def _end(self, error: Exception | None) -> None:
         if self._open:
@@ -213,8 +207,7 @@ class SelectorChannel:
             wanted[self._reading] |= selectors.EVENT_READ
             wanted[self._writing] |= selectors.EVENT_WRITE if self._outgoing else 0
         for descriptor, events in wanted.items():
-            before = self._registered.get(descriptor, 0)
-            self._registered[descriptor] = events
+            before, self._registered[descriptor] = self._registered.get(descriptor, 0), events
             if events and not before:
                 self._selector.register(descriptor, events, self._serve)
             elif before and not events:
@@ -259,7 +252,7 @@ class AsyncChannel:
     @classmethod
     async def connect(cls, socket_path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Self:
         """Return a channel to this Unix socket. Raise OSError if no process listens on it."""
-        from asyncio import open_unix_connection  # noqa: PLC0415 - processes with other ends do without asyncio
+        from asyncio import open_unix_connection  # noqa: PLC0415 - processes with other channels need no asyncio
 
         reader, writer = await open_unix_connection(socket_path)
         return cls(reader, writer, max_line_bytes)
@@ -275,7 +268,7 @@ class AsyncChannel:
         return self._received.popleft()
 
     async def send(self, message: Message) -> None:
-        """Send the message. Raise ConnectionError if the other end has closed."""
+        """Send the message; raise ConnectionError if the other end has closed."""
         self._writer.write(encode(message))
         await self._writer.drain()
 

@@ -1,4 +1,4 @@
-"""Reads the rentals for which a worker gets a host certificate."""
+"""Reads the rentals that the host certificate of a worker names."""
 
 from __future__ import annotations
 

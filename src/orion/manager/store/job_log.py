@@ -1,4 +1,4 @@
-"""The job log: the latest jobs of the engine for each rental. Its table is called engine_log."""
+"""Reads and writes the job log: the latest jobs of the engine for each rental. Its table is called engine_log."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from orion.manager.store.database import Row, rows
 from orion.manager.store.schema import engine_log
 
 PER_RENTAL = 50
+"""Entries that are kept for each rental."""
 IN_TOTAL = 100_000
-"""Entries that are kept."""
+"""Entries that are kept in total."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A job of the engine. `at`: when it ended, in UTC seconds; `seconds`: how long it took from order to outcome."""
+    """A job of the engine. `at`: its end in UTC seconds; `seconds`: the time from order to outcome."""
 
     at: float
     rental_id: str

@@ -1,4 +1,4 @@
-"""Makes ids that cannot be guessed, and names that people can say."""
+"""Makes ids that cannot be guessed, and names that people can pronounce."""
 
 from __future__ import annotations
 

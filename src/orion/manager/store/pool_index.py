@@ -14,7 +14,7 @@ from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, R
 from orion.manager.store.schema import placements, rentals, workers
 
 SOME = 500
-"""Values in the list of one statement."""
+"""The largest number of values in the list of one statement."""
 OPEN = tuple(state for state in PlacementState if state is not PlacementState.PURGED)
 LIVING = tuple(state for state in RentalState if state not in ENDED)
 
@@ -24,23 +24,11 @@ _PLACEMENT_STATE = {str(state): state for state in PlacementState}
 _RENTAL_STATE = {str(state): state for state in RentalState}
 
 _WORKERS = select(
-    workers.c.id,
-    workers.c.token_hash,
-    workers.c.health,
-    workers.c.intent,
-    workers.c.slots,
-    workers.c.session_id,
-    workers.c.verified_session,
-    workers.c.fault,
-    workers.c.address,
+    *workers.c["id", "token_hash", "health", "intent", "slots", "session_id", "verified_session", "fault", "address"]
 )
 _PLACEMENTS = (
     select(
-        placements.c.worker_id,
-        placements.c.id,
-        placements.c.rental_id,
-        placements.c.epoch,
-        placements.c.state,
+        *placements.c["worker_id", "id", "rental_id", "epoch", "state"],
         placements.c.public_key == rentals.c.public_key,
         placements.c.public_key == "",
         and_(
@@ -48,15 +36,12 @@ _PLACEMENTS = (
             rentals.c.start_problem == "",
             placements.c.started != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
         ),
+        placements.c.start_end != "",
         placements.c.standby,
         placements.c.held,
-        placements.c.start_end != "",
     )
-    .select_from(
-        placements.join(rentals, rentals.c.id == placements.c.rental_id).outerjoin(
-            workers, workers.c.id == placements.c.worker_id
-        )
-    )
+    .join_from(placements, rentals, rentals.c.id == placements.c.rental_id)
+    .outerjoin(workers, workers.c.id == placements.c.worker_id)
     .where(placements.c.state.in_(OPEN))
 )
 _RENTALS = select(rentals.c.id, rentals.c.state).where(rentals.c.state.in_(LIVING))
@@ -72,7 +57,7 @@ class Rows(Protocol):
 
 
 def changes(connection: Connection, touched: Rows) -> Changes:
-    """Return the rows that were touched, as they are now."""
+    """Return the touched rows as they are now."""
     if touched.everything:
         return everything(connection)
     ids = set(touched.workers)
@@ -109,39 +94,34 @@ def everything(connection: Connection) -> Changes:
 
 def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, IndexedWorker]]:
     for identity, token_hash, health, intent, slots, session, verified, fault, address in connection.execute(query):
-        same = session is not None and verified == session
-        yield (
-            identity,
-            IndexedWorker(
-                token_hash=token_hash,
-                health=_HEALTH[health],
-                intent=_INTENT[intent],
-                slots=slots,
-                session_id=session,
-                verified=same,
-                fault=fault,
-                address=address,
-            ),
+        known = IndexedWorker(
+            token_hash=token_hash,
+            health=_HEALTH[health],
+            intent=_INTENT[intent],
+            slots=slots,
+            session_id=session,
+            verified=session is not None and verified == session,
+            fault=fault,
+            address=address,
         )
+        yield identity, known
 
 
 def _add_placements(
     connection: Connection, query: Select[Any], placed: dict[str, list[IndexedPlacement]], same: dict[str, str]
 ) -> None:
-    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *migration, ended in connection.execute(
-        query
-    ):
-        standby, quiesced_for = migration
+    for worker_id, identity, rental_id, epoch, state, *flags, standby, quiesced_for in connection.execute(query):
+        keyed, blank, start_due, ended = map(bool, flags)
         found = IndexedPlacement(
             id=identity,
             rental_id=same.get(rental_id, rental_id),
             epoch=epoch,
             state=_PLACEMENT_STATE[state],
-            keyed=bool(keyed),
-            blank=bool(blank),
-            start_due=bool(start_due),
+            keyed=keyed,
+            blank=blank,
+            start_due=start_due,
             standby=standby,
             held=quiesced_for,
-            start_ended=bool(ended),
+            start_ended=ended,
         )
         placed[same.get(worker_id, worker_id)].append(found)

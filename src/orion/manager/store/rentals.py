@@ -178,7 +178,7 @@ def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, count
 
 
 def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
-    """Request a run of the rental's start command; return an error code, empty when it was requested."""
+    """Request a run of the rental's start command; return an error code, or an empty string."""
     rental = state.load_living(connection, rental_id)
     if rental is None:
         return "ended"

@@ -1,12 +1,12 @@
 """The snapshot catalog: the rows about the snapshots that the snapshot service keeps.
 
 `SqlSnapshotCatalog` is the real one, `MemorySnapshotCatalog` the shipped fake; tests/unit/test_store_snapshots.py is
-the contract of both. Released names in the tables: `copies` are snapshots, `salvage` is a recovered snapshot, `standby`
-a target placement, `held` quiesced.
+the contract of both. docs/glossary.md explains the released names of the tables and columns.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -53,38 +53,30 @@ class SnapshotCatalog(Protocol):
 
         Such a rental is active, on a reachable worker, and in no planned migration.
         """
-        ...
 
     async def one(self, rental_id: str) -> Running | None:
         """Return the rental if a snapshot of it can be taken now, as in `running`; None if not."""
-        ...
 
     async def migrating(self, rental_id: str) -> Running | None:
         """Return a migrating rental, whatever its worker's health; None unless it is active and running."""
-        ...
 
     async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
         """Apply the step of a new snapshot, and replace the rental's snapshots by `kept`.
 
         Return False, with nothing changed, if the step comes too late.
         """
-        ...
 
     async def record(self, step: Step) -> None:
         """Apply a step that adds no snapshot, such as a problem, unless it comes too late."""
-        ...
 
     async def of(self, rental_id: str) -> list[Snapshot]:
         """Return the snapshots of a rental, oldest first."""
-        ...
 
     async def newest(self, rental_id: str) -> Snapshot | None:
         """Return the snapshot that a takeover restores; None if there is none."""
-        ...
 
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
         """Return a lost placement and its rental if its files are to be recovered; None if not, or not any more."""
-        ...
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
@@ -93,11 +85,9 @@ class SnapshotCatalog(Protocol):
 
         `wall`: the time now in Unix seconds; `short_of_room`: owners whose ended rentals keep no snapshots.
         """
-        ...
 
     async def forget(self, rental_id: str) -> None:
         """Remove the rows of a rental's snapshots."""
-        ...
 
 
 class SqlSnapshotCatalog:
@@ -163,10 +153,9 @@ class MemorySnapshotCatalog:
     def _running(self) -> list[Running]:
         world = self._state_store.world
         migrating = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
-        running = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
-        running = [p for p in running if p.rental_id not in migrating]
-        placed = [p for p in running if p.worker_id in world.workers]
-        found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
+        running = (p for p in world.placements.values() if p.state is PlacementState.RUNNING)
+        placed = (p for p in running if p.rental_id not in migrating and p.worker_id in world.workers)
+        found = (Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed)
         return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health in REACHABLE]
 
     async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
@@ -225,11 +214,9 @@ def _running(*columns: Column[Any]) -> Any:
 
 def _placed(*columns: Column[str]) -> Any:
     """Return the query of active rentals whose placement is running."""
-    joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
-        workers, workers.c.id == placements.c.worker_id
-    )
+    joined = select(*columns).join_from(placements, rentals, rentals.c.id == placements.c.rental_id)
     runs = (placements.c.state == PlacementState.RUNNING, rentals.c.state == RentalState.ACTIVE)
-    return select(*columns).select_from(joined).where(*runs)
+    return joined.join(workers, workers.c.id == placements.c.worker_id).where(*runs)
 
 
 def _accept(connection: Connection, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
@@ -248,12 +235,12 @@ def snapshots_of(connection: Connection, rental_id: str) -> list[Snapshot]:
 
 def with_recovered(connection: Connection, rental_ids: Iterable[str]) -> dict[str, list[Snapshot]]:
     """Return, by rental id, all snapshots of those of these rentals that have a recovered one."""
-    found: dict[str, list[Snapshot]] = {}
+    found: dict[str, list[Snapshot]] = defaultdict(list)
     recovered = copies.alias()
     for some in chunks(rental_ids):
         have = select(recovered.c.rental_id).where(recovered.c.rental_id.in_(some), recovered.c.salvage.is_(True))
         for row in connection.execute(select(copies).where(copies.c.rental_id.in_(have))).mappings():
-            found.setdefault(row["rental_id"], []).append(_snapshot(row))
+            found[row["rental_id"]].append(_snapshot(row))
     return found
 
 
@@ -285,7 +272,7 @@ def _load_removable(
 
 
 def begin_restore(connection: Connection, rental_id: str, actor: str, source: str) -> str:
-    """Restart a rental from the snapshot `source`, or EMPTY; return an error code, empty when it was begun."""
+    """Restart a rental from the snapshot `source`, or EMPTY; return an error code, or an empty string."""
     rental = state.load_living(connection, rental_id)
     if rental is None:
         return "ended"
