@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -125,8 +124,11 @@ class Backups:
         staged = next((file for file in self._all("staged-*") if file.name == name), None)
         if staged is None:
             return False
-        with closing(_open(staged)) as connection, _transaction(connection):
+        with closing(_open(staged)) as connection:  # after an exception, this rolls back
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")
             _adapt_to_present(connection, self.database, actor)
+            connection.execute("COMMIT")
         _flush(staged)
         staged.replace(self.accepted)
         _flush(staged.parent)
@@ -151,8 +153,7 @@ class Backups:
         with suppress(sqlite3.Error), closing(_open(self.database, must_exist=False)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")  # this writes the log into the file and removes it
         for suffix in ("", "-wal", "-shm"):
-            old = Path(f"{self.database}{suffix}")
-            kept = Path(f"{self.replaced}{suffix}")
+            old, kept = Path(f"{self.database}{suffix}"), Path(f"{self.replaced}{suffix}")
             kept.unlink(missing_ok=True)
             if old.exists() and suffix:
                 old.replace(kept)  # the database could not be read, so its log is kept as it is
@@ -193,12 +194,11 @@ def _check(file: Path) -> None:
             raise NotABackup("it is not an SQLite database")
     with closing(_open(file)) as connection:
         connection.execute("PRAGMA trusted_schema = OFF")
-        damage = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
-        if damage != ["ok"]:
-            raise NotABackup(f"it is damaged: {damage[0]}")
-        code = connection.execute("SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone()
-        if code:
-            raise NotABackup(f"it holds a {code[0]}, which no backup has: {code[1]}")
+        (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise NotABackup(f"it is damaged: {found}")
+        if code := connection.execute("SELECT name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone():
+            raise NotABackup(f"it holds a trigger or a view, which no backup has: {code[0]}")
         try:
             revisions = [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
         except sqlite3.OperationalError as error:
@@ -211,11 +211,8 @@ def _check(file: Path) -> None:
 
 def _bring_up_to_date(file: Path) -> None:
     """Migrate the file's schema; raise NotABackup if this version does not write such tables or rows."""
-    store = Store(f"sqlite:///{file}")
-    try:
+    with closing(Store(f"sqlite:///{file}")) as store:
         store.migrate()
-    finally:
-        store.close()
     engine = create_engine(f"sqlite:///{file}")
     with engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), metadata)
@@ -303,14 +300,6 @@ def _open(file: Path, must_exist: bool = True) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     connection.execute("PRAGMA busy_timeout = 10000")
     return connection
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("BEGIN IMMEDIATE")
-    yield  # an exception closes the connection, which rolls back
-    connection.execute("COMMIT")
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The SSH keys of a rental, one per line in its row. The reconciler sends them to its worker when they change."""
+"""Changes the SSH keys of a rental, one per line in its row. The reconciler sends changed keys to its worker."""
 
 from __future__ import annotations
 
@@ -35,16 +35,14 @@ def add(connection: Connection, rental_id: str, actor: str, key: str, comment: s
     rental = state.load_living(connection, rental_id)
     if rental is None:
         return "ended"
-    known = rental.public_key.splitlines()
-    if key in known:
-        _keep_comments(connection, rental_id, rental.public_key, key, comment)
-        return ""
-    if len(known) >= wire.MAX_KEYS:
-        return "too_many_keys"
-    keys = "\n".join([*known, key])
-    put(connection, rental_id, keys)
+    keys, known = rental.public_key, rental.public_key.splitlines()
+    if key not in known:
+        if len(known) >= wire.MAX_KEYS:
+            return "too_many_keys"
+        keys = "\n".join([*known, key])
+        put(connection, rental_id, keys)
+        _record(connection, "rental.key_added", rental, actor, key)
     _keep_comments(connection, rental_id, keys, key, comment)
-    record(connection, _event("rental.key_added", rental, actor, key))
     return ""
 
 
@@ -62,7 +60,7 @@ def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> s
     left = "\n".join(key for key in known if key != removed)
     put(connection, rental_id, left)
     _keep_comments(connection, rental_id, left)
-    record(connection, _event("rental.key_removed", rental, actor, removed))
+    _record(connection, "rental.key_removed", rental, actor, removed)
     return ""
 
 
@@ -70,9 +68,8 @@ def put(connection: Connection, rental_id: str, keys: str) -> None:
     """Write the keys of a rental, and wake the reconciler for its workers."""
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_key=keys))
     on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id)
-    rows = touched(connection)
-    rows.rentals.add(rental_id)
-    rows.workers.update(connection.execute(on).scalars())
+    touched(connection).rentals.add(rental_id)
+    touched(connection).workers.update(connection.execute(on).scalars())
 
 
 def _keep_comments(connection: Connection, rental_id: str, keys: str, key: str = "", comment: str = "") -> None:
@@ -83,6 +80,7 @@ def _keep_comments(connection: Connection, rental_id: str, keys: str, key: str =
         connection.execute(update(rentals).where(this).values(key_comments=now))
 
 
-def _event(kind: str, rental: Rental, actor: str, key: str) -> Event:
+def _record(connection: Connection, kind: str, rental: Rental, actor: str, key: str) -> None:
     reason = wire.fingerprint(key)
-    return Event(kind=kind, actor=actor, reason=reason, owner=rental.owner, rental_id=rental.id, epoch=rental.epoch)
+    event = Event(kind=kind, actor=actor, reason=reason, owner=rental.owner, rental_id=rental.id, epoch=rental.epoch)
+    record(connection, event)

@@ -107,10 +107,9 @@ def _replayed(connection: Connection, new: NewRental) -> str | None:
     if row["request_hash"] != new.request_hash:
         raise OtherRequest(new.key)
     if new.made_key:
-        living = and_(rentals.c.id == row["rental_id"], rentals.c.state.not_in({*ENDED, RentalState.RELEASING}))
-        before = connection.execute(select(rentals.c.public_key).where(living)).scalar()
-        if before is not None:
-            keys.put(connection, row["rental_id"], keys.with_made_anew(before, new.public_key))
+        rental = state.load_living(connection, row["rental_id"])
+        if rental is not None:
+            keys.put(connection, rental.id, keys.with_made_anew(rental.public_key, new.public_key))
     return str(row["rental_id"])
 
 
@@ -204,19 +203,12 @@ def _with_worker() -> Select[Any]:
 
     Columns: `worker_id`, `address`, `host_keys`, `key_in_place`, `held`, `moving_to`, `start_end`, `start_ended_at`.
     """
-    of_it = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
-    live = and_(of_it, placements.c.standby.is_(False))
-    joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
     target = placements.alias()
     moving_to = select(target.c.worker_id).where(target.c.rental_id == rentals.c.id, target.c.standby.is_(True))
     return select(
         rentals,
-        placements.c.worker_id,
-        workers.c.address,
-        workers.c.host_keys,
-        placements.c.held,
-        placements.c.start_end,
-        placements.c.start_ended_at,
+        *placements.c["worker_id", "held", "start_end", "start_ended_at"],
+        *workers.c["address", "host_keys"],
         (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
         moving_to.where(target.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),
-    ).select_from(joined)
+    ).select_from(state.RENTALS_WITH_WORKERS)

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from orion.manager.domain.model import Item, Origin, Placement, Rental, Worker
-from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState, RentalState
 from orion.manager.domain.steps import READ, Kind, Step, Write
 from orion.manager.domain.tasks import Follow, TaskEnded
 from orion.manager.domain.world import World
@@ -47,8 +47,12 @@ WORKERS, RENTALS, PLACEMENTS = (
 )
 OPEN_PLACEMENTS = PLACEMENTS.where(placements.c.state.in_(OPEN))
 
+_LIVE = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE), placements.c.standby.is_(False))
+RENTALS_WITH_WORKERS = rentals.outerjoin(placements, _LIVE).outerjoin(workers, workers.c.id == placements.c.worker_id)
+"""The rentals, each with its live placement and the worker of this placement, if it has one."""
+
 T = TypeVar("T")
-Row = RowMapping | Mapping[str, Any]
+_Row = RowMapping | Mapping[str, Any]
 
 
 class _Stale(Exception):
@@ -271,20 +275,20 @@ def _touch(connection: Connection, writes: Iterable[Write]) -> None:
         ids[write.kind].add(write.id)
 
 
-def worker(row: Row) -> Worker:
+def worker(row: _Row) -> Worker:
     enums = {"health": Health(row["health"]), "intent": Intent(row["intent"])}
     return Worker(**_values("worker", row) | enums | {"host_keys": tuple(row["host_keys"])})
 
 
-def rental(row: Row) -> Rental:
+def rental(row: _Row) -> Rental:
     lineage = tuple(Origin(*origin) for origin in row["lineage"])
     changed = {"state": RentalState(row["state"]), "lineage": lineage, "takeovers": tuple(row["takeovers"])}
     return Rental(**_values("rental", row) | changed)
 
 
-def placement(row: Row) -> Placement:
+def placement(row: _Row) -> Placement:
     return Placement(**_values("placement", row) | {"state": PlacementState(row["state"])})
 
 
-def _values(kind: Kind, row: Row) -> dict[str, Any]:
+def _values(kind: Kind, row: _Row) -> dict[str, Any]:
     return {name: row[name] for name in READ[kind]}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, and_, select, update
+from sqlalchemy import Connection, select, update
 
 from orion import wire
-from orion.manager.domain.states import ENDED, LIVE, RentalState
+from orion.manager.domain.states import ENDED, RentalState
 from orion.manager.domain.steps import Event
+from orion.manager.store import state
 from orion.manager.store.database import Row, first, record, touched
 from orion.manager.store.schema import placements, rentals, workers
 
@@ -20,13 +21,10 @@ def look(connection: Connection, rental_id: str) -> Row | None:
 
     The columns of the worker are None while the rental has no live placement.
     """
-    live = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE), placements.c.standby.is_(False))
-    joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
-    wanted = (
-        *(rentals.c.id, rentals.c.owner, rentals.c.state, rentals.c.epoch, rentals.c.explanation),
-        *(rentals.c.public_ports, placements.c.worker_id, workers.c.address, workers.c.session_id),
-    )
-    return first(connection.execute(select(*wanted).select_from(joined).where(rentals.c.id == rental_id)))
+    of_rental = rentals.c["id", "owner", "state", "epoch", "explanation", "public_ports"]
+    query = select(*of_rental, placements.c.worker_id, *workers.c["address", "session_id"])
+    query = query.select_from(state.RENTALS_WITH_WORKERS).where(rentals.c.id == rental_id)
+    return first(connection.execute(query))
 
 
 def expose(connection: Connection, rental_id: str, actor: str, port: int, public: bool) -> str:

@@ -9,43 +9,24 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, text, update
 
 from orion.manager.domain.model import Item
-from orion.manager.domain.states import (
-    ENDED,
-    HOLDING,
-    OUT_OF_SERVICE,
-    SILENT,
-    Health,
-    Intent,
-    PlacementState,
-    RentalState,
-)
+from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, SILENT, Health, Intent, PlacementState, RentalState
 from orion.manager.domain.steps import Event
 from orion.manager.store import state
 from orion.manager.store.database import Row, first, record, rows, set_counter, touched
 from orion.manager.store.names import new_id
 from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Notes, Registered, Registration
-from orion.manager.store.schema import counters, placements, rentals, workers
+from orion.manager.store.schema import LIVING, counters, placements, rentals, workers
 from orion.manager.store.tokens import digest, make_token
 
 
 def register(connection: Connection, body: Registration, worker_id: str | None, new_token: bool) -> Registered:
     """See `port.Registry.register`."""
     session_id = secrets.token_hex(16)
-    observations: dict[str, Any] = {
-        "address": body.address,
-        "hostname": body.hostname,
-        "host_keys": list(body.host_keys),
-        "slots": body.slots,
-        "labels": dict(body.labels),
-        "boot_id": body.boot_id,
-        "agent_version": body.agent_version,
-        "session_id": session_id,
-        "verified_session": None,
-        "last_heartbeat_at": time.time(),
-    }
+    observations = vars(body) | {"host_keys": list(body.host_keys), "labels": dict(body.labels)}
+    observations |= {"session_id": session_id, "verified_session": None, "last_heartbeat_at": time.time()}
     identity = worker_id or f"w-{new_id(8)}"
     token = make_token("worker", identity) if new_token else None
     if token:
@@ -58,19 +39,17 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     touched(connection).workers.add(identity)
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
-    record(
-        connection, Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity, details=details)
-    )
-    return Registered(
-        worker_id=identity, session_id=session_id, token=token, replaced=_remove_replaced(connection, body, identity)
-    )
+    event = Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity, details=details)
+    record(connection, event)
+    replaced = _remove_replaced(connection, body, identity)
+    return Registered(worker_id=identity, session_id=session_id, token=token, replaced=replaced)
 
 
 def _remove_replaced(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
     """Remove workers without placements whose place the registration takes; return their ids.
 
     Such a worker has the same address, or is the same agent (same host keys and boot id, which others do not know) that
-    never got the answer to an earlier registration.
+    did not get the answer to an earlier registration.
     """
     with_placements = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
     others = select(workers.c.id, workers.c.address, workers.c.health, workers.c.host_keys, workers.c.boot_id).where(
@@ -86,11 +65,15 @@ def _remove_replaced(connection: Connection, body: Registration, identity: str) 
             removed[other.id] = REGISTERED_AGAIN
         elif other.address == body.address and other.health in OUT_OF_SERVICE:
             removed[other.id] = ADDRESS_REUSED
-    touched(connection).workers.update(removed)
     for worker_id, reason in removed.items():
-        connection.execute(delete(workers).where(workers.c.id == worker_id))
-        record(connection, Event(kind="worker.removed", actor=identity, reason=reason, worker_id=worker_id))
+        _remove(connection, identity, worker_id, reason)
     return tuple(removed)
+
+
+def _remove(connection: Connection, actor: str, worker_id: str, reason: str) -> None:
+    connection.execute(delete(workers).where(workers.c.id == worker_id))
+    touched(connection).workers.add(worker_id)
+    record(connection, Event(kind="worker.removed", actor=actor, reason=reason, worker_id=worker_id))
 
 
 def one(connection: Connection, worker_id: str) -> Row | None:
@@ -122,7 +105,7 @@ def grant_lease(connection: Connection, lease_s: float) -> None:
 
 
 def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -> Row | None:
-    """Set what an operator wants of a worker, and return its row; None if it does not exist. Repeatable."""
+    """Drain or resume a worker, and return its row; None if it does not exist. Repeatable."""
     row = one(connection, worker_id)
     if row is None:
         return None
@@ -130,9 +113,7 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
     already = row["intent"] == to or (to is Intent.DRAINING and row["intent"] == Intent.DRAINED)
     if already and not (resumed and row["fault"]):
         return row
-    change: dict[str, Any] = {"intent": to}
-    if resumed:
-        change |= {"fault": "", "verified_session": None}
+    change: dict[str, Any] = {"intent": to} | ({"fault": "", "verified_session": None} if resumed else {})
     connection.execute(update(workers).where(workers.c.id == worker_id).values(change))
     touched(connection).workers.add(worker_id)
     kind = "worker.resumed" if resumed else "worker.drain_started"
@@ -141,7 +122,7 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
 
 
 def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]) -> list[Row | None]:
-    """Drain these workers and return their rows. If one does not exist its row is None, and none of them is changed."""
+    """Drain these workers and return their rows. If one does not exist, its row is None and no worker is changed."""
     found = [one(connection, worker_id) for worker_id in worker_ids]
     return (
         found if None in found else [set_intent(connection, actor, row["id"], Intent.DRAINING) for row in found if row]
@@ -149,7 +130,7 @@ def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]
 
 
 def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
-    """Write the event that an operator declared a worker's container gone, and wake the health controller for it."""
+    """Write the event that an operator declared a worker's container gone, and wake the health controller."""
     touched(connection).workers.add(worker_id)
     reason = "an operator says that its container is gone"
     record(connection, Event(kind="worker.declared_gone", actor=actor, reason=reason, worker_id=worker_id))
@@ -182,9 +163,7 @@ def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
         return "not_found"
     if row["health"] != Health.DOWN and row["used"]:
         return "worker_in_use"
-    connection.execute(delete(workers).where(workers.c.id == worker_id))
-    touched(connection).workers.add(worker_id)
-    record(connection, Event(kind="worker.removed", actor=actor, reason="asked for", worker_id=worker_id))
+    _remove(connection, actor, worker_id, "asked for")
     return None
 
 
@@ -214,10 +193,7 @@ def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None
             kept[worker_id] = f"an operator drained it: orion remove {worker_id}, or resume it"
         else:
             forgotten.append(worker_id)
-            connection.execute(delete(workers).where(workers.c.id == worker_id))
-            reason = "it is down, and holds nothing that is needed"
-            record(connection, Event(kind="worker.removed", actor=actor, reason=reason, worker_id=worker_id))
-    touched(connection).workers.update(forgotten)
+            _remove(connection, actor, worker_id, "it is down, and holds nothing that is needed")
     return Pruned(tuple(forgotten), kept)
 
 
@@ -231,7 +207,7 @@ def _names_of_needed(connection: Connection) -> dict[str, list[str]]:
             workers.c.health == Health.DOWN,
             placements.c.state != PlacementState.PURGED,
             placements.c.salvaged.is_(False),
-            rentals.c.state.not_in(ENDED),
+            text(LIVING),
         )
     )
     found: dict[str, list[str]] = defaultdict(list)
