@@ -101,55 +101,42 @@ class Ports:
     watch: Liveness | None = None
     """The port that opens liveness connections; None: deaths are found by leases alone."""
     shells: Shells | None = None
-    """None: shells from the workers' sshd, with certificates of this manager's own authority."""
+    """The port that opens shells; None: the workers' sshd, with certificates of this manager's own authority."""
     boot_time: Callable[[], float] | None = None
     """The seconds since the machine booted; None: as `monotonic`."""
     boot_id: int = 0
     """The boot of the machine from which `boot_time` counts."""
     end_connections: EndConnections | None = None
-    """None: there are no port proxies on workers, as in some tests."""
+    """The function that ends connections in the port proxies of workers; None: there are none, as in some tests."""
 
 
 class Manager:
     """The controllers, the objects that they share, and the services of the routers."""
 
     def __init__(self, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
-        self.store = store
+        self.store, self.clocks, self._ports, self._secrets = store, settings.clocks, ports, secrets
+        monotonic, wall, snapshot_service = ports.monotonic, ports.wall, ports.snapshot_service
         self.leases = Leases(settings.clocks.freeze_after_s)
-        self.clocks = settings.clocks
-        self._ports = ports
-        self._secrets = secrets
         self.state_store = SqlStateStore(store)
-        self.clock = TrustedClock(
-            now=ports.boot_time or ports.monotonic, wall=ports.wall, boot=ports.boot_id, store=store
-        )
-        self.engine_log = JobLog(store)
-        self.authority = Authority(secrets.host_authority, secrets.user_authority, ports.wall)
-        logged = LoggedEngine(
-            engine=ports.engine, note=self.engine_log.note, monotonic=ports.monotonic, wall=ports.wall
-        )
-        self.certificates = HostCertificates(store=store, authority=self.authority, engine=logged, wall=ports.wall)
-        engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
-        self.authentication = Authentication(store, self.clock.wall_of_tokens)
-        self.token_uses = TokenUses(store, self.clock.wall_of_tokens)
-        self.event_streams = EventStreams(store)
-        self.sessions = Sessions(store, ports.monotonic)
-        self.retention = RetentionController(store, settings.events_kept, self.clock.wall_of_removals)
-        self.terminals = Terminals(ports.monotonic)
         self.pool_index = PoolIndex()
-        self.port_connections = PortConnections(
-            store, self.pool_index, ports.end_connections, self.clock.wall_of_tokens
-        )
-        catalog = SqlSnapshotCatalog(store)
-        restorer = Restorer(
-            engine=engine, snapshot_service=ports.snapshot_service, catalog=catalog, limits=settings.copies.limits
-        )
+        self.clock = TrustedClock(now=ports.boot_time or monotonic, wall=wall, boot=ports.boot_id, store=store)
+        self.engine_log = JobLog(store)
+        self.authority = Authority(secrets.host_authority, secrets.user_authority, wall)
+        logged = LoggedEngine(engine=ports.engine, note=self.engine_log.note, monotonic=monotonic, wall=wall)
+        self.certificates = HostCertificates(store=store, authority=self.authority, engine=logged, wall=wall)
+        engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
+        token_clock = self.clock.wall_of_tokens
+        self.authentication = Authentication(store, token_clock)
+        self.token_uses = TokenUses(store, token_clock)
+        self.event_streams = EventStreams(store)
+        self.sessions = Sessions(store, monotonic)
+        self.retention = RetentionController(store, settings.events_kept, self.clock.wall_of_removals)
+        self.terminals = Terminals(monotonic)
+        self.port_connections = PortConnections(store, self.pool_index, ports.end_connections, token_clock)
+        catalog, limits = SqlSnapshotCatalog(store), settings.copies.limits
+        restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog, limits=limits)
         migrator = Migrator(
-            engine=engine,
-            snapshot_service=ports.snapshot_service,
-            catalog=catalog,
-            limits=settings.copies.limits,
-            monotonic=ports.monotonic,
+            engine=engine, snapshot_service=snapshot_service, catalog=catalog, limits=limits, monotonic=monotonic
         )
         # Callbacks join objects that call each other, and are subscribed to when both objects are made.
         task_ended, worker_changed, liveness_changed = Callbacks[[]](), Callbacks[[]](), Callbacks[str]()
@@ -162,8 +149,8 @@ class Manager:
             reach=ports.reach,
             restorer=restorer,
             migrator=migrator,
-            monotonic=ports.monotonic,
-            wall=ports.wall,
+            monotonic=monotonic,
+            wall=wall,
             counts_from=self.clock.counts_from,
             wake_reconciler=task_ended,
             on_worker_change=worker_changed,
@@ -174,39 +161,39 @@ class Manager:
             pool_index=self.pool_index,
             leases=self.leases,
             task_runner=self.task_runner,
-            monotonic=ports.monotonic,
-            wall=ports.wall,
+            monotonic=monotonic,
+            wall=wall,
             awaits_files_s=settings.awaits_files_s,
         )
         wake_reconciler = self.reconciler.loop.hint
         task_ended.subscribe(wake_reconciler)
         self.copies = SnapshotController(
             catalog=catalog,
-            snapshot_service=ports.snapshot_service,
+            snapshot_service=snapshot_service,
             plan=settings.copies,
             disk_share=ports.copies_disk,
-            monotonic=ports.monotonic,
+            monotonic=monotonic,
             wall=self.clock.wall_of_removals,
         )
         store.news.follow(self.copies.on_events)
         probe = ports.door
-        self.watching = LivenessConnections(ports.watch, ports.monotonic, liveness_changed) if ports.watch else None
+        self.watching = LivenessConnections(ports.watch, monotonic, liveness_changed) if ports.watch else None
         self.health = HealthController(
             state_store=self.state_store,
             pool_index=self.pool_index,
             leases=self.leases,
             clocks=settings.clocks,
             proxy_answers=lambda: probe is None or probe.answers,
-            monotonic=ports.monotonic,
+            monotonic=monotonic,
             on_verdict=wake_reconciler,
             liveness=self.watching,
         )
         worker_changed.subscribe(self.health.loop.hint)
-        self.readiness = Preconnector(self.state_store, self.pool_index, ports.snapshot_service)
+        self.readiness = Preconnector(self.state_store, self.pool_index, snapshot_service)
         liveness_changed.subscribe(self.health.judge_soon)
         liveness_changed.subscribe(self._prepare_for_loss)
         self.expiry = ExpiryController(
-            state_store=self.state_store, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler
+            state_store=self.state_store, clock=self.clock, wall=wall, on_expiry=wake_reconciler
         )
         self.metrics = Metrics(
             MetricSources(
@@ -226,7 +213,7 @@ class Manager:
             clock=self.clock,
             authentication=self.authentication,
             connections=self.port_connections,
-            tickets=Tickets(ports.monotonic),
+            tickets=Tickets(monotonic),
             keys=PortKeys(secrets.proxy_secret),
         )
         routers = self._services_of_routers(settings, Thawer(engine, catalog))

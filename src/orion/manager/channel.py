@@ -79,7 +79,7 @@ class Lines:
     """Cuts a stream that arrives in parts into lines."""
 
     def __init__(self, max_line_bytes: int | None = MAX_LINE_BYTES) -> None:
-        """Allow lines of any length if `max_line_bytes` is None, for streams between this program's own processes."""
+        """Allow lines of any length if `max_line_bytes` is None, for streams between the manager's own processes."""
         self._max_line_bytes = max_line_bytes
         self._rest = bytearray()
 

@@ -40,7 +40,7 @@ GRACEFUL_SHUTDOWN_S = 5
 LOOK_AGAIN_S = 10.0
 """Seconds between two attempts to open a database of a newer version."""
 LOOKS_PER_WORD = 30
-"""Such attempts for each line of the log."""
+"""Number of such attempts for each line of the log."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A limited number of places that owners share by the rules of domain/fair_share.py, in order of arrival."""
+"""A queue for a limited number of places, which owners share by the rules of domain/fair_share.py."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ class FairQueue:
     """The places, the claims that have them, and the claims that wait."""
 
     def __init__(self, places: int) -> None:
-        """`places`: the number that may be taken at a time, at least one."""
+        """Take the number of places, at least one."""
         self._places = places
         self._taken: Counter[Claim] = Counter()
         self._waiting: list[tuple[Claim, asyncio.Future[None]]] = []
 
     @property
     def free(self) -> int:
-        """Return the number of free places."""
         return self._places - self._taken.total()
 
     def may(self, claim: Claim) -> bool:
@@ -48,7 +47,7 @@ class FairQueue:
 
     @asynccontextmanager
     async def place(self, claim: Claim) -> AsyncIterator[None]:
-        """Wait for a place, and hold it for the length of the block."""
+        """Wait for a place, and keep it during the block."""
         if not self.take(claim):
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((claim, turn))
@@ -56,7 +55,7 @@ class FairQueue:
                 await turn
             except asyncio.CancelledError:
                 if not turn.cancelled():
-                    self.give_back(claim)  # the place was given at the moment of cancellation
+                    self.give_back(claim)  # the claim got a place while its task was being cancelled
                 raise
         try:
             yield

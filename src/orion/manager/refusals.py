@@ -1,4 +1,4 @@
-"""Refusals of requests, which routes and the gateway raise. api/problems.py makes the answers of them."""
+"""The refusals of requests that routes and the gateway raise. api/problems.py makes the answers."""
 
 from __future__ import annotations
 

@@ -69,14 +69,14 @@ class FakeSnapshotService:
         if home.rental_id in worker.set_aside:
             raise SnapshotError("laid_down", "it is laid down to be salvaged")
         try:
-            files, copy = self._read(home, worker, began_at, limits)
+            files, snapshot = self._read(home, worker, began_at, limits)
         except SnapshotError as error:
             over = {home.rental_id} - worker.exempt
             worker.over |= over
             raise SnapshotError(error.code, f"{error}: {'frozen' if over else 'spared'}") from error
         if self.pause_s > limits.pause_s and not for_migration:
             raise SnapshotError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
-        return self._keep(home, files, copy, protected, limits)
+        return self._keep(home, files, snapshot, protected, limits)
 
     async def salvage(
         self,
@@ -91,8 +91,8 @@ class FakeSnapshotService:
             raise SnapshotError(NOTHING_TO_RECOVER, "its renter was never activated here")
         worker.set_aside.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
-        files, copy = self._read(home, worker, began_at, limits)
-        return self._keep(home, files, replace(copy, salvage=True), protected, limits)
+        files, snapshot = self._read(home, worker, began_at, limits)
+        return self._keep(home, files, replace(snapshot, salvage=True), protected, limits)
 
     def _read(self, home: Home, worker: FakeWorker, at: float, limits: SnapshotLimits) -> tuple[Files, Snapshot]:
         """Return the readable files of a home, and a snapshot of them that has no number yet."""
@@ -105,22 +105,22 @@ class FakeSnapshotService:
         return files, Snapshot(generation=snapshot_id, at=at, bytes=size, files=entries, skipped=skipped)
 
     def _keep(
-        self, home: Home, files: Files, copy: Snapshot, protected: SnapshotId | None, limits: SnapshotLimits
+        self, home: Home, files: Files, snapshot: Snapshot, protected: SnapshotId | None, limits: SnapshotLimits
     ) -> Taken:
         there = self.stored.setdefault(home.rental_id, {})
         self._owners[home.rental_id] = home.owner
-        base = base_of(self._copies(home.rental_id), home.epoch, copy.salvage)
+        base = base_of(self._copies(home.rental_id), home.epoch, snapshot.salvage)
         if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
-            there[base.generation] = (replace(base, at=copy.at), files)
-            if not copy.salvage:
+            there[base.generation] = (replace(base, at=snapshot.at), files)
+            if not snapshot.salvage:
                 self._make_room(home, protected, limits)
             return Taken(there[base.generation][0], self._copies(home.rental_id))
-        copy = replace(copy, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
-        there[copy.generation] = (copy, files)
+        snapshot = replace(snapshot, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
+        there[snapshot.generation] = (snapshot, files)
         if not self._make_room(home, protected, limits):
-            del there[copy.generation]
+            del there[snapshot.generation]
             raise SnapshotError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
-        return Taken(copy, self._copies(home.rental_id), self.pause_s)
+        return Taken(snapshot, self._copies(home.rental_id), self.pause_s)
 
     def _make_room(self, home: Home, protected: SnapshotId | None, limits: SnapshotLimits) -> bool:
         """Remove the snapshots that do not stay; return False, and remove none, if the owner's share has no room."""
@@ -146,7 +146,7 @@ class FakeSnapshotService:
     ) -> Snapshot | None:
         await self._begin_call()
         there = self.stored.get(home.rental_id, {})
-        wanted = generation or max((g for g, (copy, _) in there.items() if not copy.salvage), default=None)
+        wanted = generation or max((g for g, (snapshot, _) in there.items() if not snapshot.salvage), default=None)
         if not there or wanted is None:
             return None
         if wanted not in there:
@@ -155,11 +155,11 @@ class FakeSnapshotService:
         if worker.activated.get(home.rental_id) == home.epoch:
             before = self._restored_from.get((home.rental_id, home.epoch), "")
             raise SnapshotError(ALREADY_ACTIVATED, "its renter was activated here at this epoch", before)
-        copy, files = there[wanted]
+        snapshot, files = there[wanted]
         worker.homes[home.rental_id] = dict(files)
         self.restored.append((home.rental_id, home.epoch, str(wanted)))
         self._restored_from[home.rental_id, home.epoch] = worker.restored[home.rental_id] = str(wanted)
-        return copy
+        return snapshot
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
         await self._begin_call()
@@ -185,7 +185,7 @@ class FakeSnapshotService:
         return sorted(self.stored)
 
     def _copies(self, rental_id: str) -> tuple[Snapshot, ...]:
-        return tuple(copy for _, (copy, _) in sorted(self.stored.get(rental_id, {}).items()))
+        return tuple(snapshot for _, (snapshot, _) in sorted(self.stored.get(rental_id, {}).items()))
 
     async def _begin_call(self) -> None:
         await asyncio.sleep(0)

@@ -46,7 +46,7 @@ class NewRental:
     key: str | None
     """The idempotency key, if the request has one."""
     request_hash: str
-    """It is compared when the idempotency key is used again."""
+    """The hash of the request, which is compared when the idempotency key is used again."""
     start: str = ""
     comment: str = ""
     """The name of the SSH key, for people; empty: none."""

@@ -68,7 +68,7 @@ def why_refused(connection: Connection, token: str) -> str:
     """Return why a token is not valid; if its secret part is wrong, say only that it is unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
-        return "what was sent is no token of Orion: a token is one word, such as orion_client_..."
+        return "this is no token of Orion: a token is one word, such as orion_client_..."
     kept = _row(connection, match[2])
     if kept is None or not hmac.compare_digest(kept["hash"], digest(token)):
         return "this token is not known here: it may be another platform's, or have been replaced"
