@@ -374,10 +374,8 @@ class Manager:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            await self.copies.stop()
-            await self.task_runner.stop()
-            await self.readiness.stop()
-            await self.certificates.stop()
+            for each in (self.copies, self.task_runner, self.readiness, self.certificates):
+                await each.stop()
             await self.engine_log.flush()
             await self.sessions.flush()
             if self.watching:
