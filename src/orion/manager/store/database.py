@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,6 +27,7 @@ from orion.manager.domain.pool_index import Changes
 from orion.manager.domain.steps import Event
 from orion.manager.store import pool_index
 from orion.manager.store.ballast import Ballast
+from orion.manager.store.pool_index import Touched
 from orion.manager.store.schema import counters, events
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -78,19 +78,6 @@ class News:
         for topic in {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}:
             for changed in self._listeners.get(topic, ()):
                 changed.set()
-
-
-@dataclass(kw_only=True)
-class Touched:
-    """The ids of the rows that a transaction has changed."""
-
-    workers: set[str] = field(default_factory=set)
-    rentals: set[str] = field(default_factory=set)
-    placements: set[str] = field(default_factory=set)
-    everything: bool = False
-
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
 
 
 class Store:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Connection, Select, String, and_, cast, select
 
@@ -47,16 +48,20 @@ _PLACEMENTS = (
 _RENTALS = select(rentals.c.id, rentals.c.state).where(rentals.c.state.in_(LIVING))
 
 
-class Rows(Protocol):
-    """The part of database.Touched that is read here."""
+@dataclass(kw_only=True)
+class Touched:
+    """The ids of the rows that a transaction has changed."""
 
-    workers: set[str]
-    rentals: set[str]
-    placements: set[str]
-    everything: bool
+    workers: set[str] = field(default_factory=set)
+    rentals: set[str] = field(default_factory=set)
+    placements: set[str] = field(default_factory=set)
+    everything: bool = False
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
 
 
-def changes(connection: Connection, touched: Rows) -> Changes:
+def changes(connection: Connection, touched: Touched) -> Changes:
     """Return the touched rows as they are now."""
     if touched.everything:
         return everything(connection)
