@@ -11,21 +11,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Connection,
-    RowMapping,
-    Select,
-    Table,
-    and_,
-    bindparam,
-    insert,
-    literal_column,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Table, bindparam, insert, select, text, update
 
 from orion.manager.domain.model import Item, Origin, Placement, Rental, Worker
 from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState, RentalState
@@ -47,12 +33,13 @@ WORKERS, RENTALS, PLACEMENTS = (
 )
 OPEN_PLACEMENTS = PLACEMENTS.where(placements.c.state.in_(OPEN))
 
-_LIVE = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE), placements.c.standby.is_(False))
+_LIVE = (placements.c.rental_id == rentals.c.id) & placements.c.state.in_(LIVE) & placements.c.standby.is_(False)
 RENTALS_WITH_WORKERS = rentals.outerjoin(placements, _LIVE).outerjoin(workers, workers.c.id == placements.c.worker_id)
 """The rentals, each with its live placement and the worker of this placement, if it has one."""
 
 T = TypeVar("T")
 _Row = RowMapping | Mapping[str, Any]
+_Make = Callable[[RowMapping], T]
 
 
 class _Stale(Exception):
@@ -99,10 +86,7 @@ def _has_target(connection: Connection) -> ColumnElement[bool]:
     SQLite would choose the index of states, and read every running placement: the query names the right index.
     """
     by_index = " INDEXED BY uq_placements_standby" if connection.dialect.name == "sqlite" else ""
-    targets: Select[Any] = (
-        select(literal_column("rental_id")).select_from(text(f"placements{by_index}")).where(text(STANDBY))
-    )
-    return rentals.c.id.in_(targets)
+    return rentals.c.id.in_(select(text("rental_id")).select_from(text(f"placements{by_index}")).where(text(STANDBY)))
 
 
 def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
@@ -176,7 +160,7 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
         {"which": w.id} | {f"was_{c}": v for c, v in w.expect.items()} | {f"to_{c}": v for c, v in w.change.items()}
         for w in writes
     ]
-    statement = update(table).where(and_(table.c.id == bindparam("which"), *guards)).values(change)
+    statement = update(table).where(table.c.id == bindparam("which"), *guards).values(change)
     try:
         with connection.begin_nested():
             if connection.execute(statement, rows).rowcount != len(rows):
@@ -208,21 +192,16 @@ def _in_queue_order(connection: Connection, which: ColumnElement[bool], limit: i
 
 
 def _among(
-    connection: Connection,
-    query: Select[Any],
-    column: Column[Any],
-    values: Iterable[str],
-    make: Callable[[RowMapping], T],
+    connection: Connection, query: Select[Any], column: ColumnElement[Any], values: Iterable[str], make: _Make[T]
 ) -> dict[str, T]:
     """Return the results of the query whose column has one of these values, by id."""
-    return {
-        identity: one
-        for some in chunks(values)
-        for identity, one in _found(connection, query.where(column.in_(some)), make).items()
-    }
+    found: dict[str, T] = {}
+    for some in chunks(values):
+        found |= _found(connection, query.where(column.in_(some)), make)
+    return found
 
 
-def _found(connection: Connection, query: Select[Any], make: Callable[[RowMapping], T]) -> dict[str, T]:
+def _found(connection: Connection, query: Select[Any], make: _Make[T]) -> dict[str, T]:
     """Return the results of the query, by id."""
     return {row["id"]: make(row) for row in connection.execute(query).mappings()}
 
@@ -261,7 +240,7 @@ def _write(connection: Connection, write: Write) -> None:
     table = TABLES[write.kind]
     guards = [table.c[column].is_not_distinct_from(value) for column, value in write.expect.items()]
     values = dict(write.change) or {"id": write.id}
-    result = connection.execute(update(table).where(and_(table.c.id == write.id, *guards)).values(values))
+    result = connection.execute(update(table).where(table.c.id == write.id, *guards).values(values))
     if result.rowcount != 1:
         raise _Stale
     if write.change:
