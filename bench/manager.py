@@ -75,7 +75,11 @@ def main() -> None:
     store = open_store(settings, Store)
     # A full disk, so no snapshots. No proxy probe, because growth.py has no proxy.
     ports = Ports(
-        IdleEngine(arguments.job_s), EverywhereReach(), FakeSnapshotService(FakeWorld(), time.time), None, lambda: 1.0
+        engine=IdleEngine(arguments.job_s),
+        reach=EverywhereReach(),
+        snapshot_service=FakeSnapshotService(FakeWorld(), time.time),
+        door=None,
+        copies_disk=lambda: 1.0,
     )
     serve(settings, secrets, store, ports, arguments.host)
 

@@ -73,11 +73,11 @@ def run(order: ManagerStart) -> None:
     engine, reach = RemoteEngine(order.environment, points), RemoteReach(order.environment, points)
     snapshot_service = RemoteVault(order.environment, points)
     ports = Ports(
-        engine,
-        reach,
-        snapshot_service,
-        None,
-        lambda: 0.0,
+        engine=engine,
+        reach=reach,
+        snapshot_service=snapshot_service,
+        door=None,
+        copies_disk=lambda: 0.0,
         wall=lambda: time.time() + order.wall_offset_s,
         boot_time=boot_time_s,
         boot_id=boot_id(),

@@ -58,11 +58,11 @@ def run_manager(start: ManagerArguments) -> None:
     world.add(Host("", start.here, (WORKER_KEY,)))
     store = main.open_store(start.settings, Store)
     ports = Ports(
-        FakeEngine(world),
-        FakeReach(world),
-        FakeSnapshotService(world, time.time),
-        None,
-        lambda: 0.0,
+        engine=FakeEngine(world),
+        reach=FakeReach(world),
+        snapshot_service=FakeSnapshotService(world, time.time),
+        door=None,
+        copies_disk=lambda: 0.0,
         end_connections=end_connections,
     )
     main.serve(start.settings, start.secrets, store, ports, start.here)

@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as websocket_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from orion.manager.gateway.relay import MAX_FRAME_BYTES, Relayed, WorkerUnreachable, connect, relay
+from orion.manager.gateway.relay import MAX_FRAME_BYTES, SshStream, WorkerUnreachable, connect, relay
 from orion.manager.ssh.port import Host
 
 Sshd = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -28,11 +28,11 @@ Sshd = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @dataclass
 class RelayGateway:
-    """A server whose one route relays to `host`, and what it returned each time."""
+    """A server whose one route relays to `host`, and the connections that it relayed."""
 
     host: Host
     url: str = ""
-    relayed: asyncio.Queue[Relayed] = field(default_factory=asyncio.Queue)
+    relayed: asyncio.Queue[SshStream] = field(default_factory=asyncio.Queue)
     over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def route(self, websocket: WebSocket) -> None:
@@ -41,7 +41,8 @@ class RelayGateway:
         except WorkerUnreachable as error:
             await websocket.send_denial_response(PlainTextResponse(str(error), 502))
             return
-        self.relayed.put_nowait(await relay(websocket, stream, self.over))
+        await relay(websocket, stream, self.over)
+        self.relayed.put_nowait(stream)
 
     def client(self, connection: socket.socket | None = None) -> websocket_connect:
         return websocket_connect(self.url, compression=None, max_size=None, sock=connection)

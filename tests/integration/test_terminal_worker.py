@@ -67,7 +67,7 @@ class TerminalGateway:
 
     async def route(self, websocket: WebSocket) -> None:
         await websocket.accept("orion.terminal")
-        page = TerminalPage(websocket, self.terms)
+        page = TerminalPage(websocket=websocket, terms=self.terms)
         self.pages.append(page)
         await serve(page, self._visit(page))
 

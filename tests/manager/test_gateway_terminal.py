@@ -529,7 +529,7 @@ async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(mon
 
     websocket = WebSocket({"type": "websocket", "headers": []}, controls.get, send)
     await websocket.accept()
-    page = TerminalPage(websocket, Terms(idle_s=0.01))
+    page = TerminalPage(websocket=websocket, terms=Terms(idle_s=0.01))
     ending = await asyncio.wait_for(serve(page, visits(page)), 20)
     assert ending.code == TIME_OVER
     assert sent == ["websocket.accept", "websocket.send", "websocket.send"], "one block, and the last control message"

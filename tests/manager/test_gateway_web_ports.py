@@ -524,14 +524,14 @@ async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, rental_id, alice = await rented(house)
-    looked_up = house.manager.port_access._authentication.authenticate
+    looked_up = house.manager.port_access.authentication.authenticate
 
     async def authenticated(*asked: Any) -> Any:
         found = await looked_up(*asked)
         await house.revoke("alice")
         return found
 
-    monkeypatch.setattr(house.manager.port_access, "_authentication", SimpleNamespace(authenticate=authenticated))
+    monkeypatch.setattr(house.manager.port_access, "authentication", SimpleNamespace(authenticate=authenticated))
     assert not await Asking(house, rental_id).lets_in(**token(alice))
 
 

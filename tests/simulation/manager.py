@@ -214,18 +214,18 @@ class SimulatedManager:
             boot_id=body["boot_id"],
             agent_version=body["agent_version"],
         )
-        welcome = await self.call_home.register(own_id, claim, _items(body))
+        registered, orders = await self.call_home.register(own_id, claim, _items(body))
         self.health.loop.hint()
         self.reconciler.loop.hint()
         reply = {
-            "worker_id": welcome.registered.worker_id,
-            "worker_token": welcome.registered.token or token,
-            "session_id": welcome.registered.session_id,
+            "worker_id": registered.worker_id,
+            "worker_token": registered.token or token,
+            "session_id": registered.session_id,
             "heartbeat_interval_s": self.sim.clocks.heartbeat_s,
             "lease_s": self.sim.clocks.freeze_after_s,
             "door_answer_s": self.sim.clocks.door_answer_s,
             "authorized_keys": [],
-            "placements": _orders(welcome.orders),
+            "placements": _orders(orders),
         }
         return Answer(201, reply)
 

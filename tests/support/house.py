@@ -210,13 +210,13 @@ class House:
         """Make a new manager on the same store, as after a restart."""
         proxy_probe: Any = self.proxy_probe
         ports = Ports(
-            FakeEngine(self.world),
-            FakeReach(self.world),
-            self.snapshot_service,
-            proxy_probe,
-            lambda: self.disk_share,
-            self.clock.monotonic,
-            self.clock.wall,
+            engine=FakeEngine(self.world),
+            reach=FakeReach(self.world),
+            snapshot_service=self.snapshot_service,
+            door=proxy_probe,
+            copies_disk=lambda: self.disk_share,
+            monotonic=self.clock.monotonic,
+            wall=self.clock.wall,
             watch=self.liveness,
             shells=self.shells,
         )

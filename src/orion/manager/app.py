@@ -85,7 +85,7 @@ GARBAGE_THRESHOLDS = 5_000, 20, 100
 """Objects per generation of the garbage collector. Those of a request die young, so the oldest is seldom searched."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ports:
     """The ports to the world outside the manager: real ones in main.py, fakes in tests."""
 
@@ -132,7 +132,9 @@ class Manager:
         self.sessions = Sessions(store, monotonic)
         self.retention = RetentionController(store, settings.events_kept, self.clock.wall_of_removals)
         self.terminals = Terminals(monotonic)
-        self.port_connections = PortConnections(store, self.pool_index, ports.end_connections, token_clock)
+        self.port_connections = PortConnections(
+            store=store, pool_index=self.pool_index, end_connections=ports.end_connections, wall=token_clock
+        )
         catalog, limits = SqlSnapshotCatalog(store), settings.copies.limits
         restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog, limits=limits)
         migrator = Migrator(
@@ -329,7 +331,7 @@ class Manager:
             monotonic=ports.monotonic,
         )
         return (
-            ssh.SshServices(authentication=self.authentication, sessions=ssh_sessions),
+            ssh_sessions,
             terminals.TerminalServices(rentals=visible, terminals=self.terminals, sessions=terminal_sessions),
             web_ports.WebPortServices(
                 rentals=visible, store=store, access=self.port_access, apps_domain=settings.apps_domain

@@ -62,11 +62,11 @@ def _real_ports(settings: Settings, secrets: Secrets) -> Ports:
     reach = SshReach(secrets.ssh_private_key)
     engine = AnsibleEngine(Path(settings.engine_socket))
     return Ports(
-        engine,
-        ReachedAndExpected(reach, engine),
-        SnapshotClient(Path(settings.vault_socket)),
-        ProxyProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
-        partial(disk_share, Path(settings.copies_directory)),
+        engine=engine,
+        reach=ReachedAndExpected(reach, engine),
+        snapshot_service=SnapshotClient(Path(settings.vault_socket)),
+        door=ProxyProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
+        copies_disk=partial(disk_share, Path(settings.copies_directory)),
         watch=SshLiveness(reach),
         end_connections=end_connections,
         boot_time=boot_time_s,

@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orion.manager.api.problems import problem
+from orion.manager.api.problems import problem, refused
 from orion.manager.api.services import provided
 from orion.manager.authentication import Authentication
 from orion.manager.refusals import ApiProblem
@@ -44,7 +44,8 @@ class Bodies:
         is_large = length is None or length > LARGE_BYTES
         refusal = await _refusal(scope) if is_large else None
         if refusal is None:
-            body = _TimedBody(scope, receive, send, self._whole_within_s, None if is_large else self._unknown_within_s)
+            unknown_within_s = None if is_large else self._unknown_within_s
+            body = _TimedBody(scope, receive, send, within_s=self._whole_within_s, unknown_within_s=unknown_within_s)
             await self._app(scope, body.receive, body.send)
             refusal = body.refusal
         if refusal is not None:
@@ -59,7 +60,7 @@ class _TimedBody:
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, within_s: float, unknown_within_s: float | None
+        self, scope: Scope, receive: Receive, send: Send, *, within_s: float, unknown_within_s: float | None
     ) -> None:
         self._scope = scope
         self._receive = receive
@@ -107,7 +108,7 @@ async def _refusal(scope: Scope) -> Response | None:
     try:
         await provided(scope, Authentication).identify(HTTPConnection(scope))
     except ApiProblem as refusal:
-        return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
+        return refused(refusal)
     return None
 
 

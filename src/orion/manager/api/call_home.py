@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orion.manager.domain.heartbeat_orders import orders
 from orion.manager.domain.leases import Heartbeat, Leases
@@ -34,54 +34,37 @@ class CallRefused(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Admission:
-    """The result of a registration."""
-
-    registered: Registered
-    orders: Orders
-
-
+@dataclass(frozen=True, kw_only=True)
 class CallHome:
-    def __init__(
-        self,
-        *,
-        registry: Registry,
-        pool_index: PoolIndex,
-        leases: Leases,
-        reach: Reach,
-        monotonic: Callable[[], float],
-        on_inventory: Callable[[str, Sequence[Item]], None],
-        on_return: Callable[[str], None],
-    ) -> None:
-        """`on_inventory` is called with the inventory of each call, `on_return` after a call of a worker that is not
-        ready.
-        """
-        self._registry = registry
-        self._pool_index = pool_index
-        self._on_inventory = on_inventory
-        self._on_return = on_return
-        self._leases = leases
-        self._reach = reach
-        self._monotonic = monotonic
-        self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+    registry: Registry
+    pool_index: PoolIndex
+    leases: Leases
+    reach: Reach
+    monotonic: Callable[[], float]
+    on_inventory: Callable[[str, Sequence[Item]], None]
+    """Called with a worker's id and the inventory of each of its calls."""
+    on_return: Callable[[str], None]
+    """Called after a call of a worker that is not ready."""
+    _registering: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
-    async def register(self, own_id: str | None, claim: Registration, items: Sequence[Item]) -> Admission:
+    async def register(
+        self, own_id: str | None, claim: Registration, items: Sequence[Item]
+    ) -> tuple[Registered, Orders]:
         """Register a worker and open its session. Raise CallRefused if it is not what it claims to be.
 
         `own_id` is the worker whose token came with the call; None means that it was the join token, and the worker
         gets a token of its own.
         """
         async with self._registering[claim.address]:
-            known = await self._registry.known_at(claim.address)
+            known = await self.registry.known_at(claim.address)
             worker_id = await self._identify(own_id, claim, known)
-            registered = await self._registry.register(claim, worker_id, own_id is None)
+            registered = await self.registry.register(claim, worker_id, own_id is None)
         for worker_id in registered.replaced:
-            self._leases.end(worker_id)
-        self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
-        self._leases.displace((holder.id for holder in known), registered.worker_id)
-        self._on_return(registered.worker_id)
-        return Admission(registered, self._orders(registered.worker_id, items))
+            self.leases.end(worker_id)
+        self.leases.open(registered.worker_id, registered.session_id, self.monotonic(), items)
+        self.leases.displace((holder.id for holder in known), registered.worker_id)
+        self.on_return(registered.worker_id)
+        return registered, self._orders(registered.worker_id, items)
 
     def heartbeat(self, worker_id: str, beat: Heartbeat, address: str) -> Orders:
         """Renew the worker's lease and return its orders. Raise CallRefused if its session is not current.
@@ -89,13 +72,13 @@ class CallHome:
         It reads memory only (domain/pool_index.py). A worker whose network was cut may return with another address
         within its lease. The manager connects to the address of the registration, so the worker must register again.
         """
-        known = self._pool_index.worker(worker_id)
+        known = self.pool_index.worker(worker_id)
         if known is not None and known.address != address:
             raise CallRefused("stale_session", f"you registered from {known.address}: register again from {address}")
-        if not self._leases.renew(worker_id, beat, self._monotonic()):
+        if not self.leases.renew(worker_id, beat, self.monotonic()):
             raise CallRefused("stale_session", "this session is over: register again")
         if beat.exiting or known is None or known.health is not Health.READY:
-            self._on_return(worker_id)
+            self.on_return(worker_id)
         return self._orders(worker_id, beat.inventory)
 
     async def _identify(self, own_id: str | None, claim: Registration, known: Sequence[Worker]) -> str | None:
@@ -108,7 +91,7 @@ class CallHome:
         has another boot id and its former address still answers: then its volume is a copy.
         """
         if own_id is not None:
-            own = await self._registry.worker(own_id)
+            own = await self.registry.worker(own_id)
             if own is None or own.host_keys != claim.host_keys:
                 detail = "your host keys are not the pinned ones: register as a new worker, with the join token"
                 raise CallRefused("host_key_changed", detail)
@@ -126,13 +109,13 @@ class CallHome:
     async def _is_reachable(self, worker: Worker) -> bool:
         """Return whether the worker answers at its registered address with its pinned host key."""
         host = Host(worker.id, worker.address, worker.host_keys)
-        return await self._reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES
+        return await self.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES
 
     def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
-        self._on_inventory(worker_id, items)
+        self.on_inventory(worker_id, items)
         if not items:
             return []
-        known = self._pool_index.worker(worker_id)
+        known = self.pool_index.worker(worker_id)
         return orders(
-            items, self._pool_index.placements_on(worker_id), known is not None and known.health is Health.DOWN
+            items, self.pool_index.placements_on(worker_id), known is not None and known.health is Health.DOWN
         )

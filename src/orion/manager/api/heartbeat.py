@@ -11,15 +11,16 @@ import hashlib
 import hmac
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orion import wire
 from orion.manager.api.call_home import CallHome, CallRefused
-from orion.manager.api.problems import problem
+from orion.manager.api.problems import refused
 from orion.manager.api.services import provided
 from orion.manager.domain.clocks import Clocks
 from orion.manager.domain.leases import Heartbeat, Leases
@@ -84,24 +85,6 @@ class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     leaving: bool = False
 
 
-class HeartbeatOrder(msgspec.Struct, frozen=True):
-    """The same as wire.PlacementOrder."""
-
-    rental_id: str
-    epoch: int
-    want: str
-
-
-class HeartbeatReply(msgspec.Struct, frozen=True):
-    """The same as wire.HeartbeatReply."""
-
-    lease_s: float
-    door_answer_s: float
-    next_heartbeat_s: float
-    placements: list[HeartbeatOrder]
-    takes: tuple[str, ...] = FURTHER_FIELDS
-
-
 _decode = msgspec.json.Decoder(HeartbeatRequest).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -131,8 +114,7 @@ class HeartbeatRoute:
         try:
             reply = _reply(scope, body)
         except ApiProblem as refusal:
-            refused = problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
-            await refused(scope, receive, send)
+            await refused(refusal)(scope, receive, send)
             return
         if reply is None:
             await self._app(scope, _replayed(body, receive), send)
@@ -160,15 +142,15 @@ async def _whole_body(receive: Receive) -> bytes:
     return body
 
 
+def items_of(inventory: Iterable[InventoryItem | wire.InventoryItem]) -> tuple[Item, ...]:
+    return tuple(Item(rental_id=i.rental_id, username=i.username, uid=i.uid, epoch=i.epoch) for i in inventory)
+
+
 def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
     """Renew the worker's lease and return the encoded reply. Raise ApiProblem to refuse the heartbeat.
 
     `address` is the peer's address that the proxy saw.
     """
-    items = tuple(
-        Item(rental_id=item.rental_id, username=item.username, uid=item.uid, epoch=item.epoch)
-        for item in body.inventory
-    )
     wall = shared.wall()
     ends = tuple(
         CommandEnd(rental_id=e.rental_id, epoch=e.epoch, run=e.run, how=e.how, at=wall - e.ago_s)
@@ -177,7 +159,7 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
     beat = Heartbeat(
         session_id=body.session_id,
         seq=body.seq,
-        inventory=items,
+        inventory=items_of(body.inventory),
         exiting=body.leaving,
         lease_s=body.lease_s,
         evacuating=body.vacating,
@@ -194,8 +176,15 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
         shared.wake_reconciler()
     clocks = shared.clocks
     next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
-    orders = [HeartbeatOrder(item.rental_id, item.epoch, want) for item, want in found]
-    return _encode(HeartbeatReply(clocks.freeze_after_s, clocks.door_answer_s, next_s, orders))
+    return _encode(
+        {
+            "lease_s": clocks.freeze_after_s,
+            "door_answer_s": clocks.door_answer_s,
+            "next_heartbeat_s": next_s,
+            "placements": [{"rental_id": item.rental_id, "epoch": item.epoch, "want": want} for item, want in found],
+            "takes": FURTHER_FIELDS,
+        }
+    )
 
 
 def _decoded(body: bytes) -> HeartbeatRequest | None:

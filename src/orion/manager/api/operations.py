@@ -93,7 +93,7 @@ async def list_tokens(
     _: Admin, shared: Shared, after: views.After = None, limit: views.Limit = 100
 ) -> wire.Page[wire.Token]:
     rows = await shared.store.read(tokens.page, after, limit + 1)
-    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.token))
+    return views.page(rows, limit, views.token)
 
 
 @router.delete("/api/tokens/{token_id}", status_code=204, tags=["tokens"], responses=refusals(404))
@@ -140,5 +140,4 @@ async def list_events(
             while_open=shared.event_streams.counted(principal.id),
         )
     rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1, newest_first)
-    page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
-    return Response(page.model_dump_json(), media_type="application/json")
+    return Response(views.page(rows, limit, views.event).model_dump_json(), media_type="application/json")

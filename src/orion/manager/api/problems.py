@@ -36,22 +36,15 @@ CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
 
 def problem(
-    status: int,
-    code: str,
-    detail: str,
-    headers: dict[str, str] | None = None,
-    errors: list[dict[str, object]] | None = None,
+    status: int, code: str, detail: str, headers: dict[str, str] | None = None, **more: list[dict[str, object]]
 ) -> JSONResponse:
-    body: dict[str, object] = {
-        "type": "about:blank",
-        "title": TITLES.get(status, "Error"),
-        "status": status,
-        "code": code,
-        "detail": detail,
-    }
-    if errors:
-        body["errors"] = errors
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    """Return the reply of an error; `more` are further fields of its body."""
+    body = {"type": "about:blank", "title": TITLES.get(status, "Error"), "status": status, "code": code}
+    return JSONResponse(body | {"detail": detail} | more, status, headers, media_type="application/problem+json")
+
+
+def refused(error: ApiProblem) -> JSONResponse:
+    return problem(error.status, error.code, error.detail, error.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -59,7 +52,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiProblem)
     async def _known(_: Request, error: ApiProblem) -> JSONResponse:
-        return problem(error.status, error.code, error.detail, error.headers)
+        return refused(error)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -114,8 +114,7 @@ async def list_rentals(
     """Return rentals that have not ended, with `ended` all of them: to a client its own, to an admin everybody's."""
     owner = principal.name if mine else visible_owner(principal)
     rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1, shared.clock.wall_of_removals())
-    found = [shared.rentals.with_snapshot_problem(row) for row in rows]
-    return wire.Page(**views.page(found, limit, lambda row: str(row["id"]), views.rental))
+    return views.page([shared.rentals.with_snapshot_problem(row) for row in rows], limit, views.rental)
 
 
 @router.get("/rentals/{rental_id}", responses=refusals(404))

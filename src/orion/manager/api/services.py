@@ -1,19 +1,15 @@
-"""The services of routers: each router declares a dataclass of what it uses, and gets it as a dependency.
+"""The services of routers, and the principals of their calls.
 
-@dataclass(frozen=True, kw_only=True)
-class KeyServices:                      # in the router's module; app.py makes one
-    store: Store
+Each router declares a dataclass of what it uses; app.py makes one, and each route gets it as a dependency:
 
-Shared = Annotated[KeyServices, Depends(given(KeyServices))]
-
-@router.get("/keys")
-async def keys(principal: Client, shared: Shared) -> ...
+    Shared = Annotated[KeyServices, Depends(given(KeyServices))]
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
@@ -47,23 +43,28 @@ def client_address(connection: HTTPConnection) -> str:
     return connection.headers.get("x-real-ip", "")
 
 
-async def _client(connection: HTTPConnection) -> Principal:
-    return await provided(connection.scope, Authentication).authenticate(connection, "client", "admin")
+def is_from_another_origin(connection: HTTPConnection) -> bool:
+    """Return whether a page from another address than the proxy's, port included, makes the request.
+
+    Programs send no Origin header.
+    """
+    origin, host = connection.headers.get("origin"), connection.headers.get("x-forwarded-host", "")
+    try:
+        return origin is not None and (not host or urlsplit(origin).netloc.lower() != host.lower())
+    except ValueError:
+        return True
 
 
-async def _admin(connection: HTTPConnection) -> Principal:
-    return await provided(connection.scope, Authentication).authenticate(connection, "admin")
+def _principal(*roles: str) -> Callable[[HTTPConnection], Awaitable[Principal]]:
+    """Return the dependency that gives a route the principal of its call, which must have one of these roles."""
+
+    async def authenticate(connection: HTTPConnection) -> Principal:
+        return await provided(connection.scope, Authentication).authenticate(connection, *roles)
+
+    return authenticate
 
 
-async def _caller_home(connection: HTTPConnection) -> Principal:
-    return await provided(connection.scope, Authentication).authenticate(connection, "join", "worker")
-
-
-async def _worker(connection: HTTPConnection) -> Principal:
-    return await provided(connection.scope, Authentication).authenticate(connection, "worker")
-
-
-Client = Annotated[Principal, Depends(_client)]
-Admin = Annotated[Principal, Depends(_admin)]
-CallerHome = Annotated[Principal, Depends(_caller_home)]
-CallingWorker = Annotated[Principal, Depends(_worker)]
+Client = Annotated[Principal, Depends(_principal("client", "admin"))]
+Admin = Annotated[Principal, Depends(_principal("admin"))]
+CallerHome = Annotated[Principal, Depends(_principal("join", "worker"))]
+CallingWorker = Annotated[Principal, Depends(_principal("worker"))]

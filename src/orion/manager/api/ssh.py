@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, WebSocket
 
 from orion import wire
-from orion.manager.api.problems import problem
-from orion.manager.api.services import client_address, given
+from orion.manager.api.problems import problem, refused
+from orion.manager.api.services import client_address, given, provided
 from orion.manager.authentication import Authentication
 from orion.manager.gateway.relay import WorkerUnreachable
 from orion.manager.gateway.ssh_sessions import SshSessions
@@ -18,26 +17,19 @@ from orion.manager.refusals import ApiProblem
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class SshServices:
-    authentication: Authentication
-    sessions: SshSessions
-
-
-Shared = Annotated[SshServices, Depends(given(SshServices))]
-
-
 @router.websocket("/rentals/{rental_id}/ssh")
-async def ssh(websocket: WebSocket, rental_id: str, shared: Shared) -> None:
+async def ssh(
+    websocket: WebSocket, rental_id: str, sessions: Annotated[SshSessions, Depends(given(SshSessions))]
+) -> None:
     """Relay one SSH connection. Refusals are HTTP problems, sent before the WebSocket is accepted.
 
     `?wait_s=` is the time in seconds to wait for a rental that is queued, provisioning or migrating.
     """
     try:
-        principal = await shared.authentication.authenticate(websocket, "client", "admin")
-        await shared.sessions.carry(websocket, rental_id, principal, client_address(websocket), _wait_s(websocket))
+        principal = await provided(websocket.scope, Authentication).authenticate(websocket, "client", "admin")
+        await sessions.carry(websocket, rental_id, principal, client_address(websocket), _wait_s(websocket))
     except ApiProblem as error:
-        await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
+        await websocket.send_denial_response(refused(error))
     except WorkerUnreachable as error:
         await websocket.send_denial_response(problem(502, "worker_unreachable", str(error)))
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import structlog
 from fastapi import APIRouter, Depends, Query, WebSocket
 
 from orion import wire
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import problem
-from orion.manager.api.services import Client, client_address, given
+from orion.manager.api.problems import refused
+from orion.manager.api.services import Client, client_address, given, is_from_another_origin
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.terminal import LARGEST_SIZE
 from orion.manager.gateway.terminal_sessions import TerminalSessions
@@ -56,30 +55,14 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
 async def terminal(websocket: WebSocket, rental_id: str, shared: Shared, columns: Size = 80, rows: Size = 24) -> None:
     """Serve a browser terminal. Refusals are HTTP problems, sent before the WebSocket is accepted."""
     try:
-        _check_origin(websocket)
+        if is_from_another_origin(websocket):
+            raise ApiProblem(403, "cross_site", "a terminal can be opened only from the platform's own pages")
         resume = await shared.sessions.redeem(_offered(websocket), rental_id)
         ending = await shared.sessions.serve(websocket, SUBPROTOCOL, (columns, rows), resume, client_address(websocket))
     except ApiProblem as error:
-        await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
+        await websocket.send_denial_response(refused(error))
         return
     log.info("terminal ended", rental_id=rental_id, code=ending.code, reason=ending.reason)
-
-
-def _check_origin(websocket: WebSocket) -> None:
-    """Raise 403 if a page from another address than the proxy's, port included, opens the connection.
-
-    Programs send no Origin header; for them the ticket is enough.
-    """
-    origin = websocket.headers.get("origin")
-    if origin is None:
-        return
-    host = websocket.headers.get("x-forwarded-host", "")
-    try:
-        theirs = urlsplit(origin).netloc
-    except ValueError:
-        theirs = ""
-    if not host or theirs.lower() != host.lower():
-        raise ApiProblem(403, "cross_site", "a terminal can be opened only from the platform's own pages")
 
 
 def _offered(websocket: WebSocket) -> str:

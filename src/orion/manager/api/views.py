@@ -1,4 +1,7 @@
-"""Conversion of database rows to replies (orion.wire), where fields keep their released names."""
+"""Conversion of database rows to replies (orion.wire), where fields keep their released names.
+
+A reply takes the fields that it declares and ignores the others of its row.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ After = Annotated[str | None, Query(max_length=64)]
 WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
 
 
-def page(rows: Sequence[T], limit: int, cursor: Callable[[T], str], view: Callable[[T], Any]) -> dict[str, Any]:
+def page(rows: Sequence[Row], limit: int, view: Callable[[Row], T]) -> wire.Page[T]:
     """Return one page from up to `limit` + 1 rows; the last of these only shows that there is a next page."""
     shown = rows[:limit]
-    return {"items": [view(row) for row in shown], "next": cursor(shown[-1]) if len(rows) > limit else None}
+    return wire.Page(items=[view(row) for row in shown], next=str(shown[-1]["id"]) if len(rows) > limit else None)
 
 
 def time_of(seconds: float | None) -> datetime | None:
@@ -39,64 +42,26 @@ def rent_reply(row: Row, private_key: str | None) -> wire.RentReply:
 
 def _rental_fields(row: Row) -> dict[str, Any]:
     return {
-        "id": row["id"],
-        "name": row["name"],
-        "owner": row["owner"],
-        "state": row["state"],
-        "epoch": row["epoch"],
-        "worker_id": row["worker_id"],
-        "moving_to": row["moving_to"],
-        "username": row["username"],
+        **_with_times(row, "created_at", "expires_at", "last_safe_copy_at", "start_ended_at"),
         "ssh_host_keys": row["host_keys"] or [],
-        "labels": row["labels"],
-        "ttl_s": row["ttl_s"],
-        "created_at": time_of(row["created_at"]),
-        "expires_at": time_of(row["expires_at"]),
-        "last_safe_copy_at": time_of(row["last_safe_copy_at"]),
-        "last_safe_copy_bytes": row["last_safe_copy_bytes"],
-        "copy_problem": row["copy_problem"],
-        "home_warning": row["home_warning"],
         "salvage": row["salvage"] and snapshot(row["salvage"]),
         "start": row["start"] or None,
-        "start_problem": row["start_problem"],
         "start_end": row["start_end"] or "",
-        "start_ended_at": time_of(row["start_ended_at"]),
-        "public_ports": row["public_ports"],
-        "explanation": row["explanation"],
     }
 
 
 def snapshot(found: Snapshot) -> wire.Snapshot:
-    return wire.Snapshot(
-        generation=str(found.generation),
-        at=datetime.fromtimestamp(found.at, UTC),
-        bytes=found.bytes,
-        files=found.files,
-        skipped=list(found.skipped),
-        salvage=found.salvage,
-    )
+    return wire.Snapshot(**_with_times(vars(found), "at") | {"generation": str(found.generation)})
 
 
 def worker(row: Row) -> wire.Worker:
-    return wire.Worker(
-        id=row["id"],
-        hostname=row["hostname"],
-        address=row["address"],
-        health=row["health"],
-        intent=row["intent"],
-        slots=row["slots"],
-        slots_free=max(0, row["slots"] - row["used"]) if row["health"] != "down" else 0,
-        labels=row["labels"],
-        load=wire.Load(**row["load"]),
-        last_heartbeat_at=time_of(row["last_heartbeat_at"]),
-        ssh_host_keys=row["host_keys"],
-        explanation=row["explanation"],
-    )
+    free = max(0, row["slots"] - row["used"]) if row["health"] != "down" else 0
+    shown = _with_times(row, "last_heartbeat_at")
+    return wire.Worker(**shown | {"slots_free": free, "ssh_host_keys": row["host_keys"]})
 
 
 def log_entry(row: Row) -> wire.LogEntry:
-    names = ("epoch", "action", "worker_id", "ok", "seconds", "message")
-    return wire.LogEntry(at=time_of(row["at"]), **{name: row[name] for name in names})
+    return wire.LogEntry(**_with_times(row, "at"))
 
 
 def token(row: Row) -> wire.Token:
@@ -104,13 +69,17 @@ def token(row: Row) -> wire.Token:
 
 
 def token_reply(row: Row, secret: str) -> wire.TokenReply:
-    return wire.TokenReply(**_token_fields(row), token=secret)
+    return wire.TokenReply(**_token_fields(row) | {"token": secret})
 
 
 def _token_fields(row: Row) -> dict[str, Any]:
-    times = {name: time_of(row[name]) for name in ("created_at", "expires_at", "revoked_at")}
-    return {"id": row["id"], "name": row["name"], "role": row["role"]} | times
+    return _with_times(row, "created_at", "expires_at", "revoked_at")
 
 
 def event(row: Row) -> wire.Event:
-    return wire.Event(**{**row, "at": time_of(row["at"])})
+    return wire.Event(**_with_times(row, "at"))
+
+
+def _with_times(row: Row, *names: str) -> dict[str, Any]:
+    """Return the row with these Unix seconds as times."""
+    return {**row, **{name: time_of(row[name]) for name in names}}

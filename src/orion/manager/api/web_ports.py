@@ -14,8 +14,8 @@ from fastapi.responses import HTMLResponse, Response
 
 from orion import wire
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import TITLES, problem
-from orion.manager.api.services import Client, client_address, given
+from orion.manager.api.problems import TITLES, refused
+from orion.manager.api.services import Client, client_address, given, is_from_another_origin
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.port_access import NamedRental, PortAccess, PortRequest, try_later
 from orion.manager.gateway.port_keys import LIFETIME_S as KEY_LIFETIME_S
@@ -106,10 +106,9 @@ async def way(request: Request, shared: Shared) -> Response:
     `/way` is the released name of this route between proxy and manager.
     """
     explains = "x-orion-explain" in request.headers
-    number = shared.access.number()
     try:
         wanted = _port_request(request)
-        found = await shared.access.find_destination(request, wanted, partial(_offered, request, wanted), number)
+        found = await shared.access.find_destination(request, wanted, partial(_offered, request, wanted))
         if isinstance(found, NamedRental):
             return _for_the_proxy(_redirect(request, found.rental_id, wanted.port))
         if explains:
@@ -117,11 +116,7 @@ async def way(request: Request, shared: Shared) -> Response:
     except ApiProblem as refusal:
         return _refused(request, refusal) if explains else _for_the_proxy(_refused(request, refusal))
     policy = "" if found.is_public else "same-origin"
-    headers = {
-        "X-Orion-Worker": found.address,
-        "X-Orion-Pass": found.signed_pass,
-        "X-Orion-Resource-Policy": policy,
-    }
+    headers = {"X-Orion-Worker": found.address, "X-Orion-Pass": found.signed_pass, "X-Orion-Resource-Policy": policy}
     return Response(status_code=204, headers=headers)
 
 
@@ -170,7 +165,7 @@ def _unserved(seen: str) -> ApiProblem:
 
 def _refused(request: Request, refusal: ApiProblem) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
-        return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
+        return refused(refusal)
     title = TITLES.get(refusal.status, "Error")
     body = f"<!doctype html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{html.escape(refusal.detail)}</p>\n"
     return HTMLResponse(body, refusal.status, refusal.headers)
@@ -231,11 +226,7 @@ def _is_cross_site(request: Request) -> bool:
     do not send these headers, the cookie's SameSite and Cross-Origin-Resource-Policy have to suffice.
     """
     headers = request.headers
-    origin = headers.get("origin")
-    try:
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("x-forwarded-host", "").lower():
-            return True
-    except ValueError:
+    if is_from_another_origin(request):
         return True
     if headers.get("sec-fetch-site", "none") in {"same-origin", "none"}:
         return False

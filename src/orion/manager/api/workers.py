@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 
 from orion import wire
 from orion.manager.api import views
-from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallHome, CallRefused, Orders
+from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallHome, CallRefused
 from orion.manager.api.contract import refusals
-from orion.manager.api.heartbeat import HeartbeatRequest, HeartbeatServices, answer
+from orion.manager.api.heartbeat import HeartbeatRequest, HeartbeatServices, answer, items_of
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, client_address, given
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.model import Item
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.scheduler import counted
 from orion.manager.domain.states import LIVE, Health, Intent
@@ -68,9 +66,10 @@ async def register(
         agent_version=body.agent_version,
     )
     own_id = principal.id if principal.role == "worker" else None
-    with _refusals():
-        admission = await shared.call_home.register(own_id, claim, _items(body.inventory))
-    registered = admission.registered
+    try:
+        registered, orders = await shared.call_home.register(own_id, claim, items_of(body.inventory))
+    except CallRefused as refusal:
+        raise ApiProblem(409, refusal.code, str(refusal)) from refusal
     shared.wake_health()
     shared.wake_reconciler()
     clocks = shared.settings.clocks
@@ -82,7 +81,7 @@ async def register(
         lease_s=clocks.freeze_after_s,
         door_answer_s=clocks.door_answer_s,
         authorized_keys=list(shared.authorized_keys),
-        placements=_orders(admission.orders),
+        placements=[wire.PlacementOrder(rental_id=i.rental_id, epoch=i.epoch, want=wire.Want(w)) for i, w in orders],
     )
 
 
@@ -104,7 +103,7 @@ async def list_workers(
     _: Admin, shared: Shared, after: views.After = None, limit: views.Limit = 100
 ) -> wire.Page[wire.Worker]:
     rows = await shared.store.read(workers.page, after, limit + 1)
-    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), lambda row: _view(row, shared)))
+    return views.page(rows, limit, lambda row: _view(row, shared))
 
 
 @router.get("/workers/{worker_id}", responses=refusals(404))
@@ -220,23 +219,3 @@ def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
     if shared.pool_index.room.best(1, without=exiting):
         return what
     return f"{what}, and no worker can take one: {counted(shared.pool_index.refusals((), exiting))}"
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except CallRefused as refusal:
-        raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-
-
-def _orders(found: Orders) -> list[wire.PlacementOrder]:
-    return [
-        wire.PlacementOrder(rental_id=item.rental_id, epoch=item.epoch, want=wire.Want(want)) for item, want in found
-    ]
-
-
-def _items(inventory: list[Any]) -> list[Item]:
-    return [
-        Item(rental_id=item.rental_id, username=item.username, uid=item.uid, epoch=item.epoch) for item in inventory
-    ]

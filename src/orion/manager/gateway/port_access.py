@@ -62,36 +62,24 @@ class NamedRental:
     rental_id: str
 
 
+@dataclass(kw_only=True)
 class PortAccess:
-    def __init__(
-        self,
-        *,
-        store: Store,
-        clock: TrustedClock,
-        authentication: Authentication,
-        connections: PortConnections,
-        tickets: Tickets,
-        keys: PortKeys,
-    ) -> None:
-        self._store = store
-        self._clock = clock
-        self._authentication = authentication
-        self._connections = connections
-        self._tickets = tickets
-        self._keys = keys
-
-    def number(self) -> int:
-        """Return the number of a pass; it must be taken before the rows are read that the pass depends on."""
-        return self._connections.number()
+    store: Store
+    clock: TrustedClock
+    authentication: Authentication
+    connections: PortConnections
+    tickets: Tickets
+    keys: PortKeys
 
     async def find_destination(
-        self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]], number: int
+        self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
     ) -> Destination | NamedRental:
         """Return the destination of the request. Raise ApiProblem if the caller may not open the port.
 
         `offered` returns the keys that the request has; it is called only for a private port.
         """
-        row = await self._store.read(web_ports.look, request.rental_id)
+        number = self.connections.number()  # before the rows are read: see gateway/port_connections.py
+        row = await self.store.read(web_ports.look, request.rental_id)
         is_public = row is not None and request.port in row["public_ports"] and row["state"] not in OVER
         caller = None if is_public else await self._authenticated(connection, request, offered)
         if row is None and caller is not None:
@@ -102,16 +90,16 @@ class PortAccess:
 
     def issue_ticket(self, rental_id: str, port: int, principal: Principal) -> str:
         """Return a new ticket for the port. Raise ApiProblem if there are too many."""
-        return self._tickets.issue(_topic(rental_id, port), principal)
+        return self.tickets.issue(_topic(rental_id, port), principal)
 
     async def redeem_ticket(self, rental_id: str, port: int, ticket: str, where_from: str) -> str:
         """Return the key that a browser gets for its ticket. Raise ApiProblem if the ticket is not valid."""
-        principal = self._tickets.redeem(ticket, _topic(rental_id, port))
-        now = self._clock.wall_of_tokens()
-        if principal is None or not await self._store.read(tokens.is_valid, principal, now):
+        principal = self.tickets.redeem(ticket, _topic(rental_id, port))
+        now = self.clock.wall_of_tokens()
+        if principal is None or not await self.store.read(tokens.is_valid, principal, now):
             detail = f"this address was valid once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
             raise ApiProblem(401, "no_ticket", detail)
-        row = await self._store.read(web_ports.look, rental_id)
+        row = await self.store.read(web_ports.look, rental_id)
         if row is None:
             raise not_found("rental")
         port_opened = Event(
@@ -124,20 +112,20 @@ class PortAccess:
             epoch=row["epoch"],
             details={"port": port, "from": where_from},
         )
-        await self._store.write(record, port_opened)
-        return self._keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
+        await self.store.write(record, port_opened)
+        return self.keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
 
     async def _authenticated(
         self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
     ) -> Caller:
         """Return the caller by its token or key. Raise 401 if it has none, whether the rental exists or not."""
         if "orion_" in connection.headers.get("authorization", ""):
-            principal = await self._authentication.authenticate(connection, "client", "admin")
+            principal = await self.authentication.authenticate(connection, "client", "admin")
             return Caller(principal, principal.expires_at)
-        now = self._clock.wall_of_tokens()
+        now = self.clock.wall_of_tokens()
         for key in offered():
-            named = self._keys.read(key, request.rental_id, request.port, now)
-            known = await self._store.read(tokens.named, named.role, named.token_id, now) if named else None
+            named = self.keys.read(key, request.rental_id, request.port, now)
+            known = await self.store.read(tokens.named, named.role, named.token_id, now) if named else None
             if named is not None and known is not None and known.mark == named.mark:
                 if request.on_own_host and request.cross_site:
                     raise ApiProblem(403, "cross_site", "a page of another origin may not make this request")
@@ -151,7 +139,7 @@ class PortAccess:
 
     async def _named(self, name: str, principal: Principal) -> Row | None:
         """Return the principal's own rental of that name, if it has not ended."""
-        found = await self._store.read(rentals.page, principal.name, name, False, None, 1)
+        found = await self.store.read(rentals.page, principal.name, name, False, None, 1)
         return found[0] if found else None
 
     def _destination(self, row: Row | None, request: PortRequest, caller: Caller | None, number: int) -> Destination:
@@ -164,8 +152,8 @@ class PortAccess:
         if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
             why = f" ({row['state']}: {row['explanation']})" if principal else ""
             raise try_later("not_active", f"the rental does not run at present{why}: try again in a moment")
-        grant = self._connections.note(caller.principal, row["worker_id"]) if caller else PUBLIC
-        left_s = caller.ends_at - self._clock.wall_of_tokens() if caller and caller.ends_at is not None else None
+        grant = self.connections.note(caller.principal, row["worker_id"]) if caller else PUBLIC
+        left_s = caller.ends_at - self.clock.wall_of_tokens() if caller and caller.ends_at is not None else None
         signed = signed_pass(row["session_id"], row["id"], row["epoch"], request.port, grant, number, left_s)
         return Destination(row["address"], signed, is_public=caller is None)
 

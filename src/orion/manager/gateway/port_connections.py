@@ -74,7 +74,7 @@ async def end_connections(address: str, session_id: str, number: int, over: Sequ
 
 class PortConnections:
     def __init__(
-        self, store: Store, pool_index: PoolIndex, end_connections: EndConnections | None, wall: Callable[[], float]
+        self, *, store: Store, pool_index: PoolIndex, end_connections: EndConnections | None, wall: Callable[[], float]
     ) -> None:
         """`end_connections` is None where workers have no port proxy, as in tests. `wall` returns Unix seconds."""
         self._store = store

@@ -3,7 +3,7 @@
 It decrypts nothing: the renter's own ssh verifies the worker's host key and logs in through the relay.
 
     stream = await connect(host)         # raises WorkerUnreachable before the WebSocket is accepted
-    relayed = await relay(websocket, stream, over)     # `over` is a future; its result ends the relay
+    ending = await relay(websocket, stream, over)      # `over` is a future; its result ends the relay
 """
 
 from __future__ import annotations
@@ -50,18 +50,8 @@ class WorkerUnreachable(Exception):
 
 
 @dataclass(frozen=True)
-class Relayed:
-    """The end of a relay: the close code that was sent or received, and the bytes in each direction."""
-
-    to_worker: int
-    to_client: int
-    code: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Ending:
-    """A WebSocket's close code and reason."""
+    """The close code and the reason that were sent to a WebSocket's client or received from it."""
 
     code: int
     reason: str = ""
@@ -75,10 +65,6 @@ class SshStream:
     writer: asyncio.StreamWriter
     to_worker: int = 0
     to_client: int = 0
-
-    def close(self) -> None:
-        """Close the connection after all written bytes are sent."""
-        self.writer.close()
 
 
 async def connect(host: Host, timeout_s: float = CONNECT_TIMEOUT_S) -> SshStream:
@@ -106,8 +92,8 @@ async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 async def relay(
     websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending], headers: Mapping[str, str] | None = None
-) -> Relayed:
-    """Accept the WebSocket with `headers`, and relay bytes both ways until one side ends or `over` is done.
+) -> Ending:
+    """Accept the WebSocket with `headers`, relay bytes both ways, and return how one side or `over` ended the relay.
 
     Both connections are closed when this returns.
     """
@@ -115,11 +101,11 @@ async def relay(
         await websocket.accept(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
         ending = await _first_ending(websocket, stream, over)
         await _close(websocket, ending)
+        return ending
     except WebSocketDisconnect as gone:
-        ending = Ending(gone.code, gone.reason or "")
+        return Ending(gone.code, gone.reason or "")
     finally:
-        stream.close()
-    return Relayed(stream.to_worker, stream.to_client, ending.code, ending.reason)
+        stream.writer.close()  # after all written bytes are sent
 
 
 async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Ending:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from orion import wire
 from orion.manager.ansible.port import Action, Job
@@ -23,11 +24,11 @@ OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
 """The states of a rental that will never be active again."""
 
 
+@dataclass(frozen=True)
 class RunningRentals:
-    def __init__(self, store: Store, clock: TrustedClock, monotonic: Callable[[], float]) -> None:
-        self._store = store
-        self._clock = clock
-        self._monotonic = monotonic
+    store: Store
+    clock: TrustedClock
+    monotonic: Callable[[], float]
 
     async def wait_for(self, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
         """Return the rental with its worker as soon as it is active and not quiesced (`held` in its row).
@@ -35,18 +36,18 @@ class RunningRentals:
         Raise ApiProblem if it is not active at `deadline` (monotonic seconds) or never will be, or if the session's
         token is over.
         """
-        with self._store.news.listen(rental_id) as changed:
+        with self.store.news.listen(rental_id) as changed:
             session.token_use.wakes(changed)
             while True:
                 changed.clear()
                 session.token_use.check()
                 session.before_lookup()
-                row = await self._store.read(
-                    rentals.one, rental_id, visible_owner(principal), self._clock.wall_of_removals()
+                row = await self.store.read(
+                    rentals.one, rental_id, visible_owner(principal), self.clock.wall_of_removals()
                 )
                 if row is None:
                     raise not_found("rental")
-                left_s = deadline - self._monotonic()
+                left_s = deadline - self.monotonic()
                 if row["state"] == wire.RentalState.ACTIVE and not row["held"]:
                     if not session.over.done():
                         return row

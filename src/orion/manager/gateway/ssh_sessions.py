@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -16,7 +17,6 @@ from orion.manager.gateway.relay import (
     NOTICE_HEADER,
     REMARK_HEADER,
     Ending,
-    Relayed,
     SshStream,
     WorkerUnreachable,
     connect,
@@ -35,24 +35,15 @@ LONGEST_NOTICE = 500
 """Characters of a notice in a header."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class SshSessions:
-    def __init__(
-        self,
-        *,
-        rentals: RunningRentals,
-        sessions: Sessions,
-        token_uses: TokenUses,
-        leases: Leases,
-        certify: Callable[[Job], Awaitable[None]],
-        monotonic: Callable[[], float],
-    ) -> None:
-        """`certify` makes a rental's worker present a certificate for the rental (operations/host_certificates.py)."""
-        self._rentals = rentals
-        self._sessions = sessions
-        self._token_uses = token_uses
-        self._leases = leases
-        self._certify = certify
-        self._monotonic = monotonic
+    rentals: RunningRentals
+    sessions: Sessions
+    token_uses: TokenUses
+    leases: Leases
+    certify: Callable[[Job], Awaitable[None]]
+    """Makes a rental's worker present a certificate for the rental (operations/host_certificates.py)."""
+    monotonic: Callable[[], float]
 
     async def carry(
         self, websocket: WebSocket, rental_id: str, principal: Principal, where_from: str, wait_s: float
@@ -62,10 +53,10 @@ class SshSessions:
         Wait up to `wait_s` for a rental that is not active yet. Raise ApiProblem or WorkerUnreachable before the
         WebSocket is accepted.
         """
-        deadline = self._monotonic() + wait_s
-        with self._sessions.registered(rental_id) as session:
+        deadline = self.monotonic() + wait_s
+        with self.sessions.registered(rental_id) as session:
             session.who, session.where_from = principal.name, where_from
-            async with self._token_uses.by(principal) as use:
+            async with self.token_uses.by(principal) as use:
                 session.end_with(use)
                 await self._connect_and_relay(websocket, principal, session, deadline)
 
@@ -73,30 +64,31 @@ class SshSessions:
         self, websocket: WebSocket, principal: Principal, session: Session, deadline: float
     ) -> None:
         while True:
-            row = await self._rentals.wait_for(session.rental_id, principal, deadline, session)
+            row = await self.rentals.wait_for(session.rental_id, principal, deadline, session)
             session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
-            with self._sessions.counted(session):
-                other = self._leases.displaced_by(row["worker_id"])
+            with self.sessions.counted(session):
+                other = self.leases.displaced_by(row["worker_id"])
                 if other:
                     raise WorkerUnreachable(
                         f"the rental's worker {row['worker_id']} is gone, and {other} has its address now: the rental "
                         "is taken over when the lease of the lost worker has passed"
                     )
                 job = job_of(row)
-                await self._certify(job)
+                await self.certify(job)
                 stream = await _connected(job.host, session.over)
                 if stream is not None:
                     await self._relay(websocket, session, stream, _notice(row) | _remark(row))
                     return
 
     async def _relay(self, websocket: WebSocket, session: Session, stream: SshStream, headers: dict[str, str]) -> None:
-        self._sessions.note_begin(session)
-        relayed = Relayed(to_worker=0, to_client=0, code=0, reason="the manager ended it")
+        self.sessions.note_begin(session)
+        ending = Ending(0, "the manager ended it")
         try:
-            relayed = await relay(websocket, stream, session.over, headers)
+            ending = await relay(websocket, stream, session.over, headers)
         finally:
-            self._sessions.note_end(session, relayed.reason, stream.to_worker, stream.to_client)
-        log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
+            self.sessions.note_end(session, ending.reason, stream.to_worker, stream.to_client)
+        figures = {"to_worker": stream.to_worker, "to_client": stream.to_client}
+        log.info("relay ended", rental_id=session.rental_id, **figures, **vars(ending))
 
 
 async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | None:
@@ -108,7 +100,7 @@ async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | No
         return connecting.result()
     connecting.cancel()
     with suppress(asyncio.CancelledError, WorkerUnreachable):
-        (await connecting).close()
+        (await connecting).writer.close()
     return None
 
 

@@ -63,7 +63,7 @@ class TerminalPage:
     """The browser's end of a terminal."""
 
     def __init__(
-        self, websocket: WebSocket, terms: Terms, size: tuple[int, int] = (80, 24), open_for_s: float = 0.0
+        self, *, websocket: WebSocket, terms: Terms, size: tuple[int, int] = (80, 24), open_for_s: float = 0.0
     ) -> None:
         """`open_for_s` is the time for which the terminal was open before its page was reloaded."""
         self._websocket = websocket

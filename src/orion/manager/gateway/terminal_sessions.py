@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.websockets import WebSocket
 
@@ -21,40 +22,29 @@ from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
 
 
+@dataclass(frozen=True, kw_only=True)
 class TerminalSessions:
-    def __init__(
-        self,
-        *,
-        store: Store,
-        clock: TrustedClock,
-        rentals: RunningRentals,
-        sessions: Sessions,
-        token_uses: TokenUses,
-        terminals: Terminals,
-        shells: Shells,
-        monotonic: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._clock = clock
-        self._rentals = rentals
-        self._sessions = sessions
-        self._token_uses = token_uses
-        self._terminals = terminals
-        self._shells = shells
-        self._monotonic = monotonic
+    store: Store
+    clock: TrustedClock
+    rentals: RunningRentals
+    sessions: Sessions
+    token_uses: TokenUses
+    terminals: Terminals
+    shells: Shells
+    monotonic: Callable[[], float]
 
     async def redeem(self, offered: str, rental_id: str) -> Resume:
         """Return the right to open the rental's terminal: a new one for a ticket, the existing one for a resume key.
 
         Raise ApiProblem if `offered` is neither, or if its token is over.
         """
-        principal = self._terminals.tickets.redeem(offered, rental_id)
+        principal = self.terminals.tickets.redeem(offered, rental_id)
         if principal is None:
-            resume = self._terminals.resumes.redeem(offered, rental_id)
+            resume = self.terminals.resumes.redeem(offered, rental_id)
         else:
-            resume = self._terminals.resumes.begin(rental_id, principal)
-        now = self._clock.wall_of_tokens()
-        if resume is None or not await self._store.read(tokens.is_valid, resume.principal, now):
+            resume = self.terminals.resumes.begin(rental_id, principal)
+        now = self.clock.wall_of_tokens()
+        if resume is None or not await self.store.read(tokens.is_valid, resume.principal, now):
             detail = f"a ticket is valid once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
             raise ApiProblem(401, "no_ticket", detail)
         return resume
@@ -63,10 +53,11 @@ class TerminalSessions:
         self, websocket: WebSocket, subprotocol: str, size: tuple[int, int], resume: Resume, where_from: str
     ) -> Ending:
         """Accept the WebSocket and serve its page until it ends. Raise ApiProblem before, if there are too many."""
-        resumes = self._terminals.resumes
-        with self._terminals.opened(resume.rental_id, resume.principal.name), resumes.used(resume):
+        resumes = self.terminals.resumes
+        with self.terminals.opened(resume.rental_id, resume.principal.name), resumes.used(resume):
             await websocket.accept(subprotocol)
-            page = TerminalPage(websocket, self._terminals.terms, size, self._monotonic() - resume.began_at)
+            open_for_s = self.monotonic() - resume.began_at
+            page = TerminalPage(websocket=websocket, terms=self.terminals.terms, size=size, open_for_s=open_for_s)
             ending = await serve(page, self._visits(page, resume, where_from))
             if ending.code in {NORMAL, OVER, TIME_OVER}:
                 resumes.forget(resume)
@@ -75,7 +66,7 @@ class TerminalSessions:
     async def _visits(self, page: TerminalPage, resume: Resume, where_from: str) -> Ending:
         """Open one shell after the other until one exits, the rental ends or the token is over."""
         try:
-            async with self._token_uses.by(resume.principal) as opening:
+            async with self.token_uses.by(resume.principal) as opening:
                 return await self._visit(page, resume, where_from, opening)
         except ApiProblem as error:
             return Ending(OVER, error.detail)
@@ -83,19 +74,19 @@ class TerminalSessions:
     async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, opening: TokenUse) -> Ending:
         rental_id, principal = resume.rental_id, resume.principal
         await page.send_state("connecting", "Opening a shell")
-        no_later = self._monotonic() + self._terminals.terms.total_s
+        no_later = self.monotonic() + self.terminals.terms.total_s
         while True:
-            with self._sessions.registered(rental_id) as session:
+            with self.sessions.registered(rental_id) as session:
                 session.end_with(opening)
                 try:
-                    row = await self._rentals.wait_for(rental_id, principal, no_later, session)
+                    row = await self.rentals.wait_for(rental_id, principal, no_later, session)
                 except ApiProblem as error:
                     return Ending(OVER, error.detail)
                 session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
                 session.worker_id, session.epoch = row["worker_id"], row["epoch"]
                 session.details = {"by": "browser terminal"}
                 try:
-                    with self._sessions.counted(session):
+                    with self.sessions.counted(session):
                         shell = await self._open(page, row, principal, session)
                         about = {"name": row["name"], "resume": resume.key}
                         about |= {"notice": text} if (text := remarks(row)) else {}
@@ -108,12 +99,12 @@ class TerminalSessions:
                     return Ending(OVER, session.over.result().reason)
                 await page.send_state("waiting", f"The rental has left its worker: {session.over.result().reason}")
             else:
-                await asyncio.sleep(self._terminals.terms.again_after_s)
+                await asyncio.sleep(self.terminals.terms.again_after_s)
 
     async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
         """Return a shell, or None if none can be opened now; the page is told why."""
         login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
-        opening = asyncio.create_task(self._shells.open(job_of(row).host, login, page.size))
+        opening = asyncio.create_task(self.shells.open(job_of(row).host, login, page.size))
         wanted = False
         try:
             await asyncio.wait((opening, session.over), return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +121,7 @@ class TerminalSessions:
 
     async def _use(self, page: TerminalPage, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
         """Return how the shell ended, or None if it is lost; the page is told so."""
-        self._sessions.note_begin(session)
+        self.sessions.note_begin(session)
         reason = "the page was closed"
         page.attach(True)
         try:
@@ -144,7 +135,7 @@ class TerminalSessions:
             return how
         finally:
             shell.close()
-            self._sessions.note_end(session, reason, page.taken, page.shown)
+            self.sessions.note_end(session, reason, page.taken, page.shown)
             page.attach(False)
 
 
