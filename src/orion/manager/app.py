@@ -33,7 +33,7 @@ from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.heartbeat import HeartbeatRoute, HeartbeatServices
-from orion.manager.api.metrics import Metrics, MetricSources
+from orion.manager.api.metrics import Metrics
 from orion.manager.api.proxy_guard import ProxyGuard
 from orion.manager.api.services import Services
 from orion.manager.api.visible_rentals import VisibleRentals
@@ -198,16 +198,14 @@ class Manager:
             state_store=self.state_store, clock=self.clock, wall=wall, on_expiry=wake_reconciler
         )
         self.metrics = Metrics(
-            MetricSources(
-                pool_index=self.pool_index,
-                leases=self.leases,
-                loops={loop.name: loop for loop in self.loops},
-                brake=self._brake,
-                committed=store.news.committed,
-                running_jobs=lambda: self.task_runner.running,
-                database_url=store.url,
-                clock_is_believed=lambda: not self.clock.problem,
-            )
+            pool_index=self.pool_index,
+            leases=self.leases,
+            loops={loop.name: loop for loop in self.loops},
+            brake=self._brake,
+            committed=store.news.committed,
+            running_jobs=lambda: self.task_runner.running,
+            database_url=store.url,
+            clock_is_believed=lambda: not self.clock.problem,
         )
         job_ended.subscribe(self.metrics.job_ended)
         self.port_access = PortAccess(
