@@ -27,8 +27,6 @@ UNLIMITED_PREFIX = "/api/admin/"
 
 
 class Bodies:
-    """The middleware around all routes."""
-
     def __init__(
         self, app: ASGIApp, whole_within_s: float = WHOLE_WITHIN_S, unknown_within_s: float = UNKNOWN_WITHIN_S
     ) -> None:
@@ -77,25 +75,19 @@ class _TimedBody:
     async def receive(self) -> Message:
         if not self._reading:
             return await self._receive()
-        message = await self._in_time()
-        if message is None:
-            self._reading = False
-            return {"type": "http.disconnect"}
-        self._reading = message.get("more_body", False)
-        return message
-
-    async def _in_time(self) -> Message | None:
-        """Return the next part of the body, or None if it did not come in time; then `refusal` says why."""
         refusal = None
         while refusal is None:
             try:
                 async with asyncio.timeout_at(self._ends_at if self._check_at is None else self._check_at):
-                    return await self._receive()
+                    message = await self._receive()
+                self._reading = message.get("more_body", False)
+                return message
             except TimeoutError:
-                refusal = request_timeout(self._within_s) if self._check_at is None else await _refusal(self._scope)
+                refusal = _too_slow(self._within_s) if self._check_at is None else await _refusal(self._scope)
                 self._check_at = None
         self.refusal = None if self._answered else refusal
-        return None
+        self._reading = False
+        return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         self._answered = True
@@ -112,10 +104,8 @@ async def _refusal(scope: Scope) -> Response | None:
     return None
 
 
-def request_timeout(within_s: float) -> Response:
-    """Return the answer to a request whose body was not complete after `within_s` seconds."""
-    detail = f"the body of the request was not complete after {within_s:g} s: send it again"
-    return problem(408, "request_timeout", detail)
+def _too_slow(within_s: float) -> Response:
+    return problem(408, "request_timeout", f"the request's body was not complete after {within_s:g} s: send it again")
 
 
 def declared_length(scope: Scope) -> int | None:

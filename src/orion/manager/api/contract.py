@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -48,19 +49,19 @@ def refusals(*statuses: int) -> Responses:
 def describe(app: FastAPI) -> None:
     """Complete the application's document, and serve it without a token.
 
-    The document is encoded once: it is larger than 100 KB, and callers without a token may ask for it.
+    The document is made and encoded once: it is larger than 100 KB, and callers without a token may ask for it.
     """
-    written: list[bytes] = []
 
+    @cache
     def document() -> dict[str, Any]:
-        if not app.openapi_schema:
-            app.openapi_schema = _complete(get_openapi(title=app.title, version=app.version, routes=app.routes))
-        return app.openapi_schema
+        return _complete(get_openapi(title=app.title, version=app.version, routes=app.routes))
+
+    @cache
+    def encoded() -> bytes:
+        return json.dumps(document(), ensure_ascii=False, separators=(",", ":")).encode()
 
     async def serve() -> Response:
-        if not written:
-            written.append(json.dumps(document(), ensure_ascii=False, separators=(",", ":")).encode())
-        return Response(written[0], media_type="application/json")
+        return Response(encoded(), media_type="application/json")
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.add_api_route(PATH, serve, methods=["GET"], include_in_schema=False)
@@ -73,11 +74,11 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
         schemas.pop(unused, None)
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
+        needs_token = path.startswith("/api/") or path == "/metrics"
+        answers = REFUSALS_OF_THE_PROXY | (REFUSALS_OF_THE_MANAGER if needs_token else {})
         for operation in operations.values():
-            answers = REFUSALS_OF_THE_PROXY
-            if path.startswith("/api/") or path == "/metrics":
+            if needs_token:
                 operation["security"] = [{"token": []}]
-                answers = REFUSALS_OF_THE_PROXY | REFUSALS_OF_THE_MANAGER
             operation["responses"] |= {str(status): _refusal(meaning) for status, meaning in answers.items()}
     return document
 

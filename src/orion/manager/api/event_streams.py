@@ -104,11 +104,13 @@ class EventStreams:
         try:
             last, more = after, True
             while more:
-                page = await self._before(shown, last)
+                page = await self._store.read(
+                    events.page, shown.owner, shown.rental_id, shown.worker_id, last, wire.MAX_PAGE
+                )
                 more = len(page) >= wire.MAX_PAGE
-                for number, text in page:
-                    last = number
-                    yield text
+                for row in page:
+                    last = row["id"]
+                    yield _text(row)
             while not stream.is_dropped:
                 stream.changed.clear()
                 while stream.waiting:
@@ -117,8 +119,7 @@ class EventStreams:
                         last = number
                         yield text
                 try:
-                    async with asyncio.timeout(COMMENT_AFTER_S):
-                        await stream.changed.wait()
+                    await asyncio.wait_for(stream.changed.wait(), COMMENT_AFTER_S)
                 except TimeoutError:
                     yield ": nothing new\n\n"
         finally:
@@ -138,10 +139,6 @@ class EventStreams:
         self._streams.add(stream)
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._offer_new_events())
-
-    async def _before(self, shown: Filter, after: int) -> list[tuple[int, str]]:
-        rows = await self._store.read(events.page, shown.owner, shown.rental_id, shown.worker_id, after, wire.MAX_PAGE)
-        return [(row["id"], _text(row)) for row in rows]
 
     async def _offer_new_events(self) -> None:
         while self._streams:

@@ -110,9 +110,11 @@ class HeartbeatRoute:
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body = await _whole_body(receive)
+        body, shared = await _whole_body(receive), provided(scope, HeartbeatServices)
         try:
-            reply = _reply(scope, body)
+            worker_id, is_json, address = _caller(shared, scope)
+            beat = _decoded(body) if worker_id and is_json else None
+            reply = answer(shared, worker_id, beat, address) if worker_id and beat else None
         except ApiProblem as refusal:
             await refused(refusal)(scope, receive, send)
             return
@@ -122,14 +124,6 @@ class HeartbeatRoute:
         length = (b"content-length", b"%d" % len(reply))
         await send({"type": "http.response.start", "status": 200, "headers": [length, _SAYS_JSON]})
         await send({"type": "http.response.body", "body": reply})
-
-
-def _reply(scope: Scope, body: bytes) -> bytes | None:
-    """Return the encoded reply, or None if the request is not well-formed. Raise ApiProblem to refuse it."""
-    shared = provided(scope, HeartbeatServices)
-    worker_id, is_json, address = _caller(shared, scope)
-    beat = _decoded(body) if worker_id and is_json else None
-    return None if worker_id is None or beat is None else answer(shared, worker_id, beat, address)
 
 
 async def _whole_body(receive: Receive) -> bytes:

@@ -36,7 +36,7 @@ CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
 
 def problem(
-    status: int, code: str, detail: str, headers: dict[str, str] | None = None, **more: list[dict[str, object]]
+    status: int, code: str, detail: str, headers: dict[str, str] | None = None, **more: list[dict[str, str]]
 ) -> JSONResponse:
     """Return the reply of an error; `more` are further fields of its body."""
     body = {"type": "about:blank", "title": TITLES.get(status, "Error"), "status": status, "code": code}
@@ -56,9 +56,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors: list[dict[str, object]] = [
-            {"field": _field(item), "message": in_words(item)} for item in error.errors()[:20]
-        ]
+        errors = [{"field": _field(item), "message": in_words(item)} for item in error.errors()[:20]]
         first = "; ".join(f"{item['field'] or 'the body'} {item['message']}" for item in errors[:3])
         if error.body and "json" not in request.headers.get("content-type", ""):
             first = f"send JSON, with the header 'Content-Type: application/json' ({first})"

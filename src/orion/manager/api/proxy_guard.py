@@ -6,7 +6,6 @@ It closes each connection of a peer that is not the proxy, and answers only requ
 from __future__ import annotations
 
 import hmac
-import json
 import re
 import secrets
 from asyncio import AbstractEventLoop, Transport
@@ -34,7 +33,6 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
     A request that cannot be parsed is answered with a problem, as any other refusal. A WebSocket handshake with a body
     is refused: uvicorn would never answer it, and would keep the connection as long as the client does.
     """
-
     rejected = RejectedPeers(peers)
 
     class GuardedProtocol(HttpToolsProtocol):
@@ -143,33 +141,20 @@ class ProxyGuard:
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        secret, request_id = b"", ""
-        for name, value in scope["headers"]:
-            if name == SECRET_HEADER_BYTES:
-                secret = value
-            elif name == b"x-request-id":
-                request_id = value.decode("latin-1")
+        headers = dict(scope["headers"])
+        secret, request_id = headers.get(SECRET_HEADER_BYTES, b""), headers.get(b"x-request-id", b"").decode("latin-1")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
-        id_header = (b"x-request-id", request_id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] in {"http.response.start", "websocket.http.response.start"}:
                 others = (header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id")
-                message["headers"] = [*others, id_header]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             if scope["path"] == "/healthz" or hmac.compare_digest(secret, self._secret):
                 await self._app(scope, receive, send_with_id)
             else:
-                await _refuse(scope, send_with_id)
-
-
-async def _refuse(scope: Scope, send: Send) -> None:
-    body: dict[str, Any] = {"type": "about:blank", "title": "Forbidden", "status": 403, "code": "not_through_the_door"}
-    body["detail"] = "the manager answers only requests that come through manager_proxy: send it there"
-    kind = "http.response" if scope["type"] == "http" else "websocket.http.response"
-    headers = [(b"content-type", b"application/problem+json")]
-    await send({"type": f"{kind}.start", "status": 403, "headers": headers})
-    await send({"type": f"{kind}.body", "body": json.dumps(body).encode()})
+                detail = "the manager answers only requests that come through manager_proxy: send it there"
+                await problem(403, "not_through_the_door", detail)(scope, receive, send_with_id)
