@@ -14,7 +14,7 @@ from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.domain.steps import Event
+from orion.manager.gateway.running_rental import event_of
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.ssh.authority import Authority
 from orion.manager.store import keys
@@ -94,16 +94,8 @@ async def certificate(
     signed, until = shared.authority.user_certificate(
         body.ssh_public_key, rental_id, row["epoch"], principal.name, shared.app_address, body.ttl_s
     )
-    event = Event(
-        kind="rental.certificate_issued",
-        actor=principal.name,
-        reason="asked for",
-        owner=row["owner"],
-        rental_id=rental_id,
-        worker_id=row["worker_id"],
-        epoch=row["epoch"],
-        details={"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s},
-    )
+    details = {"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s}
+    event = event_of(row, "rental.certificate_issued", principal.name, "asked for", details)
     await shared.store.write(record, event)
     return wire.CertificateReply(certificate=signed, expires_at=datetime.fromtimestamp(until, UTC))
 
@@ -117,27 +109,19 @@ async def _wait_until_in_place(
     """
     shared.wake_reconciler()
     row = await shared.rentals.wait_for(
-        principal, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE
+        principal, rental_id, wait_s, lambda r: r["key_in_place"] or r["state"] != wire.RentalState.ACTIVE
     )
-    response.status_code = status if _is_settled(row) else 202
+    response.status_code = status if row["key_in_place"] else 202
     return _keys(row)
 
 
-def _is_settled(row: views.Row) -> bool:
-    return bool(row["key_in_place"])
-
-
 def _keys(row: views.Row) -> wire.Page[wire.Key]:
-    found = [
-        wire.Key(
-            id=wire.key_id(key),
-            fingerprint=wire.fingerprint(key),
-            public_key=key,
-            comment=row["key_comments"].get(wire.key_id(key), ""),
-            in_place=_is_settled(row),
-        )
-        for key in row["public_key"].splitlines()
-    ]
+    found = []
+    for key in row["public_key"].splitlines():
+        identity = wire.key_id(key)
+        comment, in_place = row["key_comments"].get(identity, ""), bool(row["key_in_place"])
+        about = {"id": identity, "fingerprint": wire.fingerprint(key), "comment": comment, "in_place": in_place}
+        found.append(wire.Key(public_key=key, **about))
     return wire.Page(items=found)
 
 

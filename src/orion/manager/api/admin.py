@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import IO, Annotated, Any
+from dataclasses import asdict, dataclass, field
+from typing import IO, Annotated
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
@@ -18,7 +18,7 @@ from orion.manager.api.services import Admin, given
 from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.gateway.token_lifetime import Streamed, TokenUses
 from orion.manager.refusals import ApiProblem, not_found
-from orion.manager.store.backup import Backups, Examined, NotABackup
+from orion.manager.store.backup import Backups, NotABackup
 
 router = APIRouter(prefix="/api/admin", tags=["operations"])
 
@@ -35,7 +35,7 @@ class AdminServices:
     restart: Callable[[], None]
     """Stops the manager; the container engine starts it again with the database that is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """The lock for one backup or restore at a time, because each needs room beside the database."""
+    """The lock of the one backup or restore that may run; each needs room beside the database."""
 
 
 Shared = Annotated[AdminServices, Depends(given(AdminServices))]
@@ -55,8 +55,7 @@ async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
             raise ApiProblem(507, "no_space", detail) from error
         stream = copy.open("rb")
         copy.unlink()  # the open file stays readable, and no failure from here on leaves it behind
-    size = stream.seek(0, 2)
-    headers = {"Content-Length": str(size), "Content-Disposition": 'attachment; filename="orion.db"'}
+    headers = {"Content-Length": str(stream.seek(0, 2)), "Content-Disposition": 'attachment; filename="orion.db"'}
     return Streamed(
         _chunks(stream), token_uses=shared.token_uses, principal=admin, media_type=MEDIA_TYPE, headers=headers
     )
@@ -81,7 +80,8 @@ async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePla
                     if file.tell() == 0:
                         backups.refuse_early(chunk)
                     await asyncio.to_thread(file.write, chunk)
-            return _plan(await asyncio.to_thread(backups.stage, upload))
+            found = await asyncio.to_thread(backups.stage, upload)
+            return wire.RestorePlan(**asdict(found) | {"last_event_at": views.time_of(found.last_event_at)})
         except NotABackup as error:
             raise ApiProblem(422, "not_a_backup", f"this file cannot be restored: {error}") from error
         except OSError as error:
@@ -115,10 +115,3 @@ async def _chunks(stream: IO[bytes]) -> AsyncIterator[bytes]:
         stream.seek(0)
         while chunk := await asyncio.to_thread(stream.read, CHUNK_BYTES):
             yield chunk
-
-
-def _plan(found: Examined) -> wire.RestorePlan:
-    fields: dict[str, Any] = vars(found) | {"last_event_at": views.time_of(found.last_event_at)}
-    for name in ("forgotten", "revived"):
-        fields[name] = [wire.RentalName(**vars(rental)) for rental in fields[name]]
-    return wire.RestorePlan(**fields)

@@ -119,7 +119,8 @@ class EventStreams:
                         last = number
                         yield text
                 try:
-                    await asyncio.wait_for(stream.changed.wait(), COMMENT_AFTER_S)
+                    async with asyncio.timeout(COMMENT_AFTER_S):
+                        await stream.changed.wait()
                 except TimeoutError:
                     yield ": nothing new\n\n"
         finally:

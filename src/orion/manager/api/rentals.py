@@ -67,17 +67,17 @@ async def rent(
     if body.ssh_public_key:  # the key's comment is not part of the request's identity
         body = body.model_copy(update={"ssh_public_key": wire.one_public_key(body.ssh_public_key)})
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
+    # A field that older versions did not have counts only if it is used, so that their hashes stay valid.
+    unhashed = {"wait_s"} if body.start else {"wait_s", "start"}
     new = rentals.NewRental(
         owner=principal.name,
         name=body.name,
-        public_key=public_key or "",
+        public_key=public_key,
         made_key=private_key is not None,
         ttl_s=body.ttl_s,
         labels=body.labels,
         key=idempotency_key,
-        request_hash=hashlib.sha256(
-            body.model_dump_json(exclude={"wait_s", *_unhashed_fields(body)}).encode()
-        ).hexdigest(),
+        request_hash=hashlib.sha256(body.model_dump_json(exclude=unhashed).encode()).hexdigest(),
         start=body.start or "",
         comment=comment,
         # The later of both clocks: an Idempotency-Key that is removed too early lets a repeated rent make a second one.
@@ -94,7 +94,7 @@ async def rent(
         detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
         raise ApiProblem(409, "idempotency_conflict", detail) from error
     shared.wake_reconciler()
-    row = await shared.rentals.wait_for(principal, rental_id, body.wait_s, _is_usable)
+    row = await shared.rentals.wait_for(principal, rental_id, body.wait_s, lambda r: _is_open(r) or r["state"] in ENDED)
     response.status_code = 201 if _is_open(row) else 202
     response.headers["Location"] = f"/api/rentals/{rental_id}"
     shared.metrics.rented(response.status_code, shared.monotonic() - began)
@@ -203,19 +203,6 @@ async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wi
     """Return the latest 50 jobs of the engine for the rental, oldest first."""
     await shared.rentals.find(rental_id, principal)
     return wire.Page(items=[views.log_entry(row) for row in await shared.engine_log(rental_id)])
-
-
-def _unhashed_fields(body: wire.RentRequest) -> set[str]:
-    """Return the fields that do not count in the request's hash.
-
-    A field that older versions did not have counts only if it is used, so that their hashes stay valid.
-    """
-    return set() if body.start else {"start"}
-
-
-def _is_usable(row: views.Row) -> bool:
-    """Return whether the rental is open, or has ended and never will be."""
-    return _is_open(row) or row["state"] in ENDED
 
 
 def _is_open(row: views.Row) -> bool:

@@ -34,18 +34,9 @@ _REFUSALS = {
 _HEADERS_PASSED_ON = ("Location", "WWW-Authenticate", "Retry-After")
 _FAILURES = {
     "": ("try_again", "the request could not be served a moment ago, and now it could: try again"),
-    "not_connected": (
-        "worker_unreachable",
-        "the proxy gets no connection to the rental's worker: try again in a moment",
-    ),
-    "no_answer": (
-        "worker_unreachable",
-        "the rental's worker took the request and gave no answer: look before you repeat it",
-    ),
-    "unreadable": (
-        "answer_unreadable",
-        "the proxy cannot read the headers of the answer: they are malformed or too large",
-    ),
+    "not_connected": ("worker_unreachable", "the proxy cannot connect to the rental's worker: try again in a moment"),
+    "no_answer": ("worker_unreachable", "the worker took the request and gave no answer: look before you repeat it"),
+    "unreadable": ("answer_unreadable", "the proxy cannot read the answer's headers: they are malformed or too large"),
 }
 """The code and detail for the client, by the failure that the proxy reports (manager_proxy/web_maps.conf)."""
 
@@ -110,7 +101,9 @@ async def way(request: Request, shared: Shared) -> Response:
         wanted = _port_request(request)
         found = await shared.access.find_destination(request, wanted, partial(_offered, request, wanted))
         if isinstance(found, NamedRental):
-            return _for_the_proxy(_redirect(request, found.rental_id, wanted.port))
+            rest = request.headers.get("x-orion-rest", "").removeprefix("/")
+            location = _outer_path(request, found.rental_id, wanted.port) + rest
+            return _for_the_proxy(Response(status_code=307, headers={"Location": location}))
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
@@ -125,12 +118,11 @@ async def open_port(request: Request, shared: Shared) -> Response:
     """Redeem a browser's ticket, and redirect it with a key."""
     try:
         wanted, ticket = await _form(request)
-        where_from = client_address(request)
-        key = await shared.access.redeem_ticket(wanted.rental_id, wanted.port, ticket, where_from)
+        key = await shared.access.redeem_ticket(wanted.rental_id, wanted.port, ticket, client_address(request))
     except ApiProblem as refusal:
         return _refused(request, refusal)
     if not wanted.on_own_host:
-        opened = f"{_outer_prefix(request)}{_path(wanted.rental_id, wanted.port)}~{key}/"
+        opened = f"{_outer_path(request, wanted.rental_id, wanted.port)}~{key}/"
         return Response(status_code=303, headers={"Location": opened})
     redirect = Response(status_code=303, headers={"Location": "/"})
     secure = request.headers.get("x-forwarded-proto") == "https"
@@ -146,15 +138,9 @@ def _port_request(request: Request) -> PortRequest:
     return PortRequest(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
 
 
-def _redirect(request: Request, rental_id: str, port: int) -> Response:
-    """Return the redirect from a rental's name to its id; the rest of the path stays."""
-    rest = request.headers.get("x-orion-rest", "").removeprefix("/")
-    return Response(status_code=307, headers={"Location": f"{_outer_prefix(request)}{_path(rental_id, port)}{rest}"})
-
-
-def _outer_prefix(request: Request) -> str:
-    """Return the path below which a trusted outer proxy serves the platform; manager_proxy has checked it."""
-    return request.headers.get("x-forwarded-prefix", "")
+def _outer_path(request: Request, rental_id: str, port: int) -> str:
+    """Return the port's path, below that of a trusted outer proxy if there is one; manager_proxy has checked it."""
+    return request.headers.get("x-forwarded-prefix", "") + _path(rental_id, port)
 
 
 def _unserved(seen: str) -> ApiProblem:
@@ -176,14 +162,11 @@ def _for_the_proxy(shown: Response) -> Response:
 
     Nginx passes on only the headers of a refused subrequest (auth_request).
     """
-    is_html = shown.headers.get("content-type", "").startswith("text/html")
-    refused = {
-        "X-Orion-Refused-Status": str(shown.status_code),
-        "X-Orion-Refused-As": "html" if is_html else "json",
-        "X-Orion-Refused-Text": quote(bytes(shown.body)),
-    }
-    passed = {name: shown.headers[name] for name in _HEADERS_PASSED_ON if name in shown.headers}
-    return Response(status_code=403, headers=refused | passed)
+    headers = {name: shown.headers[name] for name in _HEADERS_PASSED_ON if name in shown.headers}
+    headers["X-Orion-Refused-Status"] = str(shown.status_code)
+    headers["X-Orion-Refused-As"] = "html" if shown.headers.get("content-type", "").startswith("text/html") else "json"
+    headers["X-Orion-Refused-Text"] = quote(bytes(shown.body))
+    return Response(status_code=403, headers=headers)
 
 
 async def _form(request: Request) -> tuple[PortRequest, str]:

@@ -15,10 +15,9 @@ from starlette.requests import HTTPConnection
 from orion import wire
 from orion.manager.authentication import Authentication, visible_owner
 from orion.manager.controllers.wall_clock import TrustedClock
-from orion.manager.domain.steps import Event
 from orion.manager.gateway.port_connections import PUBLIC, PortConnections
 from orion.manager.gateway.port_keys import PortKeys, TokenReference, signed_pass
-from orion.manager.gateway.running_rental import OVER
+from orion.manager.gateway.running_rental import OVER, event_of
 from orion.manager.gateway.tickets import LIFETIME_S, Tickets
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import rentals, tokens, web_ports
@@ -39,7 +38,7 @@ class PortRequest:
 
 @dataclass(frozen=True)
 class Caller:
-    """The principal that opens a private port, by its token or by a key that was made for it."""
+    """The principal that opens a private port, by its token or by a key of it."""
 
     principal: Principal
     ends_at: float | None
@@ -102,17 +101,8 @@ class PortAccess:
         row = await self.store.read(web_ports.look, rental_id)
         if row is None:
             raise not_found("rental")
-        port_opened = Event(
-            kind="rental.port_opened",
-            actor=principal.name,
-            reason="by a ticket",
-            owner=row["owner"],
-            rental_id=row["id"],
-            worker_id=row["worker_id"],
-            epoch=row["epoch"],
-            details={"port": port, "from": where_from},
-        )
-        await self.store.write(record, port_opened)
+        details = {"port": port, "from": where_from}
+        await self.store.write(record, event_of(row, "rental.port_opened", principal.name, "by a ticket", details))
         return self.keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
 
     async def _authenticated(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from orion import wire
 from orion.manager.ansible.port import Action, Job
 from orion.manager.authentication import visible_owner
 from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.domain.states import ENDED
+from orion.manager.domain.steps import Event
 from orion.manager.gateway.sessions import Session
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.ssh.port import Host
@@ -64,6 +66,12 @@ def job_of(row: Row) -> Job:
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
     order = RentalOrder(rental_id=row["id"], username=row["username"], uid=row["uid"], epoch=row["epoch"])
     return Job(action=Action.CERTIFY, host=host, order=order, owner=row["owner"])
+
+
+def event_of(row: Mapping[str, Any], kind: str, actor: str, reason: str, details: Mapping[str, Any]) -> Event:
+    """Return an event of the rental's present placement."""
+    placement = {"rental_id": row["id"], "worker_id": row["worker_id"], "epoch": row["epoch"]}
+    return Event(kind=kind, actor=actor, reason=reason, owner=row["owner"], details=details, **placement)
 
 
 def remarks(row: Row) -> str:
