@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +99,10 @@ async def relay(
     """
     try:
         await websocket.accept(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
-        ending = await _first_ending(websocket, stream, over)
+        done = await run_until_first((_to_client(websocket, stream), _to_worker(websocket, stream)), over)
+        ending: Ending = done[0].result()
+        if over in done:
+            ending = Ending(over.result().code, shortened(over.result().reason))
         await _close(websocket, ending)
         return ending
     except WebSocketDisconnect as gone:
@@ -108,20 +111,22 @@ async def relay(
         stream.writer.close()  # after all written bytes are sent
 
 
-async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Ending:
-    """Run both directions and return the first ending of these and `over`; the others are cancelled."""
-    pumps = [asyncio.create_task(pump(websocket, stream)) for pump in (_to_client, _to_worker)]
+async def run_until_first(
+    parts: Iterable[Coroutine[Any, Any, Any]], *others: asyncio.Future[Any]
+) -> list[asyncio.Future[Any]]:
+    """Run the parts until one of them or of `others` is done, and cancel the parts that are not.
+
+    Return what was done, in the order of the arguments.
+    """
+    running = [asyncio.create_task(part) for part in parts]
+    waiting: list[asyncio.Future[Any]] = [*running, *others]
     try:
-        waiting: list[asyncio.Future[Any]] = [*pumps, over]
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return [one for one in waiting if one in done]
     finally:
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-    if over in done:
-        ending = over.result()
-        return Ending(ending.code, ending.reason.encode()[:LONGEST_REASON].decode(errors="ignore"))
-    return next(pump for pump in pumps if pump in done).result()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _to_client(websocket: WebSocket, stream: SshStream) -> Ending:
@@ -152,6 +157,11 @@ async def _to_worker(websocket: WebSocket, stream: SshStream) -> Ending:
             stream.to_worker += len(frame)
         except OSError:
             await asyncio.Event().wait()  # the worker may have sent its reason: the other direction reads it and ends
+
+
+def shortened(reason: str) -> str:
+    """Return as much of the reason as a close frame may hold."""
+    return reason.encode()[:LONGEST_REASON].decode(errors="ignore")
 
 
 async def _close(websocket: WebSocket, ending: Ending) -> None:

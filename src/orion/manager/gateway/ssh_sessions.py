@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class SshSessions:
                 await self.certify(job)
                 stream = await _connected(job.host, session.over)
                 if stream is not None:
-                    await self._relay(websocket, session, stream, _notice(row) | _remark(row))
+                    await self._relay(websocket, session, stream, _headers(row))
                     return
 
     async def _relay(self, websocket: WebSocket, session: Session, stream: SshStream, headers: dict[str, str]) -> None:
@@ -104,21 +105,11 @@ async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | No
     return None
 
 
-def _notice(row: Row) -> dict[str, str]:
-    """Return the header that says why no snapshots are taken of the rental, if none are.
+def _headers(row: Row) -> dict[str, str]:
+    """Return the headers that say why no snapshots are taken of the rental, if none are, and what else to remark.
 
-    Such a rental may be frozen, and then its sshd says only that permission is denied.
+    A rental without snapshots may be frozen, and then its sshd says only that permission is denied.
     """
-    if not row["copy_problem"]:
-        return {}
-    text = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
-    return {NOTICE_HEADER: _printable(text)}
-
-
-def _remark(row: Row) -> dict[str, str]:
-    text = remarks(row)[:LONGEST_NOTICE]
-    return {REMARK_HEADER: _printable(text)} if text else {}
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+    notice = f"{row['name']} is not copied: {row['copy_problem']}" if row["copy_problem"] else ""
+    texts = {NOTICE_HEADER: notice[:LONGEST_NOTICE], REMARK_HEADER: remarks(row)[:LONGEST_NOTICE]}
+    return {name: re.sub(r"[^ -~]", "?", text) for name, text in texts.items() if text}

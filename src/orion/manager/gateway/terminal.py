@@ -28,7 +28,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from orion.manager.gateway.relay import CLOSE_TIMEOUT_S, LONGEST_REASON, TOO_BIG, UNSUPPORTED, Ending
+from orion.manager.gateway.relay import CLOSE_TIMEOUT_S, TOO_BIG, UNSUPPORTED, Ending, run_until_first, shortened
 from orion.manager.ssh.port import Shell
 
 OVER, TRY_AGAIN, TIME_OVER = 4000, 4001, 4002
@@ -158,11 +158,10 @@ class TerminalPage:
         """Send the ending and close. The connection of a page that does not read is cut after CLOSE_TIMEOUT_S."""
         if WebSocketState.DISCONNECTED in (self._websocket.client_state, self._websocket.application_state):
             return
-        reason = ending.reason.encode()[:LONGEST_REASON].decode(errors="ignore")
         with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the page may disconnect meanwhile
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.send_state("ended", ending.reason)
-                await self._websocket.close(ending.code, reason)
+                await self._websocket.close(ending.code, shortened(ending.reason))
 
     async def _queue_input(self, data: bytes) -> None:
         while self._attached and len(self._typed) >= INPUT_BYTES:
@@ -198,32 +197,19 @@ class TerminalPage:
 
 async def serve(page: TerminalPage, visits: Coroutine[Any, Any, Ending]) -> Ending:
     """Serve the page until it disconnects, its time is over, or `visits` to the rental's shells end; then close it."""
-    running = [asyncio.create_task(part) for part in (page.listen(), page.wait_for_timeout(), visits)]
     try:
-        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        ending = next(task for task in running if task in done).result()
+        done = await run_until_first((page.listen(), page.wait_for_timeout(), visits))
+        ending: Ending = done[0].result()
     except WebSocketDisconnect as gone:
         ending = Ending(gone.code, gone.reason or "")
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
     await page.leave(ending)
     return ending
 
 
 async def carry(page: TerminalPage, shell: Shell, over: asyncio.Future[Ending]) -> str | None:
     """Carry bytes between the page and one shell. Return how the shell ended; None if it is lost or `over` is done."""
-    running = [asyncio.create_task(part(page, shell)) for part in (_show, _type, _resize)]
-    waiting: list[asyncio.Future[Any]] = [*running, over]
-    try:
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in done & set(running):
-            task.result()
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    for done in await run_until_first([part(page, shell) for part in (_show, _type, _resize)], over):
+        done.result()
     return None if over.done() else await shell.how_it_ended()
 
 

@@ -43,12 +43,12 @@ class Tickets:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._kept: dict[str, Ticket] = {}
-        """The unused tickets by their hash, in the order in which they expire."""
+        """The unused tickets by their hash."""
 
     def issue(self, rental_id: str, principal: Principal) -> str:
         """Return a new ticket. Raise ApiProblem if there are too many."""
         now = self._monotonic()
-        self._drop_old(now)
+        self._kept = {name: kept for name, kept in self._kept.items() if kept.ends_at > now}
         its = sum(kept.principal.id == principal.id for kept in self._kept.values())
         if its >= MOST_OF_ONE or len(self._kept) >= MOST:
             detail = f"too many unused tickets: try again when they have expired, after {LIFETIME_S:.0f} s"
@@ -63,13 +63,6 @@ class Tickets:
         if kept is None or kept.rental_id != rental_id or kept.ends_at <= self._monotonic():
             return None
         return kept.principal
-
-    def _drop_old(self, now: float) -> None:
-        while self._kept:
-            first = next(iter(self._kept))
-            if self._kept[first].ends_at > now:
-                return
-            del self._kept[first]
 
 
 @dataclass(eq=False)

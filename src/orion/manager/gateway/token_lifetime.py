@@ -12,12 +12,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.responses import ContentStream, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from orion.manager.domain.steps import Event
+from orion.manager.gateway.relay import run_until_first
 from orion.manager.refusals import unauthorized
 from orion.manager.store import tokens
 from orion.manager.store.database import Store
@@ -96,10 +96,8 @@ class TokenUses:
         if left_s <= 0:
             use.end(HAS_ENDED)
             return
-        again = asyncio.get_running_loop().call_later(
-            min(left_s, LOOK_AGAIN_S), self._end_in_time, use, expires_at, timer
-        )
-        timer[:] = [again]
+        loop = asyncio.get_running_loop()
+        timer[:] = [loop.call_later(min(left_s, LOOK_AGAIN_S), self._end_in_time, use, expires_at, timer)]
 
 
 class Streamed(StreamingResponse):
@@ -137,16 +135,10 @@ class Streamed(StreamingResponse):
         with self._while_open:
             async with self._token_uses.by(self._principal) as use:
                 use.check()
-                sending = asyncio.create_task(super().__call__(scope, receive, noted))
-                try:
-                    waiting: set[asyncio.Future[Any]] = {sending, use.over}
-                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                    if sending.done():
-                        sending.result()
-                        return
-                finally:
-                    sending.cancel()
-                    await asyncio.gather(sending, return_exceptions=True)
+                first, *_ = await run_until_first([super().__call__(scope, receive, noted)], use.over)
+                if first is not use.over:
+                    first.result()
+                    return
         if started and self._last_chunk is not None:
             with suppress(TimeoutError, OSError):
                 async with asyncio.timeout(LAST_CHUNK_TIMEOUT_S):
