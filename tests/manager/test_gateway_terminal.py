@@ -16,8 +16,7 @@ from support.house import Agent, House
 from support.short_tokens import Short
 from support.way_in import connecting
 
-from orion.manager.gateway import terminal as carrying
-from orion.manager.gateway import tickets
+from orion.manager.gateway import relay, tickets
 from orion.manager.gateway.relay import Ending
 from orion.manager.gateway.terminal import (
     INPUT_BYTES,
@@ -513,7 +512,7 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
 
 
 async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrying, "CLOSE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(relay, "CLOSE_TIMEOUT_S", 0.01)
     controls: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     controls.put_nowait({"type": "websocket.connect"})
     sent: list[str] = []

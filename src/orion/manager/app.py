@@ -330,7 +330,7 @@ class Manager:
         )
         return (
             ssh_sessions,
-            terminals.TerminalServices(rentals=visible, terminals=self.terminals, sessions=terminal_sessions),
+            terminals.TerminalServices(rentals=visible, sessions=terminal_sessions),
             web_ports.WebPortServices(
                 rentals=visible, store=store, access=self.port_access, apps_domain=settings.apps_domain
             ),

@@ -19,7 +19,7 @@ from orion.manager.api.services import Client, client_address, given, is_from_an
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.terminal import LARGEST_SIZE
 from orion.manager.gateway.terminal_sessions import TerminalSessions
-from orion.manager.gateway.tickets import LIFETIME_S, Terminals
+from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.refusals import ApiProblem
 
 SUBPROTOCOL = "orion.terminal"
@@ -33,7 +33,6 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 @dataclass(frozen=True, kw_only=True)
 class TerminalServices:
     rentals: VisibleRentals
-    terminals: Terminals
     sessions: TerminalSessions
 
 
@@ -46,9 +45,9 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
     row = await shared.rentals.find(rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
-    shared.terminals.check(rental_id, principal.name)
-    issued = shared.terminals.tickets.issue(rental_id, principal)
-    return wire.TerminalTicket(ticket=issued, expires_in_s=LIFETIME_S)
+    terminals = shared.sessions.terminals
+    terminals.check(rental_id, principal.name)
+    return wire.TerminalTicket(ticket=terminals.tickets.issue(rental_id, principal), expires_in_s=LIFETIME_S)
 
 
 @router.websocket("/rentals/{rental_id}/terminal")

@@ -103,7 +103,7 @@ async def relay(
         ending: Ending = done[0].result()
         if over in done:
             ending = Ending(over.result().code, shortened(over.result().reason))
-        await _close(websocket, ending)
+        await close(websocket, ending)
         return ending
     except WebSocketDisconnect as gone:
         return Ending(gone.code, gone.reason or "")
@@ -164,12 +164,15 @@ def shortened(reason: str) -> str:
     return reason.encode()[:LONGEST_REASON].decode(errors="ignore")
 
 
-async def _close(websocket: WebSocket, ending: Ending) -> None:
+async def close(websocket: WebSocket, ending: Ending, last_text: str = "") -> None:
+    """Send `last_text` and a close frame; give up after CLOSE_TIMEOUT_S, so the client's connection is then cut."""
     if WebSocketState.DISCONNECTED in (websocket.client_state, websocket.application_state):
         return
     with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the client may disconnect meanwhile
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await websocket.close(ending.code, ending.reason)
+            if last_text:
+                await websocket.send_text(last_text)
+            await websocket.close(ending.code, shortened(ending.reason))
 
 
 def _tune(connection: socket.socket) -> None:

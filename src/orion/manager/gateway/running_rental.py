@@ -32,26 +32,27 @@ class RunningRentals:
     clock: TrustedClock
     monotonic: Callable[[], float]
 
-    async def wait_for(self, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
-        """Return the rental with its worker as soon as it is active and not quiesced (`held` in its row).
+    async def wait_for(self, principal: Principal, deadline: float, session: Session) -> Row:
+        """Return the session's rental with its worker as soon as it is active and not quiesced (`held` in its row).
 
         Raise ApiProblem if it is not active at `deadline` (monotonic seconds) or never will be, or if the session's
         token is over.
         """
-        with self.store.news.listen(rental_id) as changed:
+        with self.store.news.listen(session.rental_id) as changed:
             session.token_use.wakes(changed)
             while True:
                 changed.clear()
                 session.token_use.check()
                 session.before_lookup()
                 row = await self.store.read(
-                    rentals.one, rental_id, visible_owner(principal), self.clock.wall_of_removals()
+                    rentals.one, session.rental_id, visible_owner(principal), self.clock.wall_of_removals()
                 )
                 if row is None:
                     raise not_found("rental")
                 left_s = deadline - self.monotonic()
                 if row["state"] == wire.RentalState.ACTIVE and not row["held"]:
                     if not session.over.done():
+                        session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
                         return row
                     continue  # a placement ended while the row was read, so the row may be old
                 if row["state"] in OVER or left_s <= 0:

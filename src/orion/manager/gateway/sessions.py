@@ -45,34 +45,32 @@ class SessionLimits:
     """The seconds for which a session is young: a little more than sshd's LoginGraceTime."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Session:
     rental_id: str
     began: float
+    """Monotonic seconds."""
+    actor: str
+    where_from: str
+    details: dict[str, Any]
+    """Further details of its events."""
+    token_use: TokenUse
+    """The use of the token that opened it."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
-    who: str = ""
-    where_from: str = ""
     owner: str = ""
     worker_id: str = ""
     epoch: int = 0
-    details: dict[str, Any] = field(default_factory=dict)
-    """Further details of its events."""
-    token_use: TokenUse = field(default_factory=TokenUse)
-    """The use of the token that opened it."""
     over: asyncio.Future[Ending] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """A future that is done when the rental has left the worker or the token is over; its result says why."""
 
-    def end_with(self, token_use: TokenUse) -> None:
-        """End when this use of a token ends."""
-        self.token_use = token_use
-        token_use.over.add_done_callback(lambda over: self.end(Ending(TOKEN_OVER, over.result())))
+    def __post_init__(self) -> None:
+        self.token_use.over.add_done_callback(lambda over: self.end(Ending(TOKEN_OVER, over.result())))
 
     def before_lookup(self) -> None:
         """Forget an ending of a former placement, because the rental is about to be read again."""
         self.epoch = 0
-        if self.token_use.over.done():
-            return
-        self.over = asyncio.get_running_loop().create_future()
+        if not self.token_use.over.done():
+            self.over = asyncio.get_running_loop().create_future()
 
     def end(self, ending: Ending) -> None:
         if not self.over.done():
@@ -98,9 +96,21 @@ class Sessions:
         store.news.follow(self.on_commit)
 
     @contextmanager
-    def registered(self, rental_id: str) -> Iterator[Session]:
-        """Yield a new session that is ended by events of its rental; enter this before the rental is read."""
-        session = Session(rental_id, self._monotonic())
+    def registered(
+        self, rental_id: str, actor: str, where_from: str, token_use: TokenUse, **details: str
+    ) -> Iterator[Session]:
+        """Yield a new session, which the use of its token and events of its rental end.
+
+        Enter this before the rental is read. `details` are further ones of the session's events.
+        """
+        session = Session(
+            rental_id=rental_id,
+            began=self._monotonic(),
+            actor=actor,
+            where_from=where_from,
+            details=details,
+            token_use=token_use,
+        )
         self._listening.setdefault(rental_id, set()).add(session)
         try:
             yield session
@@ -157,7 +167,7 @@ class Sessions:
         details = {"session": session.id, "from": session.where_from} | session.details | figures
         event = Event(
             kind=kind,
-            actor=session.who,
+            actor=session.actor,
             reason=reason,
             owner=session.owner,
             rental_id=session.rental_id,

@@ -55,21 +55,17 @@ class SshSessions:
         WebSocket is accepted.
         """
         deadline = self.monotonic() + wait_s
-        with self.sessions.registered(rental_id) as session:
-            session.who, session.where_from = principal.name, where_from
-            async with self.token_uses.by(principal) as use:
-                session.end_with(use)
+        async with self.token_uses.by(principal) as use:
+            with self.sessions.registered(rental_id, principal.name, where_from, use) as session:
                 await self._connect_and_relay(websocket, principal, session, deadline)
 
     async def _connect_and_relay(
         self, websocket: WebSocket, principal: Principal, session: Session, deadline: float
     ) -> None:
         while True:
-            row = await self.rentals.wait_for(session.rental_id, principal, deadline, session)
-            session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
+            row = await self.rentals.wait_for(principal, deadline, session)
             with self.sessions.counted(session):
-                other = self.leases.displaced_by(row["worker_id"])
-                if other:
+                if other := self.leases.displaced_by(row["worker_id"]):
                     raise WorkerUnreachable(
                         f"the rental's worker {row['worker_id']} is gone, and {other} has its address now: the rental "
                         "is taken over when the lease of the lost worker has passed"

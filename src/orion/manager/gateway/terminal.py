@@ -22,13 +22,12 @@ import asyncio
 import json
 import math
 from collections.abc import Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from orion.manager.gateway.relay import CLOSE_TIMEOUT_S, TOO_BIG, UNSUPPORTED, Ending, run_until_first, shortened
+from orion.manager.gateway.relay import TOO_BIG, UNSUPPORTED, Ending, close, run_until_first
 from orion.manager.ssh.port import Shell
 
 OVER, TRY_AGAIN, TIME_OVER = 4000, 4001, 4002
@@ -92,7 +91,7 @@ class TerminalPage:
         self._typed_less.set()
 
     async def send_state(self, state: str, message: str, **more: str) -> None:
-        await self._send(state=state, message=message, **more)
+        await self._websocket.send_text(json.dumps({"state": state, "message": message, **more}))
 
     async def show(self, part: bytes) -> None:
         """Send output to the page, and return when more may be sent."""
@@ -124,7 +123,7 @@ class TerminalPage:
         self._unreported += count
         if self._unreported >= REPORT_INPUT_BYTES:
             count, self._unreported = self._unreported, 0
-            await self._send(took=count)
+            await self._websocket.send_text(json.dumps({"took": count}))
 
     async def listen(self) -> Ending:
         """Receive frames until the page disconnects or sends an invalid one; return the ending."""
@@ -155,13 +154,8 @@ class TerminalPage:
             await asyncio.sleep(min(idle_s, left_s))
 
     async def leave(self, ending: Ending) -> None:
-        """Send the ending and close. The connection of a page that does not read is cut after CLOSE_TIMEOUT_S."""
-        if WebSocketState.DISCONNECTED in (self._websocket.client_state, self._websocket.application_state):
-            return
-        with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the page may disconnect meanwhile
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.send_state("ended", ending.reason)
-                await self._websocket.close(ending.code, shortened(ending.reason))
+        """Send the ending and close the WebSocket."""
+        await close(self._websocket, ending, json.dumps({"state": "ended", "message": ending.reason}))
 
     async def _queue_input(self, data: bytes) -> None:
         while self._attached and len(self._typed) >= INPUT_BYTES:
@@ -190,9 +184,6 @@ class TerminalPage:
             case _:
                 return False
         return True
-
-    async def _send(self, **message: Any) -> None:
-        await self._websocket.send_text(json.dumps(message))
 
 
 async def serve(page: TerminalPage, visits: Coroutine[Any, Any, Ending]) -> Ending:

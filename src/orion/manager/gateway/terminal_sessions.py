@@ -66,25 +66,20 @@ class TerminalSessions:
     async def _visits(self, page: TerminalPage, resume: Resume, where_from: str) -> Ending:
         """Open one shell after the other until one exits, the rental ends or the token is over."""
         try:
-            async with self.token_uses.by(resume.principal) as opening:
-                return await self._visit(page, resume, where_from, opening)
+            async with self.token_uses.by(resume.principal) as use:
+                return await self._visit(page, resume, where_from, use)
         except ApiProblem as error:
             return Ending(OVER, error.detail)
 
-    async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, opening: TokenUse) -> Ending:
-        rental_id, principal = resume.rental_id, resume.principal
+    async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, use: TokenUse) -> Ending:
+        principal = resume.principal
         await page.send_state("connecting", "Opening a shell")
         no_later = self.monotonic() + self.terminals.terms.total_s
         while True:
-            with self.sessions.registered(rental_id) as session:
-                session.end_with(opening)
-                try:
-                    row = await self.rentals.wait_for(rental_id, principal, no_later, session)
-                except ApiProblem as error:
-                    return Ending(OVER, error.detail)
-                session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
-                session.worker_id, session.epoch = row["worker_id"], row["epoch"]
-                session.details = {"by": "browser terminal"}
+            with self.sessions.registered(
+                resume.rental_id, principal.name, where_from, use, by="browser terminal"
+            ) as session:
+                row = await self.rentals.wait_for(principal, no_later, session)
                 try:
                     with self.sessions.counted(session):
                         shell = await self._open(page, row, principal, session)
@@ -102,7 +97,7 @@ class TerminalSessions:
                 await asyncio.sleep(self.terminals.terms.again_after_s)
 
     async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
-        """Return a shell, or None if none can be opened now; the page is told why."""
+        """Return a shell, or None if none can be opened now; tell the page why."""
         login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
         opening = asyncio.create_task(self.shells.open(job_of(row).host, login, page.size))
         wanted = False
@@ -120,7 +115,7 @@ class TerminalSessions:
         return None
 
     async def _use(self, page: TerminalPage, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
-        """Return how the shell ended, or None if it is lost; the page is told so."""
+        """Return how the shell ended, or None if it is lost; tell the page so."""
         self.sessions.note_begin(session)
         reason = "the page was closed"
         page.attach(True)
