@@ -24,7 +24,6 @@ from orion.manager.api import (
     problems,
     rentals,
     snapshots,
-    ssh,
     terminals,
     web_ports,
     workers,
@@ -255,7 +254,6 @@ class Manager:
                 pool_index=self.pool_index,
                 leases=self.leases,
                 call_home=call_home,
-                reach=ports.reach,
                 authorized_keys=(self._secrets.ssh_public_key,),
                 wake_health=self.health.loop.hint,
                 wake_reconciler=wake_reconciler,
@@ -442,7 +440,7 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(HeartbeatRoute)
     problems.install(app)
     contract.describe(app)
-    for module in (workers, rentals, access, snapshots, operations, admin, ssh, terminals, web_ports):
+    for module in (workers, rentals, access, snapshots, operations, admin, terminals, web_ports):
         app.include_router(module.router)
     app.include_router(web_ports.inside)
     app.add_middleware(Bodies)

@@ -1,4 +1,4 @@
-"""Access to rentals by SSH: the authority of host keys, the keys of a rental, and certificates for renters."""
+"""Access to rentals by SSH: the authority of host keys, a rental's keys, certificates for renters, and the relay."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Response, WebSocket
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
-from orion.manager.api.services import Client, given
+from orion.manager.api.problems import problem, refused
+from orion.manager.api.services import Client, client_address, given, provided
 from orion.manager.api.visible_rentals import VisibleRentals
+from orion.manager.authentication import Authentication
+from orion.manager.gateway.relay import WorkerUnreachable
 from orion.manager.gateway.running_rental import event_of
+from orion.manager.gateway.ssh_sessions import SshSessions
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.ssh.authority import Authority
 from orion.manager.store import keys
@@ -100,13 +104,38 @@ async def certificate(
     return wire.CertificateReply(certificate=signed, expires_at=datetime.fromtimestamp(until, UTC))
 
 
+@router.websocket("/rentals/{rental_id}/ssh")
+async def relay(
+    websocket: WebSocket, rental_id: str, sessions: Annotated[SshSessions, Depends(given(SshSessions))]
+) -> None:
+    """Relay one SSH connection. Refusals are HTTP problems, sent before the WebSocket is accepted.
+
+    `?wait_s=` is the time in seconds to wait for a rental that is queued, provisioning or migrating.
+    """
+    try:
+        principal = await provided(websocket.scope, Authentication).authenticate(websocket, "client", "admin")
+        await sessions.carry(websocket, rental_id, principal, client_address(websocket), _wait_s(websocket))
+    except ApiProblem as error:
+        await websocket.send_denial_response(refused(error))
+    except WorkerUnreachable as error:
+        await websocket.send_denial_response(problem(502, "worker_unreachable", str(error)))
+
+
+def _wait_s(websocket: WebSocket) -> float:
+    """Return the seconds to wait. Raise 422 if the query does not name a number of them."""
+    try:
+        seconds = float(websocket.query_params.get("wait_s", "0"))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= wire.MAX_WAIT_S:
+        raise ApiProblem(422, "invalid_request", f"wait_s must be a number from 0 to {wire.MAX_WAIT_S}")
+    return seconds
+
+
 async def _wait_until_in_place(
     shared: AccessServices, principal: Principal, rental_id: str, wait_s: float, response: Response, status: int
 ) -> wire.Page[wire.Key]:
-    """Return the keys when the worker has them, or after `wait_s`.
-
-    A rental that is not active has no account that anybody could open; it gets these keys when it is activated.
-    """
+    """Return the keys when the worker has them, or after `wait_s`; a rental that is not active gets them later."""
     shared.wake_reconciler()
     row = await shared.rentals.wait_for(
         principal, rental_id, wait_s, lambda r: r["key_in_place"] or r["state"] != wire.RentalState.ACTIVE

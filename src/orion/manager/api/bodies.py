@@ -6,6 +6,7 @@ The proxy does not buffer bodies (manager_proxy/to_manager.conf), so a body that
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
@@ -26,25 +27,23 @@ UNLIMITED_PREFIX = "/api/admin/"
 """The paths without a limit: a restore uploads a large database, and its route authenticates before it reads."""
 
 
+@dataclass(frozen=True)
 class Bodies:
-    def __init__(
-        self, app: ASGIApp, whole_within_s: float = WHOLE_WITHIN_S, unknown_within_s: float = UNKNOWN_WITHIN_S
-    ) -> None:
-        self._app = app
-        self._whole_within_s = whole_within_s
-        self._unknown_within_s = unknown_within_s
+    app: ASGIApp
+    whole_within_s: float = WHOLE_WITHIN_S
+    unknown_within_s: float = UNKNOWN_WITHIN_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = 0 if scope["type"] != "http" or scope["path"].startswith(UNLIMITED_PREFIX) else declared_length(scope)
         if length == 0:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         is_large = length is None or length > LARGE_BYTES
         refusal = await _refusal(scope) if is_large else None
         if refusal is None:
-            unknown_within_s = None if is_large else self._unknown_within_s
-            body = _TimedBody(scope, receive, send, within_s=self._whole_within_s, unknown_within_s=unknown_within_s)
-            await self._app(scope, body.receive, body.send)
+            unknown_within_s = None if is_large else self.unknown_within_s
+            body = _TimedBody(scope, receive, send, within_s=self.whole_within_s, unknown_within_s=unknown_within_s)
+            await self.app(scope, body.receive, body.send)
             refusal = body.refusal
         if refusal is not None:
             await refusal(scope, receive, send)

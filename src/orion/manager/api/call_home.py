@@ -25,9 +25,7 @@ Orders = list[tuple[Item, str]]
 
 
 class CallRefused(Exception):
-    """A refused call. The agent acts on its code: `stale_session`, `host_key_changed`, `address_in_use` or
-    `identity_in_use`.
-    """
+    """A refused call. The agent acts on `code`: stale_session, host_key_changed, address_in_use or identity_in_use."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -95,18 +93,18 @@ class CallHome:
             if own is None or own.host_keys != claim.host_keys:
                 detail = "your host keys are not the pinned ones: register as a new worker, with the join token"
                 raise CallRefused("host_key_changed", detail)
-            if claim.boot_id != own.boot_id and claim.address != own.address and await self._is_reachable(own):
+            if claim.boot_id != own.boot_id and claim.address != own.address and await self.is_reachable(own):
                 detail = f"worker {own.id} still answers at {own.address}: your volume is a copy of its own, remove it"
                 raise CallRefused("identity_in_use", detail)
         same = [holder for holder in known if holder.host_keys == claim.host_keys]
         if own_id is None and same:
             return same[0].id
         for holder in known:
-            if holder not in same and await self._is_reachable(holder):
+            if holder not in same and await self.is_reachable(holder):
                 raise CallRefused("address_in_use", f"worker {holder.id} still answers at {claim.address}")
         return own_id
 
-    async def _is_reachable(self, worker: Worker) -> bool:
+    async def is_reachable(self, worker: Worker) -> bool:
         """Return whether the worker answers at its registered address with its pinned host key."""
         host = Host(worker.id, worker.address, worker.host_keys)
         return await self.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion import wire
@@ -30,14 +31,10 @@ from orion.manager.refusals import ApiProblem, unauthorized
 from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
 CONFIRM_S = 0.5
-"""Seconds until the next heartbeat of a worker whose lease is still the longer one of former settings.
-
-That lease counts until the worker confirms the new one.
-"""
+"""Seconds until the next heartbeat of a worker that has yet to confirm a lease shorter than its present one."""
 PATH = "/api/heartbeat"
 MAX_ITEMS = 10_000
 _TOKEN = re.compile(rb"(?i:bearer) +(orion_worker_([a-z0-9-]{1,64})_[A-Za-z0-9]{43}) *")
-_SAYS_JSON = (b"content-type", b"application/json")
 _JSON = {b"application/json", b"application/json; charset=utf-8"}
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -100,15 +97,15 @@ class HeartbeatServices:
     wake_reconciler: Callable[[], None]
 
 
+@dataclass(frozen=True)
 class HeartbeatRoute:
     """The middleware; it passes on every request that is not a well-formed heartbeat."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         body, shared = await _whole_body(receive), provided(scope, HeartbeatServices)
         try:
@@ -119,11 +116,9 @@ class HeartbeatRoute:
             await refused(refusal)(scope, receive, send)
             return
         if reply is None:
-            await self._app(scope, _replayed(body, receive), send)
+            await self.app(scope, _replayed(body, receive), send)
             return
-        length = (b"content-length", b"%d" % len(reply))
-        await send({"type": "http.response.start", "status": 200, "headers": [length, _SAYS_JSON]})
-        await send({"type": "http.response.body", "body": reply})
+        await Response(reply, media_type="application/json")(scope, receive, send)
 
 
 async def _whole_body(receive: Receive) -> bytes:
@@ -169,7 +164,8 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
     if body.vacating:
         shared.wake_reconciler()
     clocks = shared.clocks
-    next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
+    jitter = random.uniform(0.9, 1.05)  # noqa: S311  it spreads load, and is no secret
+    next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else round(clocks.heartbeat_s * jitter, 3)
     return _encode(
         {
             "lease_s": clocks.freeze_after_s,
@@ -229,7 +225,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _with_jitter(seconds: float) -> float:
-    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  it spreads load, and is no secret

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -75,14 +76,14 @@ def _field(error: Mapping[str, Any]) -> str:
     return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
 
 
+@dataclass(frozen=True)
 class Mistakes:
     """A middleware that answers unexpected exceptions with a problem.
 
     It runs inside the proxy guard, so that log and reply carry the request's id.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -93,7 +94,7 @@ class Mistakes:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting_send)
+            await self.app(scope, receive, noting_send)
         except ClientDisconnect:
             return  # the client disconnected while it sent the body, so there is no one to answer
         except Exception as error:

@@ -9,6 +9,7 @@ import hmac
 import re
 import secrets
 from asyncio import AbstractEventLoop, Transport
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -98,16 +99,16 @@ class RejectedPeers:
         self._next_line_at, self._since_last_line = now + LOG_EVERY_S, 0
 
 
+@dataclass(eq=False)
 class _JoinedWrites:
     """A transport that sends all writes of one turn of the event loop in one system call.
 
     Uvicorn writes a reply's head and its body separately: two system calls, and the proxy would wake twice.
     """
 
-    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._waiting: list[bytes] = []
+    _transport: Transport
+    _loop: AbstractEventLoop
+    _waiting: list[bytes] = field(default_factory=list)
 
     def write(self, data: bytes) -> None:
         if not self._waiting:
@@ -127,19 +128,19 @@ class _JoinedWrites:
         return getattr(self._transport, name)
 
 
+@dataclass(frozen=True)
 class ProxyGuard:
     """A middleware that refuses requests without the proxy secret, and adds the request id to each reply.
 
     The health check needs no secret.
     """
 
-    def __init__(self, app: ASGIApp, secret: str) -> None:
-        self._app = app
-        self._secret = secret.encode()
+    app: ASGIApp
+    secret: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in {"http", "websocket"}:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         secret, request_id = headers.get(SECRET_HEADER_BYTES, b""), headers.get(b"x-request-id", b"").decode("latin-1")
@@ -153,8 +154,8 @@ class ProxyGuard:
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            if scope["path"] == "/healthz" or hmac.compare_digest(secret, self._secret):
-                await self._app(scope, receive, send_with_id)
+            if scope["path"] == "/healthz" or hmac.compare_digest(secret, self.secret.encode()):
+                await self.app(scope, receive, send_with_id)
             else:
                 detail = "the manager answers only requests that come through manager_proxy: send it there"
                 await problem(403, "not_through_the_door", detail)(scope, receive, send_with_id)

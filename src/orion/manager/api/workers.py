@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from orion import wire
 from orion.manager.api import views
-from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallHome, CallRefused
+from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.api.contract import refusals
 from orion.manager.api.heartbeat import HeartbeatRequest, HeartbeatServices, answer, items_of
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, client_address, given
@@ -21,7 +21,6 @@ from orion.manager.domain.scheduler import counted
 from orion.manager.domain.states import LIVE, Health, Intent
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.settings import Settings
-from orion.manager.ssh.port import Host, Reach, Reached
 from orion.manager.store import state, workers
 from orion.manager.store.database import Store
 from orion.manager.store.port import Registration
@@ -36,7 +35,6 @@ class WorkerServices:
     pool_index: PoolIndex
     leases: Leases
     call_home: CallHome
-    reach: Reach
     authorized_keys: tuple[str, ...]
     """The manager's own public keys, which may log in to a worker as root."""
     wake_health: Callable[[], None]
@@ -169,8 +167,7 @@ async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     if known is None:
         raise not_found("worker")
     if known.health is not Health.DOWN:
-        host = Host(known.id, known.address, known.host_keys)
-        if await shared.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES:
+        if await shared.call_home.is_reachable(known):
             detail = f"the worker answers at {known.address} with its own host key: stop it, or drain it"
             raise ApiProblem(409, "worker_answers", detail)
         shared.leases.declare_gone(worker_id)
