@@ -42,15 +42,12 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def refusals(*statuses: int) -> Responses:
-    """Return the refusals of one route for its `responses`."""
+    """Return the refusals of one route, for its `responses`."""
     return {status: _refusal(REFUSALS_OF_A_ROUTE[status]) for status in statuses}
 
 
 def describe(app: FastAPI) -> None:
-    """Complete the application's document, and serve it without a token.
-
-    The document is made and encoded once: it is larger than 100 KB, and callers without a token may ask for it.
-    """
+    """Complete the application's document, and serve it without a token; its 100 KB are encoded only once."""
 
     @cache
     def document() -> dict[str, Any]:

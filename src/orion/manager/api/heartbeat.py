@@ -136,10 +136,7 @@ def items_of(inventory: Iterable[InventoryItem | wire.InventoryItem]) -> tuple[I
 
 
 def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
-    """Renew the worker's lease and return the encoded reply. Raise ApiProblem to refuse the heartbeat.
-
-    `address` is the peer's address that the proxy saw.
-    """
+    """Renew the worker's lease and return the encoded reply. Raise ApiProblem if its session is not current."""
     wall = shared.wall()
     ends = tuple(
         CommandEnd(rental_id=e.rental_id, epoch=e.epoch, run=e.run, how=e.how, at=wall - e.ago_s)
@@ -185,10 +182,7 @@ def _decoded(body: bytes) -> HeartbeatRequest | None:
 
 
 def _caller(shared: HeartbeatServices, scope: Scope) -> tuple[str | None, bool, str]:
-    """Return the worker's id by its token, whether the content type is JSON, and the peer's address.
-
-    Raise 401 for a worker's token that is not valid.
-    """
+    """Return the worker's id by its token, whether the content type is JSON, and the peer that the proxy saw."""
     worker_id, is_json, address = None, False, ""
     for name, value in scope["headers"]:
         if name == b"authorization":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -134,15 +135,13 @@ class Metrics(Collector):
         yield _gauge("orion_info", "Always 1; the label has the version", "version", {__version__: 1})
 
 
-def _gauge(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
-    return _with_values(GaugeFamily(name, text, labels=[label]), values)
-
-
-def _counter(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
-    return _with_values(CounterFamily(name, text, labels=[label]), values)
-
-
-def _with_values(family: GaugeFamily | CounterFamily, values: Mapping[Any, float]) -> Metric:
+def _labelled(
+    kind: type[GaugeFamily | CounterFamily], name: str, text: str, label: str, values: Mapping[Any, float]
+) -> Metric:
+    family = kind(name, text, labels=[label])
     for value, number in values.items():
         family.add_metric([str(value)], number)
     return family
+
+
+_gauge, _counter = partial(_labelled, GaugeFamily), partial(_labelled, CounterFamily)

@@ -78,10 +78,7 @@ def _field(error: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """A middleware that answers unexpected exceptions with a problem.
-
-    It runs inside the proxy guard, so that log and reply carry the request's id.
-    """
+    """A middleware that answers unexpected exceptions with a problem; log and reply carry the request's id."""
 
     app: ASGIApp
 

@@ -1,7 +1,4 @@
-"""The guard that makes the proxy the only way in.
-
-It closes each connection of a peer that is not the proxy, and answers only requests that carry the proxy secret.
-"""
+"""The guard that makes the proxy the only way in, by the peer of each connection and the secret of each request."""
 
 from __future__ import annotations
 
@@ -130,10 +127,7 @@ class _JoinedWrites:
 
 @dataclass(frozen=True)
 class ProxyGuard:
-    """A middleware that refuses requests without the proxy secret, and adds the request id to each reply.
-
-    The health check needs no secret.
-    """
+    """A middleware that refuses requests without the proxy secret, but not the health check, and adds request ids."""
 
     app: ASGIApp
     secret: str

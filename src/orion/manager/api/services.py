@@ -44,10 +44,7 @@ def client_address(connection: HTTPConnection) -> str:
 
 
 def is_from_another_origin(connection: HTTPConnection) -> bool:
-    """Return whether a page from another address than the proxy's, port included, makes the request.
-
-    Programs send no Origin header.
-    """
+    """Return whether a page from another address than the proxy's, port included, asks; programs send no Origin."""
     origin, host = connection.headers.get("origin"), connection.headers.get("x-forwarded-host", "")
     try:
         return origin is not None and (not host or urlsplit(origin).netloc.lower() != host.lower())

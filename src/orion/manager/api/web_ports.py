@@ -17,7 +17,7 @@ from orion.manager.api.contract import refusals
 from orion.manager.api.problems import TITLES, refused
 from orion.manager.api.services import Client, client_address, given, is_from_another_origin
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.gateway.port_access import NamedRental, PortAccess, PortRequest, try_later
+from orion.manager.gateway.port_access import PortAccess, PortRequest, try_later
 from orion.manager.gateway.port_keys import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.gateway.running_rental import OVER
 from orion.manager.gateway.tickets import LIFETIME_S
@@ -100,9 +100,9 @@ async def way(request: Request, shared: Shared) -> Response:
     try:
         wanted = _port_request(request)
         found = await shared.access.find_destination(request, wanted, partial(_offered, request, wanted))
-        if isinstance(found, NamedRental):
+        if isinstance(found, str):
             rest = request.headers.get("x-orion-rest", "").removeprefix("/")
-            location = _outer_path(request, found.rental_id, wanted.port) + rest
+            location = _outer_path(request, found, wanted.port) + rest
             return _for_the_proxy(Response(status_code=307, headers={"Location": location}))
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
@@ -158,10 +158,7 @@ def _refused(request: Request, refusal: ApiProblem) -> Response:
 
 
 def _for_the_proxy(shown: Response) -> Response:
-    """Return a 403 that has this response in its headers, from which the proxy rebuilds it.
-
-    Nginx passes on only the headers of a refused subrequest (auth_request).
-    """
+    """Return a 403 that has this response in its headers, as Nginx passes on nothing else of a refused subrequest."""
     headers = {name: shown.headers[name] for name in _HEADERS_PASSED_ON if name in shown.headers}
     headers["X-Orion-Refused-Status"] = str(shown.status_code)
     headers["X-Orion-Refused-As"] = "html" if shown.headers.get("content-type", "").startswith("text/html") else "json"

@@ -54,15 +54,8 @@ async def register(
     if not shared.settings.may_be_a_worker(address):
         detail = f"a worker must register from an address in {shared.settings.subnet}, not from {address}"
         raise ApiProblem(403, "address_not_in_pool", detail)
-    claim = Registration(
-        address=address,
-        hostname=body.hostname,
-        host_keys=tuple(body.ssh_host_keys),
-        slots=body.slots,
-        labels=body.labels,
-        boot_id=body.boot_id,
-        agent_version=body.agent_version,
-    )
+    same = body.model_dump(include={"hostname", "slots", "labels", "boot_id", "agent_version"})
+    claim = Registration(address=address, host_keys=tuple(body.ssh_host_keys), **same)
     own_id = principal.id if principal.role == "worker" else None
     try:
         registered, orders = await shared.call_home.register(own_id, claim, items_of(body.inventory))

@@ -8,7 +8,7 @@ all rentals would share them: there the key is in the path, and the proxy's sand
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import HTTPConnection
 
@@ -37,28 +37,12 @@ class PortRequest:
 
 
 @dataclass(frozen=True)
-class Caller:
-    """The principal that opens a private port, by its token or by a key of it."""
-
-    principal: Principal
-    ends_at: float | None
-    """Unix seconds at which the token or the key ends."""
-
-
-@dataclass(frozen=True)
 class Destination:
     """The worker that a request may be passed on to."""
 
     address: str
     signed_pass: str
     is_public: bool
-
-
-@dataclass(frozen=True)
-class NamedRental:
-    """The result for a request that has the rental's name in the place of its id."""
-
-    rental_id: str
 
 
 @dataclass(kw_only=True)
@@ -72,19 +56,20 @@ class PortAccess:
 
     async def find_destination(
         self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
-    ) -> Destination | NamedRental:
-        """Return the destination of the request. Raise ApiProblem if the caller may not open the port.
+    ) -> Destination | str:
+        """Return the destination of the request, or the rental's id if the request has its name in the place of it.
 
-        `offered` returns the keys that the request has; it is called only for a private port.
+        `offered` returns the keys that the request has; it is called only for a private port. Raise ApiProblem if the
+        caller may not open the port.
         """
         number = self.connections.number()  # before the rows are read: see gateway/port_connections.py
         row = await self.store.read(web_ports.look, request.rental_id)
         is_public = row is not None and request.port in row["public_ports"] and row["state"] not in OVER
         caller = None if is_public else await self._authenticated(connection, request, offered)
         if row is None and caller is not None:
-            row = await self._named(request.rental_id, caller.principal)
-            if row is not None:
-                return NamedRental(row["id"])
+            named = await self.store.read(rentals.page, caller.name, request.rental_id, False, None, 1)
+            if named:
+                return str(named[0]["id"])
         return self._destination(row, request, caller, number)
 
     def issue_ticket(self, rental_id: str, port: int, principal: Principal) -> str:
@@ -107,11 +92,13 @@ class PortAccess:
 
     async def _authenticated(
         self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
-    ) -> Caller:
-        """Return the caller by its token or key. Raise 401 if it has none, whether the rental exists or not."""
+    ) -> Principal:
+        """Return the caller by its token or by a key of it, and when that ends.
+
+        Raise 401 if it has none, whether the rental exists or not.
+        """
         if "orion_" in connection.headers.get("authorization", ""):
-            principal = await self.authentication.authenticate(connection, "client", "admin")
-            return Caller(principal, principal.expires_at)
+            return await self.authentication.authenticate(connection, "client", "admin")
         now = self.clock.wall_of_tokens()
         for key in offered():
             named = self.keys.read(key, request.rental_id, request.port, now)
@@ -119,31 +106,25 @@ class PortAccess:
             if named is not None and known is not None and known.mark == named.mark:
                 if request.on_own_host and request.cross_site:
                     raise ApiProblem(403, "cross_site", "a page of another origin may not make this request")
-                ends = [at for at in (known.expires_at, named.ends_at) if at is not None]
-                return Caller(known, min(ends))
+                ends_at = named.ends_at if known.expires_at is None else min(known.expires_at, named.ends_at)
+                return replace(known, expires_at=ends_at)
         detail = (
             f"this port is not public: `orion open {request.rental_id} {request.port}` opens a port of your own "
             "rental in a browser, and a program sends its token (Authorization: Bearer TOKEN)"
         )
         raise ApiProblem(401, "private", detail, {"WWW-Authenticate": 'Bearer realm="orion"'})
 
-    async def _named(self, name: str, principal: Principal) -> Row | None:
-        """Return the principal's own rental of that name, if it has not ended."""
-        found = await self.store.read(rentals.page, principal.name, name, False, None, 1)
-        return found[0] if found else None
-
-    def _destination(self, row: Row | None, request: PortRequest, caller: Caller | None, number: int) -> Destination:
+    def _destination(self, row: Row | None, request: PortRequest, caller: Principal | None, number: int) -> Destination:
         """Return the worker, with a pass for it. `caller` is None for a public port. Raise ApiProblem."""
-        principal = caller.principal if caller else None
-        if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):
+        if row is None or (caller and visible_owner(caller) not in {None, row["owner"]}):
             raise not_found("rental")
         if row["state"] in OVER:
             raise ApiProblem(404, "ended", f"the rental is {row['state']}")
         if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
-            why = f" ({row['state']}: {row['explanation']})" if principal else ""
+            why = f" ({row['state']}: {row['explanation']})" if caller else ""
             raise try_later("not_active", f"the rental does not run at present{why}: try again in a moment")
-        grant = self.connections.note(caller.principal, row["worker_id"]) if caller else PUBLIC
-        left_s = caller.ends_at - self.clock.wall_of_tokens() if caller and caller.ends_at is not None else None
+        grant = self.connections.note(caller, row["worker_id"]) if caller else PUBLIC
+        left_s = caller.expires_at - self.clock.wall_of_tokens() if caller and caller.expires_at is not None else None
         signed = signed_pass(row["session_id"], row["id"], row["epoch"], request.port, grant, number, left_s)
         return Destination(row["address"], signed, is_public=caller is None)
 

@@ -114,10 +114,7 @@ async def relay(
 async def run_until_first(
     parts: Iterable[Coroutine[Any, Any, Any]], *others: asyncio.Future[Any]
 ) -> list[asyncio.Future[Any]]:
-    """Run the parts until one of them or of `others` is done, and cancel the parts that are not.
-
-    Return what was done, in the order of the arguments.
-    """
+    """Run the parts until one of them or of `others` is done, cancel the rest, and return those done, in this order."""
     running = [asyncio.create_task(part) for part in parts]
     waiting: list[asyncio.Future[Any]] = [*running, *others]
     try:
