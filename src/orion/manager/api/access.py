@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Response, WebSocket
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
-from orion.manager.api.problems import problem, refused
+from orion.manager.api.problems import check, problem, refused
 from orion.manager.api.services import Client, client_address, given, provided
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import Authentication
@@ -28,11 +28,6 @@ from orion.manager.store.tokens import Principal
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 _CHANGED: Responses = {202: {"model": wire.Page[wire.Key]}, **refusals(404, 409)}
-_REFUSALS = {
-    "ended": "the rental is ending or has ended",
-    "too_many_keys": f"the rental has {wire.MAX_KEYS} keys, and may have no more: remove one first",
-    "last_key": "this is the rental's only key, without which it could not be opened: add another one first",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,7 @@ async def add_key(
     """Add a key: 201 when the worker has it, 202 if it does not have it yet after `wait_s`. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     key, comment = wire.one_public_key(body.ssh_public_key), wire.comment_of(body.ssh_public_key)
-    _refuse(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
+    check(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
     return await _wait_until_in_place(shared, principal, rental_id, body.wait_s, response, 201)
 
 
@@ -83,7 +78,10 @@ async def remove_key(
 ) -> wire.Page[wire.Key]:
     """Remove a key, but not the last one: 200 when it opens nothing any more. Open sessions continue."""
     await shared.rentals.find(rental_id, principal)
-    _refuse(await shared.store.write(keys.remove, rental_id, principal.name, key_id))
+    code = await shared.store.write(keys.remove, rental_id, principal.name, key_id)
+    if code == "no_such_key":
+        raise not_found("key of this rental")
+    check(code)
     return await _wait_until_in_place(shared, principal, rental_id, wait_s, response, 200)
 
 
@@ -152,10 +150,3 @@ def _keys(row: views.Row) -> wire.Page[wire.Key]:
         about = {"id": identity, "fingerprint": wire.fingerprint(key), "comment": comment, "in_place": in_place}
         found.append(wire.Key(public_key=key, **about))
     return wire.Page(items=found)
-
-
-def _refuse(code: str) -> None:
-    if code == "no_such_key":
-        raise not_found("key of this rental")
-    if code:
-        raise ApiProblem(409, code, _REFUSALS[code])

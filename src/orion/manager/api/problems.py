@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion.manager.refusals import ApiProblem
-from orion.wire import in_words
+from orion.wire import MAX_KEYS, MAX_PUBLIC_PORTS, in_words
 
 log = structlog.get_logger()
 
@@ -33,6 +33,16 @@ TITLES = {
     502: "Bad gateway",
     503: "Not available",
 }
+CONFLICTS = {
+    "ended": "the rental is ending or has ended: rent another one with: orion rent",
+    "last_key": "this is the rental's only key, without which it could not be opened: add another one first",
+    "no_start": "the rental has no start command: it can only be given when renting, with: orion rent --start COMMAND",
+    "no_such_snapshot": "that snapshot was removed meanwhile to make room: list the kept ones with: orion snapshots",
+    "not_active_yet": "the rental was never active, so there is nothing to restore",
+    "too_many_keys": f"the rental has {MAX_KEYS} keys, and may have no more: remove one first",
+    "too_many_ports": f"{MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
+}
+"""The details of the codes with which the database refuses a change of a rental."""
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
 
@@ -46,6 +56,12 @@ def problem(
 
 def refused(error: ApiProblem) -> JSONResponse:
     return problem(error.status, error.code, error.detail, error.headers)
+
+
+def check(code: str) -> None:
+    """Raise 409 if the code of a conflict is not empty."""
+    if code:
+        raise ApiProblem(409, code, CONFLICTS[code])
 
 
 def install(app: FastAPI) -> None:

@@ -14,6 +14,7 @@ from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.metrics import Metrics
+from orion.manager.api.problems import check
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import visible_owner
@@ -26,10 +27,6 @@ from orion.manager.store.database import Row, Store
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 ENDED = {wire.RentalState.RELEASED, wire.RentalState.EXPIRED, wire.RentalState.FAILED}
-_REFUSALS = {
-    "ended": "the rental is ending or has ended: rent another one with: orion rent",
-    "no_start": "the rental has no start command: it can only be given when renting, with: orion rent --start COMMAND",
-}
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 
 
@@ -137,7 +134,7 @@ async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shar
     """Let the rental expire `ttl_s` from now."""
     await shared.rentals.find(rental_id, principal)
     if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s, shared.clock.counts_from()):
-        raise ApiProblem(409, "ended", _REFUSALS["ended"])
+        check("ended")
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
@@ -158,9 +155,7 @@ async def release(
 async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
     """Run the start command now, also one that was given up. Processes of former runs are not stopped."""
     await shared.rentals.find(rental_id, principal)
-    refused = await shared.store.write(rentals.begin_start, rental_id, principal.name)
-    if refused:
-        raise ApiProblem(409, refused, _REFUSALS[refused])
+    check(await shared.store.write(rentals.begin_start, rental_id, principal.name))
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 

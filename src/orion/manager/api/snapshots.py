@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
+from orion.manager.api.problems import check
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.domain.snapshots import EMPTY, SnapshotId
@@ -24,11 +25,6 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 
 SNAPSHOT_WITHIN_S = 40.0
 """Seconds for the snapshot before a restore; fewer than the proxy waits for a reply."""
-_REFUSALS = {
-    "ended": "the rental is ending or has ended",
-    "no_such_snapshot": "that snapshot was removed meanwhile to make room: list the kept ones with: orion snapshots",
-    "not_active_yet": "the rental was never active, so there is nothing to restore",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +64,7 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
         async with shared.token_uses.by(principal) as use:
             await _snapshot_first(shared, rental_id, SnapshotId.parse(source))
             use.check()
-    refused = await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source)
-    if refused:
-        raise ApiProblem(409, refused, _REFUSALS[refused])
+    check(await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source))
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from orion import wire
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import TITLES, refused
+from orion.manager.api.problems import TITLES, check, refused
 from orion.manager.api.services import Client, client_address, given, is_from_another_origin
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.port_access import PortAccess, PortRequest, try_later
@@ -27,10 +27,6 @@ from orion.manager.store.database import Store
 
 COOKIE = "orion_port"
 LARGEST_FORM_BYTES = 1000
-_REFUSALS = {
-    "ended": "the rental is ending or has ended",
-    "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
-}
 _HEADERS_PASSED_ON = ("Location", "WWW-Authenticate", "Retry-After")
 _FAILURES = {
     "": ("try_again", "the request could not be served a moment ago, and now it could: try again"),
@@ -72,9 +68,7 @@ async def expose(
 ) -> wire.WebPort:
     """Make a port public, or private again, which ends the connections of others. Repeatable."""
     await shared.rentals.find(rental_id, principal)
-    code = await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public)
-    if code:
-        raise ApiProblem(409, code, _REFUSALS[code])
+    check(await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public))
     return _web_port(shared, request, rental_id, port, body.public)
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from orion.manager.ssh.port import Host
 
+T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 READ_BYTES = 256 * 1024
 MAX_FRAME_BYTES = 1 << 20
@@ -154,6 +155,27 @@ async def _to_worker(websocket: WebSocket, stream: SshStream) -> Ending:
             stream.to_worker += len(frame)
         except OSError:
             await asyncio.Event().wait()  # the worker may have sent its reason: the other direction reads it and ends
+
+
+async def open_unless(
+    over: asyncio.Future[Any], opening: Coroutine[Any, Any, T], close: Callable[[T], None]
+) -> T | None:
+    """Return the result of `opening`, or None if `over` is done first; a result that comes later is closed."""
+
+    def close_late(opened: asyncio.Task[T]) -> None:
+        if not opened.cancelled() and opened.exception() is None:
+            close(opened.result())
+
+    task = asyncio.create_task(opening)
+    wanted = False
+    try:
+        await asyncio.wait((task, over), return_when=asyncio.FIRST_COMPLETED)
+        wanted = task.done()
+        return task.result() if wanted else None
+    finally:
+        if not wanted:
+            task.add_done_callback(close_late)
+            task.cancel()
 
 
 def shortened(reason: str) -> str:

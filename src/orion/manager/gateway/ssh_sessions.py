@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 from starlette.websockets import WebSocket
@@ -21,12 +18,12 @@ from orion.manager.gateway.relay import (
     SshStream,
     WorkerUnreachable,
     connect,
+    open_unless,
     relay,
 )
 from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
 from orion.manager.gateway.token_lifetime import TokenUses
-from orion.manager.ssh.port import Host
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
 
@@ -72,7 +69,7 @@ class SshSessions:
                     )
                 job = job_of(row)
                 await self.certify(job)
-                stream = await _connected(job.host, session.over)
+                stream = await open_unless(session.over, connect(job.host), lambda late: late.writer.close())
                 if stream is not None:
                     await self._relay(websocket, session, stream, _headers(row))
                     return
@@ -86,19 +83,6 @@ class SshSessions:
             self.sessions.note_end(session, ending.reason, stream.to_worker, stream.to_client)
         figures = {"to_worker": stream.to_worker, "to_client": stream.to_client}
         log.info("relay ended", rental_id=session.rental_id, **figures, **vars(ending))
-
-
-async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | None:
-    """Return the connection, or None if the rental left the worker before the worker had answered."""
-    connecting = asyncio.create_task(connect(host))
-    waiting: list[asyncio.Future[Any]] = [connecting, over]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    if connecting.done():
-        return connecting.result()
-    connecting.cancel()
-    with suppress(asyncio.CancelledError, WorkerUnreachable):
-        (await connecting).writer.close()
-    return None
 
 
 def _headers(row: Row) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.websockets import WebSocket
 
 from orion.manager.controllers.wall_clock import TrustedClock
-from orion.manager.gateway.relay import NORMAL, TOKEN_OVER, Ending
+from orion.manager.gateway.relay import NORMAL, TOKEN_OVER, Ending, open_unless
 from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
 from orion.manager.gateway.terminal import OVER, TIME_OVER, TRY_AGAIN, TerminalPage, carry, serve
@@ -99,19 +99,11 @@ class TerminalSessions:
     async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
         """Return a shell, or None if none can be opened now; tell the page why."""
         login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
-        opening = asyncio.create_task(self.shells.open(job_of(row).host, login, page.size))
-        wanted = False
+        opening = self.shells.open(job_of(row).host, login, page.size)
         try:
-            await asyncio.wait((opening, session.over), return_when=asyncio.FIRST_COMPLETED)
-            if opening.done():
-                shell, wanted = opening.result(), True
-                return shell
+            return await open_unless(session.over, opening, lambda late: late.close())
         except ShellUnreachable as error:
             await page.send_state("waiting", f"No shell yet: {error}")
-        finally:
-            if not wanted:
-                opening.add_done_callback(_close)
-                opening.cancel()
         return None
 
     async def _use(self, page: TerminalPage, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
@@ -132,9 +124,3 @@ class TerminalSessions:
             shell.close()
             self.sessions.note_end(session, reason, page.taken, page.shown)
             page.attach(False)
-
-
-def _close(opened: asyncio.Task[Shell]) -> None:
-    """Close a shell whose page is gone."""
-    if not opened.cancelled() and opened.exception() is None:
-        opened.result().close()

@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orion.manager.domain.fair_share import Claim, may_take
 from orion.manager.gateway.terminal import Terms
@@ -39,15 +39,15 @@ class Ticket:
     ends_at: float
 
 
+@dataclass(eq=False)
 class Tickets:
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._kept: dict[str, Ticket] = {}
-        """The unused tickets by their hash."""
+    monotonic: Callable[[], float]
+    _kept: dict[str, Ticket] = field(default_factory=dict)
+    """The unused tickets by their hash."""
 
     def issue(self, rental_id: str, principal: Principal) -> str:
         """Return a new ticket. Raise ApiProblem if there are too many."""
-        now = self._monotonic()
+        now = self.monotonic()
         self._kept = {name: kept for name, kept in self._kept.items() if kept.ends_at > now}
         its = sum(kept.principal.id == principal.id for kept in self._kept.values())
         if its >= MOST_OF_ONE or len(self._kept) >= MOST:
@@ -60,7 +60,7 @@ class Tickets:
     def redeem(self, ticket: str, rental_id: str) -> Principal | None:
         """Use up the ticket. Return the principal that it was issued to, or None if it is not valid for this rental."""
         kept = self._kept.pop(digest(ticket), None)
-        if kept is None or kept.rental_id != rental_id or kept.ends_at <= self._monotonic():
+        if kept is None or kept.rental_id != rental_id or kept.ends_at <= self.monotonic():
             return None
         return kept.principal
 
@@ -80,17 +80,17 @@ class Resume:
     """Monotonic seconds at which the last of these was closed."""
 
 
+@dataclass(eq=False)
 class Resumes:
     """The valid resume keys. The caller checks the key's token at each use."""
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._kept: dict[str, Resume] = {}
-        """The rights by the hash of their key, in the order in which they were made."""
+    monotonic: Callable[[], float]
+    _kept: dict[str, Resume] = field(default_factory=dict)
+    """The rights by the hash of their key, in the order in which they were made."""
 
     def begin(self, rental_id: str, principal: Principal) -> Resume:
         """Return a new right."""
-        return Resume(secrets.token_urlsafe(32), rental_id, principal, self._monotonic())
+        return Resume(secrets.token_urlsafe(32), rental_id, principal, self.monotonic())
 
     def redeem(self, key: str, rental_id: str) -> Resume | None:
         """Return the right that has this key, or None if there is none for this rental."""
@@ -107,7 +107,7 @@ class Resumes:
             yield
         finally:
             resume.terminals -= 1
-            resume.left_at = self._monotonic()
+            resume.left_at = self.monotonic()
             self._drop_old()
 
     def forget(self, resume: Resume) -> None:
@@ -115,7 +115,7 @@ class Resumes:
         self._kept.pop(digest(resume.key), None)
 
     def _drop_old(self) -> None:
-        now = self._monotonic()
+        now = self.monotonic()
         waiting: Counter[str] = Counter()
         for name, kept in reversed(list(self._kept.items())):
             waits = kept.terminals == 0
