@@ -100,7 +100,7 @@ async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         refused = await client.refusal()
         assert (refused["status"], refused["code"]) == (409, "not_active")
-        assert "stands still for a moment" in refused["detail"]
+        assert "stopped for a moment" in refused["detail"]
     async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=50") as client:
         await hold(0)
         assert await client.is_in()

@@ -1,8 +1,7 @@
-"""The heartbeat's hot path: a middleware that answers well-formed heartbeats from memory alone.
+"""The heartbeat's hot path: a middleware that answers well-formed heartbeats from the pool index and the leases.
 
-All other requests go to the FastAPI route in api/workers.py, which documents and refuses them. This middleware accepts
-only what pydantic would accept as well (tests/manager/test_api_heartbeat.py). It uses the pool index
-(domain/pool_index.py) and the leases.
+It accepts only what pydantic would accept as well (tests/manager/test_api_heartbeat.py). All other requests go to the
+FastAPI route in api/workers.py, which documents and refuses them.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _for_the_proxy(shown: Response) -> Response:
 
 
 async def _form(request: Request) -> tuple[PortRequest, str]:
-    """Return the rental and port of a form, and its ticket. Raise ApiProblem if it has not this form."""
+    """Return the rental and port that a form names, and its ticket. Raise ApiProblem if the form is malformed."""
     body = b""
     async for part in request.stream():
         body += part

@@ -33,7 +33,7 @@ class PortRequest:
     port: int
     on_own_host: bool
     cross_site: bool
-    """Whether a page of another origin makes the request, so that the browser's cookie proves nothing."""
+    """Whether a page of another origin makes the request; then the browser's cookie proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PortAccess:
         """Return a new ticket for the port. Raise ApiProblem if there are too many."""
         return self.tickets.issue(_topic(rental_id, port), principal)
 
-    async def redeem_ticket(self, rental_id: str, port: int, ticket: str, where_from: str) -> str:
+    async def redeem_ticket(self, rental_id: str, port: int, ticket: str, address: str) -> str:
         """Return the key that a browser gets for its ticket. Raise ApiProblem if the ticket is not valid."""
         principal = self.tickets.redeem(ticket, _topic(rental_id, port))
         now = self.clock.wall_of_tokens()
@@ -86,7 +86,7 @@ class PortAccess:
         row = await self.store.read(web_ports.look, rental_id)
         if row is None:
             raise not_found("rental")
-        details = {"port": port, "from": where_from}
+        details = {"port": port, "from": address}
         await self.store.write(record, event_of(row, "rental.port_opened", principal.name, "by a ticket", details))
         return self.keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
 

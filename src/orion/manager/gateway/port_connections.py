@@ -1,9 +1,8 @@
 """Ending of open connections to web ports when their grant ends: a token, or that a port is public.
 
-The manager carries none of their bytes. Each pass (gateway/port_keys.py) therefore names its grant and the time that is
-left of it; the worker's port proxy (orion_worker/web/port_proxy.py) ends a connection by itself after that time. If a
-grant ends earlier, the manager tells the port proxies concerned, and repeats that until each has answered or its worker
-is gone. After a restart it asks every port proxy once for its open connections.
+The worker's port proxy (orion_worker/web/port_proxy.py) carries them, and ends each after the time that its pass names
+(gateway/port_keys.py). If a grant ends earlier, the manager sends a message to the port proxies concerned, and repeats
+it until each has answered or its worker is gone. After a restart it asks every port proxy for its open connections.
 
 Passes and these messages have rising numbers: a pass gets its number before the database is read, a message after the
 database was changed. A pass that was under way then has the lower number, and the port proxy refuses it.
@@ -155,8 +154,7 @@ class PortConnections:
     ) -> list[str]:
         """End connections on a worker, again until it answers, and return those still open; [] if the worker is gone.
 
-        `semaphore` is entered for each attempt, and left between attempts, so that a worker that does not answer delays
-        no other.
+        `semaphore` is left between attempts, so that a worker that does not answer delays no other.
         """
         wait_s = RETRY_AFTER_S
         while self._end_connections is not None:
@@ -167,7 +165,7 @@ class PortConnections:
                 async with semaphore or nullcontext():
                     return await self._end_connections(known.address, known.session_id, self.number(), over)
             except (OSError, ValueError) as error:
-                log.info("a worker's port proxy could not be told", worker_id=worker_id, reason=str(error))
+                log.info("a worker's port proxy did not answer a message", worker_id=worker_id, reason=str(error))
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, RETRY_AFTER_AT_MOST_S)
         return []

@@ -1,13 +1,12 @@
 """Passes, which a worker's port proxy accepts, and keys, which a browser holds. Pure functions of their secrets.
 
-A pass is for one port of one rental at one epoch. It names its grant and the time that is left of it, so that a
-connection ends with the grant (gateway/port_connections.py). It is signed with the secret of the worker's session. Only
-that worker and the manager know the secret, and it changes with each registration: a pass is worthless to another
-worker, also to a later one at the same address.
+A pass names its grant and the time that is left of it, so that a connection ends with the grant
+(gateway/port_connections.py). It is signed with the secret of the worker's session, which changes with each
+registration: a pass is worthless to any other worker, also to a later one at the same address.
 
-A key is for one port of one rental, in the name of one token. The manager signs it and keeps nothing of it, so a key
-outlives a restart. At each request the manager checks that the token is valid and may open the rental; a token that was
-replaced under the same id has another mark, so it does not validate the keys of the former one.
+A key is in the name of one token, whose validity and rights the manager checks at each request. The manager keeps
+nothing of a key, so keys outlive a restart. A token that was replaced under the same id has another mark, and does not
+validate the keys of the former one.
 """
 
 from __future__ import annotations

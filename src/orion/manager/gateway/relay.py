@@ -39,9 +39,9 @@ LEFT_WORKER = 4001
 TOKEN_OVER = 4003
 """Close code: the token that opened the connection is over."""
 NOTICE_HEADER = "X-Orion-Notice"
-"""A header of an accepted handshake: what every user of the rental should know."""
+"""A header of an accepted handshake, for every user of the rental: why no snapshots are taken."""
 REMARK_HEADER = "X-Orion-Remark"
-"""A header of an accepted handshake: what can wait until somebody logs in. Programs that copy files ignore it."""
+"""A header of an accepted handshake, for a user who logs in; programs that copy files ignore it."""
 LONGEST_REASON = 100
 """Bytes of a close frame's reason; the protocol allows 123."""
 

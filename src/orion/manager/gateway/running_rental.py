@@ -1,4 +1,4 @@
-"""Waiting for a rental to run, and what the relay and the terminals need of the row that has its worker."""
+"""The wait for a rental to run, and conversions of its row for the relay, the terminals and the web ports."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def event_of(row: Mapping[str, Any], kind: str, actor: str, reason: str, details
 
 
 def remarks(row: Row) -> str:
-    """Return one line that its owner should read at a log-in, about its files; empty if there is nothing to say."""
+    """Return one line about the rental's files for its owner to read at a log-in; an empty string if there is none."""
     found = [row["home_warning"]] if row["home_warning"] and not row["copy_problem"] else []
     if row["salvage"]:
         restore = f"orion restore {row['name']} --from {row['salvage'].generation}"
@@ -88,5 +88,5 @@ def _not_active(row: Row) -> ApiProblem:
     """Return the refusal of a rental that is not active, with Retry-After if it may become so."""
     again = {} if row["state"] in OVER else {"Retry-After": "5"}
     if row["state"] == wire.RentalState.ACTIVE:
-        return ApiProblem(409, "not_active", "the rental is migrating and stands still for a moment: try again", again)
+        return ApiProblem(409, "not_active", "the rental is migrating and stopped for a moment: try again", again)
     return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", again)

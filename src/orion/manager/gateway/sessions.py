@@ -1,8 +1,8 @@
 """The open sessions: their record, their limits, and their end when the rental leaves the worker.
 
-A session is registered before its rental is read, so it misses no change that is committed in between. Beginnings and
-ends are written once a second in one transaction: the user, the address, the rental, the duration and the number of
-bytes, but no content. A manager that is killed loses the last second of these, and the ends of its open sessions.
+A session is registered before its rental is read, so it misses no change that is committed in between. Events of
+beginnings and ends are written once a second in one transaction. A manager that is killed loses the last second of
+these, and the ends of its open sessions.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ class Session:
     began: float
     """Monotonic seconds."""
     actor: str
-    where_from: str
     details: dict[str, Any]
-    """Further details of its events."""
+    """The details of its events: the address that it comes `from`, and what it is opened `by` if that is not ssh."""
     token_use: TokenUse
     """The use of the token that opened it."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
@@ -96,21 +95,13 @@ class Sessions:
         store.news.follow(self.on_commit)
 
     @contextmanager
-    def registered(
-        self, rental_id: str, actor: str, where_from: str, token_use: TokenUse, **details: str
-    ) -> Iterator[Session]:
+    def registered(self, rental_id: str, actor: str, token_use: TokenUse, details: dict[str, Any]) -> Iterator[Session]:
         """Yield a new session, which the use of its token and events of its rental end.
 
-        Enter this before the rental is read. `details` are further ones of the session's events.
+        Enter this before the rental is read.
         """
-        session = Session(
-            rental_id=rental_id,
-            began=self._monotonic(),
-            actor=actor,
-            where_from=where_from,
-            details=details,
-            token_use=token_use,
-        )
+        began = self._monotonic()
+        session = Session(rental_id=rental_id, began=began, actor=actor, details=details, token_use=token_use)
         self._listening.setdefault(rental_id, set()).add(session)
         try:
             yield session
@@ -164,7 +155,7 @@ class Sessions:
                 raise
 
     def _note(self, session: Session, kind: str, reason: str, figures: dict[str, float]) -> None:
-        details = {"session": session.id, "from": session.where_from} | session.details | figures
+        details = {"session": session.id} | session.details | figures
         event = Event(
             kind=kind,
             actor=session.actor,

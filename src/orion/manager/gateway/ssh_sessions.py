@@ -44,7 +44,7 @@ class SshSessions:
     monotonic: Callable[[], float]
 
     async def carry(
-        self, websocket: WebSocket, rental_id: str, principal: Principal, where_from: str, wait_s: float
+        self, websocket: WebSocket, rental_id: str, principal: Principal, address: str, wait_s: float
     ) -> None:
         """Relay bytes between the WebSocket and the rental's sshd until one of them ends.
 
@@ -53,7 +53,7 @@ class SshSessions:
         """
         deadline = self.monotonic() + wait_s
         async with self.token_uses.by(principal) as use:
-            with self.sessions.registered(rental_id, principal.name, where_from, use) as session:
+            with self.sessions.registered(rental_id, principal.name, use, {"from": address}) as session:
                 await self._connect_and_relay(websocket, principal, session, deadline)
 
     async def _connect_and_relay(
@@ -86,7 +86,7 @@ class SshSessions:
 
 
 def _headers(row: Row) -> dict[str, str]:
-    """Return the headers that say why no snapshots are taken of the rental, if none are, and what else to remark.
+    """Return the headers with the reason why no snapshots are taken of the rental, if any, and with its remarks.
 
     A rental without snapshots may be frozen, and then its sshd says only that permission is denied.
     """

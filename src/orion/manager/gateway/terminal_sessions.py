@@ -50,7 +50,7 @@ class TerminalSessions:
         return resume
 
     async def serve(
-        self, websocket: WebSocket, subprotocol: str, size: tuple[int, int], resume: Resume, where_from: str
+        self, websocket: WebSocket, subprotocol: str, size: tuple[int, int], resume: Resume, address: str
     ) -> Ending:
         """Accept the WebSocket and serve its page until it ends. Raise ApiProblem before, if there are too many."""
         resumes = self.terminals.resumes
@@ -58,27 +58,25 @@ class TerminalSessions:
             await websocket.accept(subprotocol)
             open_for_s = self.monotonic() - resume.began_at
             page = TerminalPage(websocket=websocket, terms=self.terminals.terms, size=size, open_for_s=open_for_s)
-            ending = await serve(page, self._visits(page, resume, where_from))
+            ending = await serve(page, self._visits(page, resume, address))
             if ending.code in {NORMAL, OVER, TIME_OVER}:
                 resumes.forget(resume)
         return ending
 
-    async def _visits(self, page: TerminalPage, resume: Resume, where_from: str) -> Ending:
+    async def _visits(self, page: TerminalPage, resume: Resume, address: str) -> Ending:
         """Open one shell after the other until one exits, the rental ends or the token is over."""
         try:
             async with self.token_uses.by(resume.principal) as use:
-                return await self._visit(page, resume, where_from, use)
+                return await self._visit(page, resume, address, use)
         except ApiProblem as error:
             return Ending(OVER, error.detail)
 
-    async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, use: TokenUse) -> Ending:
-        principal = resume.principal
+    async def _visit(self, page: TerminalPage, resume: Resume, address: str, use: TokenUse) -> Ending:
+        principal, details = resume.principal, {"from": address, "by": "browser terminal"}
         await page.send_state("connecting", "Opening a shell")
         no_later = self.monotonic() + self.terminals.terms.total_s
         while True:
-            with self.sessions.registered(
-                resume.rental_id, principal.name, where_from, use, by="browser terminal"
-            ) as session:
+            with self.sessions.registered(resume.rental_id, principal.name, use, details) as session:
                 row = await self.rentals.wait_for(principal, no_later, session)
                 try:
                     with self.sessions.counted(session):

@@ -136,7 +136,7 @@ class Terminals:
         self._taken: Counter[Claim] = Counter()
         """The number of open terminals by the token's name."""
 
-    def check(self, rental_id: str, who: str) -> None:
+    def check(self, rental_id: str, name: str) -> None:
         """Raise ApiProblem if the rental, the token's name or the platform has too many open terminals."""
         if self._open[rental_id] >= MOST_OF_A_RENTAL:
             detail = f"the rental has {MOST_OF_A_RENTAL} open browser terminals, which is its limit: close one"
@@ -144,20 +144,20 @@ class Terminals:
         if self._open.total() >= MOST_OF_ALL:
             detail = f"the platform has {MOST_OF_ALL} open browser terminals, which is its limit: use ssh meanwhile"
             raise ApiProblem(503, "too_many_terminals", detail, {"Retry-After": "30"})
-        if not may_take(Claim(who), self._taken, MOST_OF_ALL):
-            detail = f"{who} has {self._taken[Claim(who)]} open browser terminals, which is the limit: close one"
+        if not may_take(Claim(name), self._taken, MOST_OF_ALL):
+            detail = f"{name} has {self._taken[Claim(name)]} open browser terminals, which is the limit: close one"
             raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
 
     @contextmanager
-    def opened(self, rental_id: str, who: str) -> Iterator[None]:
+    def opened(self, rental_id: str, name: str) -> Iterator[None]:
         """Count a terminal as open during the block. Raise ApiProblem if there are too many."""
-        self.check(rental_id, who)
+        self.check(rental_id, name)
         self._open[rental_id] += 1
-        self._taken[Claim(who)] += 1
+        self._taken[Claim(name)] += 1
         try:
             yield
         finally:
             self._open[rental_id] -= 1
-            self._taken[Claim(who)] -= 1
+            self._taken[Claim(name)] -= 1
             self._open += Counter()  # drops the entries that are zero
             self._taken += Counter()
