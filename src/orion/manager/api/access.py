@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Response, WebSocket
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
-from orion.manager.api.problems import check, problem, refused
+from orion.manager.api.problems import problem, refuse_conflict, refused
 from orion.manager.api.services import Client, client_address, given, provided
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import Authentication
@@ -63,7 +63,7 @@ async def add_key(
     """Add a key: 201 when the worker has it, 202 if it does not have it yet after `wait_s`. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     key, comment = wire.one_public_key(body.ssh_public_key), wire.comment_of(body.ssh_public_key)
-    check(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
+    refuse_conflict(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
     return await _wait_until_in_place(shared, principal, rental_id, body.wait_s, response, 201)
 
 
@@ -81,7 +81,7 @@ async def remove_key(
     code = await shared.store.write(keys.remove, rental_id, principal.name, key_id)
     if code == "no_such_key":
         raise not_found("key of this rental")
-    check(code)
+    refuse_conflict(code)
     return await _wait_until_in_place(shared, principal, rental_id, wait_s, response, 200)
 
 

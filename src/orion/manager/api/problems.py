@@ -58,8 +58,8 @@ def refused(error: ApiProblem) -> JSONResponse:
     return problem(error.status, error.code, error.detail, error.headers)
 
 
-def check(code: str) -> None:
-    """Raise 409 if the code of a conflict is not empty."""
+def refuse_conflict(code: str) -> None:
+    """Raise 409 with the code of a conflict, unless the code is empty."""
     if code:
         raise ApiProblem(409, code, CONFLICTS[code])
 

@@ -14,7 +14,7 @@ from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.metrics import Metrics
-from orion.manager.api.problems import check
+from orion.manager.api.problems import refuse_conflict
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import visible_owner
@@ -134,7 +134,7 @@ async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shar
     """Let the rental expire `ttl_s` from now."""
     await shared.rentals.find(rental_id, principal)
     if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s, shared.clock.counts_from()):
-        check("ended")
+        refuse_conflict("ended")
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
@@ -155,7 +155,7 @@ async def release(
 async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
     """Run the start command now, also one that was given up. Processes of former runs are not stopped."""
     await shared.rentals.find(rental_id, principal)
-    check(await shared.store.write(rentals.begin_start, rental_id, principal.name))
+    refuse_conflict(await shared.store.write(rentals.begin_start, rental_id, principal.name))
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 

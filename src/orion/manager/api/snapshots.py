@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import check
+from orion.manager.api.problems import refuse_conflict
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.domain.snapshots import EMPTY, SnapshotId
@@ -64,7 +64,7 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
         async with shared.token_uses.by(principal) as use:
             await _snapshot_first(shared, rental_id, SnapshotId.parse(source))
             use.check()
-    check(await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source))
+    refuse_conflict(await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source))
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 

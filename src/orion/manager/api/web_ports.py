@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from orion import wire
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import TITLES, check, refused
+from orion.manager.api.problems import TITLES, refuse_conflict, refused
 from orion.manager.api.services import Client, client_address, given, is_from_another_origin
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.port_access import PortAccess, PortRequest, try_later
@@ -68,7 +68,7 @@ async def expose(
 ) -> wire.WebPort:
     """Make a port public, or private again, which ends the connections of others. Repeatable."""
     await shared.rentals.find(rental_id, principal)
-    check(await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public))
+    refuse_conflict(await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public))
     return _web_port(shared, request, rental_id, port, body.public)
 
 
