@@ -62,7 +62,7 @@ def _with(first: WaitingJob, waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
     rentals: Counter[HostMessage] = Counter()
     names: dict[str, HostMessage] = {}
     for job in waiting:
-        if job.action is not first.action or job.alone or _may_not_share(job, first):
+        if job.action is not first.action or job.alone or ((job.suspect or first.suspect) and job.host != first.host):
             continue
         if names.setdefault(job.host.worker_id, job.host) != job.host:
             continue  # the same worker at another address or key: Ansible knows a worker by its name alone
@@ -71,7 +71,3 @@ def _with(first: WaitingJob, waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
         rentals[job.host] += 1
         chosen.append(job)
     return chosen
-
-
-def _may_not_share(job: WaitingJob, first: WaitingJob) -> bool:
-    return (job.suspect or first.suspect) and job.host != first.host

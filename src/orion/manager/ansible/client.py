@@ -62,7 +62,7 @@ class AnsibleEngine:
             async with asyncio.timeout(EXPECT_WITHIN_S):
                 await (await self._connected()).send(expect_message(host))
         except (TimeoutError, ValidationError) as error:
-            log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)
+            log.warning("the engine was not asked to connect to %s in advance: %s", host.worker_id, error)
 
     async def close(self) -> None:
         """Close the connection. The engine kills the running jobs, which return RESTARTED."""
@@ -149,4 +149,4 @@ class EngineConnection:
         if answer is None:
             log.warning("the engine answered a job that has ended: %s", line.message)
         elif not answer.done():
-            answer.set_result(line.outcome())
+            answer.set_result(Outcome(line.ok, line.message, line.report))

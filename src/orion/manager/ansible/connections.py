@@ -1,16 +1,14 @@
 """The SSH connections that the engine keeps open: one for each worker, to a program that stays at its other end.
 
 `orion-rental serve` answers with one JSON object per line (orion_worker/rpc/server.py), so that an order needs neither
-a login nor the start of a program. The engine accepts nothing else from a worker, and limits its length. Each
-connection is a process of OpenSSH with the worker's pinned host key. It is also the master of its control socket, which
-the other tasks of a playbook use.
+a login nor the start of a program. Each connection is a process of OpenSSH with the worker's pinned host key, and the
+master of its control socket, which the other tasks of a playbook use.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import selectors
 import signal
 import subprocess
 import time
@@ -20,6 +18,7 @@ from enum import Enum
 from functools import partial
 from itertools import count
 from pathlib import Path
+from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
 from orion.manager.channel import READ_BYTES, BrokenLine, LineTooLong, SelectorChannel, decode
@@ -53,12 +52,7 @@ class WorkerConnection:
     """One connection to a worker. It calls `changed` when its state changes."""
 
     def __init__(
-        self,
-        number: int,
-        host: HostMessage,
-        directory: Path,
-        selector: selectors.BaseSelector,
-        changed: Callable[[], None],
+        self, number: int, host: HostMessage, directory: Path, selector: BaseSelector, changed: Callable[[], None]
     ) -> None:
         self.number = number
         self.host = host
@@ -80,13 +74,13 @@ class WorkerConnection:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert stream is not None  # noqa: S101 - all three are pipes
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin and stdout and stderr  # noqa: S101, PT018 - all three are pipes
+        for stream in (stdin, stdout, stderr):
             os.set_blocking(stream.fileno(), False)
-        assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: S101, PT018 - as above
-        self._channel = SelectorChannel(selector, self._process.stdout, self._process.stdin, self._take, self._end)
-        self._stderr = self._process.stderr
-        selector.register(self._stderr, selectors.EVENT_READ, lambda _: self._read_stderr())
+        self._channel = SelectorChannel(selector, stdout, stdin, self._take, self._end)
+        self._stderr = stderr
+        selector.register(self._stderr, EVENT_READ, lambda _: self._read_stderr())
 
     @property
     def pid(self) -> int:
@@ -139,18 +133,13 @@ class WorkerConnection:
 
     def _take(self, _: SelectorChannel, line: bytes) -> None:
         """Take an answer, or the program's first line. Raise BrokenLine for any other line."""
-        said = decode(line)
-        if self.state is State.OPENING and said == {"ready": True}:
+        answer = decode(line)
+        if self.state is State.OPENING and answer == {"ready": True}:
             self.state, self.was_open = State.OPEN, True
             self._changed()
             return
-        number, status, report = said.get("id"), said.get("status"), said.get("report")
-        if (
-            type(number) is not int
-            or type(status) is not int
-            or type(report) is not dict
-            or number not in self._pending
-        ):
+        number, status, report = answer.get("id"), answer.get("status"), answer.get("report")
+        if [type(one) for one in (number, status, report)] != [int, int, dict] or number not in self._pending:
             raise BrokenLine("not an answer to what was asked")
         self._pending.pop(number)({"status": status, "report": report})
 
@@ -182,7 +171,7 @@ class WorkerConnection:
 class Connections:
     """The connections to all workers. Call `step` after each event, and when `patience` seconds have passed."""
 
-    def __init__(self, selector: selectors.BaseSelector, directory: Path) -> None:
+    def __init__(self, selector: BaseSelector, directory: Path) -> None:
         self._selector = selector
         self._directory = directory
         self._numbers = count(1)
@@ -219,25 +208,22 @@ class Connections:
 
     def reaped(self, pid: int, status: int) -> bool:
         """Return whether the process that ended was that of a connection."""
-        connection = self._ending.pop(pid, None)
-        if connection:
-            connection.reaped(status)
-        return connection is not None
+        if pid not in self._ending:
+            return False
+        self._ending.pop(pid).reaped(status)
+        return True
 
     def patience(self) -> float | None:
         """Return the seconds until an opening takes too long; None if none is opening."""
-        moments = [
-            connection.opens_until for connection in self._connections.values() if connection.opens_until is not None
-        ]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        deadlines = [c.opens_until for c in self._connections.values() if c.opens_until is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def step(self) -> None:
         now = time.monotonic()
         for connection in list(self._connections.values()):
             if connection.opens_until is not None and connection.opens_until <= now:
                 connection.close("nothing answered in time")
-        spare = len(self._connections) - MAX_IDLE
-        for connection in self._longest_idle()[:spare] if spare > 0 else ():
+        for connection in self._longest_idle()[: max(0, len(self._connections) - MAX_IDLE)]:
             if connection.used + IDLE_S <= now:
                 connection.close("it was not used any more")
 
@@ -246,12 +232,8 @@ class Connections:
             connection.close("others are used more")
 
     def _longest_idle(self) -> list[WorkerConnection]:
-        return sorted(
-            (connection for connection in self._connections.values() if connection.idle),
-            key=lambda connection: connection.used,
-        )
+        return sorted((c for c in self._connections.values() if c.idle), key=lambda connection: connection.used)
 
     def _forget_closed(self, host: HostMessage) -> None:
-        connection = self._connections.get(host)
-        if connection and connection.state is State.CLOSED:
+        if host in self._connections and self._connections[host].closed:
             del self._connections[host]

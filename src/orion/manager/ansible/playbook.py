@@ -1,8 +1,5 @@
 """Runs of playbooks by Ansible's Python interface, in the calling process, over many workers at once.
 
-The playbooks are the files that an operator runs by hand. Here Ansible is already loaded, the inventory holds the
-workers of the batch with their rentals, and results are collected instead of printed.
-
 Values from users and workers reach Ansible as plain strings. Since 2.19 it evaluates templates only in strings that
 are marked as trusted, as those of its own files are, and these are not: tests/integration/test_ansible_playbook.py.
 """
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orion.manager.ansible.port import Action
-from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage
+from orion.manager.ansible.protocol import UNREACHABLE, BatchMessage, BatchOrder, HostOrders, ResultMessage
 from orion.manager.ansible.runners import Play, ReportResult
 from orion.manager.messages import HostMessage
 from orion.manager.ssh.options import CONNECT_TIMEOUT_S, IMPOSTOR, control_path, explained, one_line, options
@@ -29,7 +26,7 @@ from orion.manager.ssh.port import Host
 OPTIONS = {"forks": 16, "syntax": False, "start_at_task": None, "verbosity": 0, "connection": "ssh"}
 MAX_REPORT_BYTES = 1 << 18
 PLUGINS = Path(__file__).with_name("plugins")
-UNREACHABLE = "the worker cannot be reached by SSH: "
+
 
 log = logging.getLogger("orion.engine")
 
@@ -61,8 +58,11 @@ def load(playbooks: Path, directory: Path) -> Play:
     for plugins in (loader.connection_loader, loader.shell_loader, loader.become_loader, loader.strategy_loader):
         list(plugins.all(class_only=True))
 
+    def of_host(orders: HostOrders) -> Mapping[str, Any]:
+        return host_variables(orders.host.host(), directory) | {"orion_connection": orders.connection}
+
     def play_batch(batch: BatchMessage, report_result: ReportResult) -> None:
-        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _variables(orders, directory), report_result)
+        play(playbooks / f"{batch.action}.yml", batch, of_host, report_result)
 
     _warm_up(playbooks, directory)
     return play_batch
@@ -70,14 +70,12 @@ def load(playbooks: Path, directory: Path) -> Play:
 
 def _warm_up(playbooks: Path, directory: Path) -> None:
     """Play each playbook once without orders, so that Ansible loads before the forks what it loads at first use."""
-    nobody = HostMessage.model_construct(
-        worker_id="w-nobody", address=IPv4Address("192.0.2.1"), host_keys=("none none",)
-    )
-    of_nobody = host_variables(nobody.host(), directory)
+    host = HostMessage.model_construct(worker_id="w-none", address=IPv4Address("192.0.2.1"), host_keys=("none none",))
+    variables = host_variables(host.host(), directory)
+    hosts = (HostOrders.model_construct(host=host, orders=(), connection=0),)
     for action in Action:
-        batch = BatchMessage(action=action, hosts=(HostOrders.model_construct(host=nobody, orders=(), connection=0),))
         if (path := playbooks / f"{action}.yml").exists():
-            play(path, batch, lambda _: of_nobody, lambda _: None)
+            play(path, BatchMessage(action=action, hosts=hosts), lambda _: variables, lambda _: None)
 
 
 def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: ReportResult) -> None:
@@ -98,7 +96,8 @@ def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: Report
     for orders in batch.hosts:
         name = orders.host.worker_id
         inventory.add_host(name, group="workers")
-        for variable, value in {**of_host(orders), "rentals": [_rental(order) for order in orders.orders]}.items():
+        rentals = [replace(order.order, deadline=order.refused_after).as_json() for order in orders.orders]
+        for variable, value in {**of_host(orders), "rentals": rentals}.items():
             inventory.get_host(name).set_variable(variable, value)
     collector = _collector({orders.host.worker_id: orders.orders for orders in batch.hosts}, report_result)
     try:
@@ -111,25 +110,17 @@ def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: Report
         collector.finish("the playbook did nothing on the worker")
 
 
-def _rental(order: BatchOrder) -> dict[str, Any]:
-    return replace(order.order, deadline=order.refused_after).as_json()
-
-
-def _variables(orders: HostOrders, directory: Path) -> dict[str, Any]:
-    return host_variables(orders.host.host(), directory) | {"orion_connection": orders.connection}
-
-
 def host_variables(host: Host, directory: Path) -> dict[str, Any]:
     """Return the variables by which Ansible reaches this worker: over the engine's connection, or else by ssh with its
     pinned host key and the engine's key."""
-    multiplexed = ["-o", "ControlMaster=no", "-o", f"ControlPath={control_path(host, directory)}"]
+    path = f"ControlPath={control_path(host, directory)}"
     return {
         "ansible_connection": "orion_held",
         "ansible_host": host.address,
         "ansible_port": host.port,
         "ansible_user": "root",
         "ansible_ssh_private_key_file": str(directory / "id_ed25519"),
-        "ansible_ssh_args": shlex.join(multiplexed),
+        "ansible_ssh_args": shlex.join(["-o", "ControlMaster=no", "-o", path]),
         "ansible_ssh_common_args": shlex.join(options(host)),
         "ansible_host_key_checking": True,
         "ansible_ssh_timeout": CONNECT_TIMEOUT_S,
@@ -184,12 +175,8 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: Repo
             for place, order in enumerate(waiting):
                 report = _report(place, len(waiting), self.results[name])
                 error = report.pop("error", None)
-                if error is not None and failure is None:
-                    report_result(
-                        ResultMessage(number=order.number, ok=False, message=one_line(str(error)), report=report)
-                    )
-                else:
-                    report_result(ResultMessage(number=order.number, report=report, **(failure or {})))
+                refusal = {} if error is None else {"ok": False, "message": one_line(str(error))}
+                report_result(ResultMessage(number=order.number, report=report, **(failure or refusal)))
 
     collector = Collector()
     collector._init_callback_methods()

@@ -1,9 +1,8 @@
 """The engine's queue of jobs. It puts waiting jobs into batches and gives them to a limited number of runners.
 
-A failing worker or run does not delay the others. Each result is used as soon as it arrives. A run that takes too long
-is killed, and its unanswered jobs are tried once more, each alone. A worker that failed lately stays out of batches.
-One owner gets at most half of the runners that a single worker can block, and workers that failed lately get one for
-each owner and half of all (domain/fair_share.py).
+A failing worker or run does not delay the others: a run that takes too long is killed, and its unanswered jobs are
+tried once more, each alone. A worker that failed lately stays out of batches, and domain/fair_share.py limits the
+runners that a single worker can block.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from itertools import count
 from orion.manager.ansible import runners
 from orion.manager.ansible.batches import WaitingJob, choose
 from orion.manager.ansible.connections import Connections, State, WorkerConnection
-from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, JobMessage, OutcomeMessage
+from orion.manager.ansible.protocol import UNREACHABLE, BatchMessage, BatchOrder, HostOrders, JobMessage, OutcomeMessage
 from orion.manager.ansible.protocol import ResultMessage as Result
 from orion.manager.ansible.runners import Play
 from orion.manager.channel import ChannelError, SelectorChannel, decode_as
@@ -33,7 +32,6 @@ SUSPECT_S = 60.0
 """Seconds for which a worker that failed stays out of batches, unless a job there succeeds meanwhile."""
 BATCHES_PER_RUNNER = 500
 NO_RESULT = "the engine's process for this job ended without a result"
-UNREACHABLE = "the worker cannot be reached by SSH: "
 
 log = logging.getLogger("orion.engine")
 
@@ -46,7 +44,8 @@ class Run:
 
     number: int
     job: JobMessage
-    owner: object
+    peer: object
+    """The client that sent the job."""
     answer: Answer
     received: float
     refused_after: float
@@ -70,9 +69,7 @@ class Runner:
     """The unanswered jobs of its batch, by number."""
     busy: bool = False
     has_several_workers: bool = False
-    """Whether its batch is for several workers."""
     is_one_job: bool = False
-    """Whether its batch is one job."""
     killed: bool = False
     claim: Claim | None = None
     """The claim that it was started under, if its batch is for one worker."""
@@ -103,23 +100,22 @@ class Pool:
         self._suspects: dict[HostMessage, float] = {}
         """The monotonic second until which each worker that failed stays out of batches."""
 
-    def submit(self, job: JobMessage, owner: object, answer: Answer) -> None:
-        """Queue a job. It is answered once, unless `abandon` is called for its owner before."""
-        if any(run.owner is owner and run.job.id == job.id for run in self._all()):
+    def submit(self, job: JobMessage, peer: object, answer: Answer) -> None:
+        """Queue a job. It is answered once, unless `abandon` is called for its peer before."""
+        if any(run.peer is peer and run.job.id == job.id for run in self._all()):
             answer(OutcomeMessage(id=job.id, ok=False, message="a job with this id is already in work"))
             return
         now = time.monotonic()
-        self._waiting.append(Run(next(self._numbers), job, owner, answer, now, time.time() + job.deadline_s))
+        self._waiting.append(Run(next(self._numbers), job, peer, answer, now, time.time() + job.deadline_s))
 
-    def abandon(self, owner: object) -> None:
-        """Drop the owner's jobs without an answer, and kill each run that has no other jobs."""
-        self._waiting = [run for run in self._waiting if run.owner is not owner]
-        for runner in list(self._runners.values()):
-            theirs = [number for number, run in runner.runs.items() if run.owner is owner]
-            for number in theirs:
-                del runner.runs[number]
-            if theirs and not runner.runs:
+    def abandon(self, peer: object) -> None:
+        """Drop the peer's jobs without an answer, and kill each run that has no other jobs."""
+        self._waiting = [run for run in self._waiting if run.peer is not peer]
+        for runner in self._runners.values():
+            others = {number: run for number, run in runner.runs.items() if run.peer is not peer}
+            if runner.runs and not others:
                 self._kill(runner)
+            runner.runs = others
 
     def kill_all(self) -> None:
         self._waiting.clear()
@@ -143,12 +139,11 @@ class Pool:
 
     def reaped(self, pid: int) -> bool:
         """Return whether the process that ended was a runner. Its unanswered jobs are tried again or answered."""
-        runner = self._runners.get(pid)
-        if runner is None:
+        if pid not in self._runners:
             return False
-        runner.channel.drain()
+        self._runners[pid].channel.drain()
+        runner = self._runners.pop(pid)
         runner.channel.close()
-        del self._runners[pid]
         self._give_back(runner)
         for run in runner.runs.values():
             self._try_again(run, NO_RESULT, may_retry=runner.killed or not runner.is_one_job)
@@ -171,14 +166,12 @@ class Pool:
 
     def _start_a_batch(self) -> bool:
         ready = [run for run in list(self._waiting) if self._is_connected(run)]
-        waiting = [self._as_waiting(run) for run in ready]
-        chosen = set(choose(waiting, self._shares.may))
+        chosen = set(choose([self._as_waiting(run) for run in ready], self._shares.may))
         runner = self._free_runner() if chosen else None
         if runner is None:
             return False
-        batch = [run for run in ready if run.number in chosen]
         self._waiting = [run for run in self._waiting if run.number not in chosen]
-        self._assign(runner, batch)
+        self._assign(runner, [run for run in ready if run.number in chosen])
         return True
 
     def _as_waiting(self, run: Run) -> WaitingJob:
@@ -205,9 +198,7 @@ class Pool:
         free = [runner for runner in self._runners.values() if not runner.busy]
         if free:
             return max(free, key=lambda runner: runner.played)  # its caches are the warmest
-        if len(self._runners) < self._most_runners:
-            return self._start_runner()
-        return None
+        return self._start_runner() if len(self._runners) < self._most_runners else None
 
     def _start_runner(self) -> Runner | None:
         try:
@@ -223,27 +214,20 @@ class Pool:
         by_host: dict[HostMessage, list[Run]] = {}
         for run in batch:
             by_host.setdefault(run.job.host, []).append(run)
-        connections = {run.job.host: run.connection.number for run in batch if run.connection}
-        most = max(len(runs) for runs in by_host.values())
         runner.began, runner.busy = time.monotonic(), True
         runner.has_several_workers, runner.is_one_job = len(by_host) > 1, len(batch) == 1
-        runner.patience_s = self._patience_s * (1 + most / 4)
+        runner.patience_s = self._patience_s * (1 + max(map(len, by_host.values())) / 4)
         if not runner.has_several_workers:
             claims = (self._as_waiting(run).claim for run in batch)
             runner.claim = next((claim for claim in claims if self._shares.take(claim)), None)
         runner.runs = {run.number: run for run in batch}
         runner.played += 1
-        hosts = tuple(
-            HostOrders(
-                host=host,
-                orders=tuple(
-                    BatchOrder(number=r.number, order=r.job.order, refused_after=r.refused_after) for r in runs
-                ),
-                connection=connections[host],
-            )
-            for host, runs in by_host.items()
-        )
-        runner.channel.send(BatchMessage(action=batch[0].job.action, hosts=hosts))
+        connections = {run.job.host: run.connection.number for run in batch if run.connection}
+        hosts = []
+        for host, runs in by_host.items():
+            orders = [BatchOrder(number=r.number, order=r.job.order, refused_after=r.refused_after) for r in runs]
+            hosts.append(HostOrders(host=host, orders=tuple(orders), connection=connections[host]))
+        runner.channel.send(BatchMessage(action=batch[0].job.action, hosts=tuple(hosts)))
 
     # Results of a runner
 
@@ -260,9 +244,9 @@ class Pool:
             self._suspect(run.job.host)
             run.connection = None
             self._try_again(run, result.message, may_retry=True)
-            return
-        self._suspects.pop(run.job.host, None)
-        self._finish(run, result)
+        else:
+            self._suspects.pop(run.job.host, None)
+            self._finish(run, result)
 
     def _end_broken(self, channel: SelectorChannel, error: Exception | None) -> None:
         """Kill a runner that sent an invalid result. Any other one whose channel ended has died and will be reaped."""
@@ -275,8 +259,7 @@ class Pool:
     def _take_end(self, runner: Runner) -> None:
         for run in runner.runs.values():
             self._finish(run, Result(ok=False, message=NO_RESULT))
-        runner.busy = runner.has_several_workers = False
-        runner.runs = {}
+        runner.busy, runner.has_several_workers, runner.runs = False, False, {}
         self._give_back(runner)
         if runner.played >= BATCHES_PER_RUNNER:
             self._kill(runner)
@@ -298,11 +281,11 @@ class Pool:
 
     def _end_late_ones(self, now: float) -> None:
         for run in [run for run in self._waiting if run.deadline <= now]:
-            opening = run.connection is not None and run.connection.state is not State.OPEN
-            if opening:
+            if run.connection is not None and run.connection.state is not State.OPEN:
                 self._suspect(run.job.host)
-            why = _timed_out(run) if opening else f"{_timed_out(run)}, waiting for its turn"
-            self._finish(run, Result(ok=False, message=why))
+                self._finish(run, Result(ok=False, message=_timed_out(run)))
+            else:
+                self._finish(run, Result(ok=False, message=f"{_timed_out(run)}, waiting for its turn"))
         for runner in list(self._runners.values()):
             late = [run for run in runner.runs.values() if run.deadline <= now]
             for run in late:
@@ -336,16 +319,11 @@ class Pool:
     def _finish(self, run: Run, result: Result) -> None:
         if run in self._waiting:
             self._waiting.remove(run)
-        log.info(
-            "%s of %s on %s: %s in %.3f s%s",
-            run.job.action,
-            run.job.order.rental_id,
-            run.job.host.worker_id,
-            "done" if result.ok else "failed",
-            time.monotonic() - run.received,
-            f" ({result.message})" if result.message else "",
-        )
-        run.answer(OutcomeMessage(id=run.job.id, ok=result.ok, message=result.message, report=result.report))
+        job, seconds = run.job, time.monotonic() - run.received
+        state, reason = "done" if result.ok else "failed", f" ({result.message})" if result.message else ""
+        what = f"{job.action} of {job.order.rental_id} on {job.host.worker_id}"
+        log.info("%s: %s in %.3f s%s", what, state, seconds, reason)
+        run.answer(OutcomeMessage(id=job.id, ok=result.ok, message=result.message, report=result.report))
 
 
 def _timed_out(run: Run) -> str:

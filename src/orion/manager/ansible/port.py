@@ -33,10 +33,8 @@ class Action(StrEnum):
 
 OF_ONE_BOOT = frozenset({Action.CREATE, Action.PREPARE, Action.FREEZE, Action.THAW})
 """The orders that name the boot id of their worker. They depend on the processes there, which a restart of the
-container ends, so a restarted container refuses them.
-
-A purge and a certificate are valid after a restart too, because the files and the host key outlive it.
-"""
+container ends, so a restarted container refuses them. Files and the host key outlive a restart, so a purge and a
+certificate are valid after it too."""
 OTHER_BOOT = "other_boot"
 """The code of that refusal (orion_worker/records.py). The manager decides again, because the worker registers anew."""
 
@@ -50,10 +48,9 @@ class Job:
     order: RentalOrder
     """The order for the worker, without the boot id and the deadline, which the engine's messages add."""
     deadline_s: float = 60.0
-    """Seconds after which the run is killed."""
+    """Seconds from the job's receipt by the engine, its wait included, after which its run is killed."""
     owner: str = ""
-    """The owner of the rental, whose share of engine and snapshot service the job takes; empty: only an inventory
-    knows the rental."""
+    """The owner of the rental, for its share of engine and snapshot service; empty if only an inventory knows it."""
 
     def with_order(self, **changes: Any) -> Job:
         """Return the job with these fields of its order changed."""

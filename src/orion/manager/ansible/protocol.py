@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job, Outcome
+from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job
 from orion.manager.messages import MAX_DEADLINE_S, HostMessage, Message
 from orion.manager.ssh.port import Host
 from orion.rental_order import InvalidOrder, RentalOrder
@@ -48,6 +48,8 @@ def _with_plain_keys(order: RentalOrder) -> RentalOrder:
     return replace(order, public_keys=plain["public_keys"], user_authority="".join(plain["user_authority"]))
 
 
+UNREACHABLE = "the worker cannot be reached by SSH: "
+
 Order = Annotated[
     RentalOrder, PlainValidator(_checked), PlainSerializer(RentalOrder.as_json, return_type=dict[str, Any])
 ]
@@ -61,11 +63,11 @@ class JobMessage(Message):
     order: Order
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
     owner: str = Field("", max_length=200)
-    """The owner of the rental, for its share of the runners; empty: of what only an inventory knows."""
+    """The owner of the rental, for its share of the runners; empty if only an inventory knows the rental."""
 
 
 class ExpectMessage(Message):
-    """Tells the engine to open its connection to this worker, because orders will follow. It gets no answer."""
+    """A request to open the connection to this worker, because orders will follow. It gets no answer."""
 
     expect: HostMessage
 
@@ -78,9 +80,6 @@ class OutcomeMessage(Message):
     message: str = ""
     report: dict[str, Any] = Field(default_factory=dict)
 
-    def outcome(self) -> Outcome:
-        return Outcome(self.ok, self.message, self.report)
-
 
 class BatchOrder(Message):
     """One job in a batch. `number`: the engine's own for it."""
@@ -88,7 +87,7 @@ class BatchOrder(Message):
     number: int
     order: Order
     refused_after: float
-    """The wall clock's time after which the worker must refuse it."""
+    """The Unix seconds after which the worker refuses it."""
 
 
 class HostOrders(Message):

@@ -46,7 +46,9 @@ def start(play: Play) -> tuple[int, socket.socket]:
 
 def kill_strays(known: Collection[int]) -> None:
     """Kill the children of this process that are not in `known`: orphans of runners that died."""
-    for pid in _children(os.getpid()) - set(known):
+    me = os.getpid()
+    children = {int(child) for child in Path(f"/proc/{me}/task/{me}/children").read_text().split()}
+    for pid in children - set(known):
         kill(pid)
 
 
@@ -70,7 +72,9 @@ def _run(play: Play, connection: socket.socket) -> None:
     status = 1
     try:
         os.setsid()
-        _reset_signals()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
         _close_all_but(connection.fileno())
         channel = BlockingChannel(connection, max_line_bytes=None)
         while (line := channel.receive()) is not None:
@@ -81,12 +85,6 @@ def _run(play: Play, connection: socket.socket) -> None:
         _write_all(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
-
-
-def _reset_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _close_all_but(descriptor: int) -> None:
@@ -105,11 +103,6 @@ def _close_all_but(descriptor: int) -> None:
 def _write_all(descriptor: int, content: bytes) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
-
-
-def _children(pid: int) -> set[int]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return {int(child) for child in listing.split()}
 
 
 def _family(pid: int) -> set[int]:

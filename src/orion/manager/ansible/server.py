@@ -1,15 +1,12 @@
 """The engine's process: `python -m orion.manager.ansible.server`, under a uid of its own.
 
 It listens on a Unix socket for jobs (protocol.py), gives them in batches (pool.py, batches.py) to resident processes
-(runners.py) that play them with Ansible (playbook.py), and answers each once, in any order. A job's deadline counts
-from its receipt and includes waiting. This process keeps the connections to the workers (connections.py), so that they
-outlive a run that has to be killed.
+(runners.py) that play them with Ansible (playbook.py), and answers each once, in any order. It keeps the connections to
+the workers (connections.py), so that they outlive a run that has to be killed. It has one thread and loads Ansible
+once, so that a fork is safe and needs to load nothing.
 
-It has one thread and loads Ansible once, so that a fork is safe and needs to load nothing.
-
-When the manager's connection closes, its jobs are killed, and a new manager decides again what it needs. That is safe:
-the playbooks are idempotent, and the worker's program refuses lower epochs and passed deadlines, so a killed run cannot
-overtake a later one.
+When the manager's connection closes, its jobs are killed. That is safe: the playbooks are idempotent, and the worker's
+program refuses lower epochs and passed deadlines, so a killed run cannot overtake a later one.
 """
 
 from __future__ import annotations
@@ -20,12 +17,12 @@ import os
 import selectors
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from orion.manager.ansible import runners
 from orion.manager.ansible.connections import Connections
-from orion.manager.ansible.order_socket import OrderSocket
 from orion.manager.ansible.pool import PATIENCE_S, Pool
 from orion.manager.ansible.protocol import ExpectMessage, JobMessage, OutcomeMessage
 from orion.manager.ansible.runners import Play
@@ -50,18 +47,15 @@ class Server:
     """The loop of the engine: its socket, its runners and its connections to workers."""
 
     def __init__(
-        self,
-        listening: socket.socket,
-        play: Play,
-        most_runners: int,
-        directory: Path,
-        patience_s: float = PATIENCE_S,
+        self, listening: socket.socket, play: Play, most_runners: int, directory: Path, patience_s: float = PATIENCE_S
     ) -> None:
         """`directory`: holds the SSH key and the sockets of the connections to workers."""
         self._listening = listening
+        self._orders = bind(directory / "held.sock", umask=0o177)
+        """The socket through which a runner's tasks use the connections to workers (plugins/connection/orion_held.py).
+        Only the engine's own uid can connect."""
         self._selector = selectors.DefaultSelector()
         self._connections = Connections(self._selector, directory)
-        self._orders = OrderSocket(self._selector, directory, self._connections)
         self._pool = Pool(self._selector, play, most_runners, self._connections, patience_s)
         self._stopping = False
 
@@ -69,16 +63,16 @@ class Server:
         """Serve until SIGTERM or SIGINT, and then kill all children."""
         runners.become_subreaper()
         wakeup, wake = socket.socketpair()
-        for end in (wakeup, wake, self._listening):
+        for end in (wakeup, wake):
             end.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
-        self._selector.register(self._listening, selectors.EVENT_READ, lambda _: self._accept())
         self._pool.prepare()
-        self._listening.listen(64)
+        self._listen(self._orders, self._take_order, lambda task, _: task.close())
+        self._listen(self._listening, self._take, self._drop_peer)
         while not self._stopping:
             for key, ready in self._selector.select(self._patience()):
                 if key.fd in self._selector.get_map():  # an event before this one may have closed it
@@ -109,32 +103,46 @@ class Server:
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _accept(self) -> None:
-        with suppress(BlockingIOError):
-            accepted, _ = self._listening.accept()
-            accepted.setblocking(False)
-            SelectorChannel(self._selector, accepted, accepted, self._take, self._drop_peer)
+    def _listen(
+        self,
+        listening: socket.socket,
+        take: Callable[[SelectorChannel, bytes], None],
+        ended: Callable[[SelectorChannel, Exception | None], None],
+    ) -> None:
+        def accept(_: int) -> None:
+            with suppress(BlockingIOError):
+                accepted, _address = listening.accept()
+                accepted.setblocking(False)
+                SelectorChannel(self._selector, accepted, accepted, take, ended)
+
+        listening.setblocking(False)
+        self._selector.register(listening, selectors.EVENT_READ, accept)
+        listening.listen(64)
+
+    def _take_order(self, task: SelectorChannel, line: bytes) -> None:
+        """Send a task's order over its worker's connection, and answer the task, which sends one order only."""
+        order = decode(line)
+        connection = self._connections.by_number(order["connection"])
+        if connection is None:
+            task.send({"broken": "the connection was closed"})
+        else:
+            connection.ask(order["command"], order["request"], task.send)
 
     def _take(self, peer: SelectorChannel, line: bytes) -> None:
-        if self._took_expect_message(line):
+        with suppress(BrokenLine):
+            expected = decode_as(ExpectMessage, line).expect
+            try:
+                self._connections.to(expected)
+            except OSError as error:
+                log.warning("the engine cannot start a process: %s", error)
             return
         try:
             job = decode_as(JobMessage, line)
         except BrokenLine as error:
-            peer.send(OutcomeMessage(id=_identifier(line), ok=False, message=_refusal(error)))
+            refusal = f"the engine refused the request: {error}" if error.field else "the request is not valid JSON"
+            peer.send(OutcomeMessage(id=_identifier(line), ok=False, message=refusal))
             return
         self._pool.submit(job, peer, peer.send)
-
-    def _took_expect_message(self, line: bytes) -> bool:
-        try:
-            expected = decode_as(ExpectMessage, line).expect
-        except BrokenLine:
-            return False
-        try:
-            self._connections.to(expected)
-        except OSError as error:
-            log.warning("the engine cannot start a process: %s", error)
-        return True
 
     def _drop_peer(self, peer: SelectorChannel, error: Exception | None) -> None:
         if isinstance(error, LineTooLong):
@@ -152,26 +160,26 @@ def _identifier(line: bytes) -> str:
     return identifier if isinstance(identifier, str) and len(identifier) <= 64 else ""
 
 
-def _refusal(error: BrokenLine) -> str:
-    return f"the engine refused the request: {error}" if error.field else "the request is not valid JSON"
-
-
-def bind(path: Path) -> socket.socket:
+def bind(path: Path, umask: int = 0o117) -> socket.socket:
     """Return a socket for the owner and the group, which the directory's setgid bit makes the manager's.
 
     It does not listen yet, so that no client connects before the engine handles signals.
     """
-    with suppress(FileNotFoundError):
-        path.unlink()
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o117)
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    before = os.umask(umask)
     listening.bind(str(path))
     os.umask(before)
     return listening
 
 
 def main() -> None:
-    arguments = _arguments()
+    parser = argparse.ArgumentParser(description="Orion-Sec's engine: runs playbooks for the manager.")
+    parser.add_argument("--socket", type=Path, default=Path(os.environ.get("ORION_ENGINE_SOCKET", SOCKET)))
+    parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
+    parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
+    parser.add_argument("--runners", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
+    arguments = parser.parse_args()
     for descriptor in (0, 1, 2):
         # Another process that shares them may have made them non-blocking (ssh does); then Ansible does not start.
         os.set_blocking(descriptor, True)
@@ -185,15 +193,6 @@ def main() -> None:
         Server(listening, play, arguments.runners, arguments.directory).serve()
     finally:
         arguments.socket.unlink(missing_ok=True)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Orion-Sec's engine: runs playbooks for the manager.")
-    parser.add_argument("--socket", type=Path, default=Path(os.environ.get("ORION_ENGINE_SOCKET", SOCKET)))
-    parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
-    parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
-    parser.add_argument("--runners", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
