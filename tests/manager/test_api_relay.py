@@ -212,8 +212,8 @@ async def test_the_line_for_known_hosts_vouches_for_our_hosts_alone(house: House
 
 async def test_who_is_let_in_by_a_certificate_is_told_to_the_worker_with_the_keys(house: House) -> None:
     jobs = []
-    run = house.manager.certificates._engine.run
-    house.manager.certificates._engine.run = lambda job: (jobs.append(job), run(job))[1]  # type: ignore[method-assign]
+    run = house.manager.certificates.engine.run
+    house.manager.certificates.engine.run = lambda job: (jobs.append(job), run(job))[1]  # type: ignore[method-assign]
     await house.join()
     await house.rent()
     assert [job.order.user_authority for job in jobs] == [house.manager.authority.of_users]

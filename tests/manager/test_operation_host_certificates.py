@@ -147,14 +147,14 @@ async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_ano
     monkeypatch.setattr(host_certificates, "CERTIFY_WITHIN_S", 600.0)
     slow, other = [replace(await job_of(house, (await house.rent())["id"]), owner=owner) for owner in ("slow", "other")]
     house.clock.now += LIFETIME_S
-    run, before = house.manager.certificates._engine.run, worker.node.host_certificate
+    run, before = house.manager.certificates.engine.run, worker.node.host_certificate
 
     async def held_up(job: Job) -> Outcome:
         if job.order.rental_id == slow.order.rental_id:
             await asyncio.Event().wait()
         return await run(job)
 
-    monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
+    monkeypatch.setattr(house.manager.certificates.engine, "run", held_up)
     waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
     await asyncio.sleep(0)
     async with asyncio.timeout(60):  # less than the wait for the slow one

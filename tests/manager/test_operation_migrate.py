@@ -45,9 +45,9 @@ class Interference:
     """Interferes with a migration after the engine has done an action for the nth time."""
 
     def __init__(self, house: House, action: Action, what: Any, time: int = 1) -> None:
-        self._run = house.manager.task_runner._migrator._engine.run
+        self._run = house.manager.task_runner.migrator.engine.run
         self._action, self._what, self._left = action, what, time
-        house.manager.task_runner._migrator._engine = self  # type: ignore[assignment]
+        house.manager.task_runner.migrator.engine = self  # type: ignore[assignment]
 
     async def run(self, job: Job) -> Outcome:
         outcome = await self._run(job)
@@ -64,10 +64,10 @@ class Restart:
     """Restarts a worker's container while its first order to freeze is in transit, and keeps the outcome."""
 
     def __init__(self, house: House, agent: Agent) -> None:
-        self._run = house.manager.task_runner._migrator._engine.run
+        self._run = house.manager.task_runner.migrator.engine.run
         self._agent = agent
         self.outcomes: list[Outcome] = []
-        house.manager.task_runner._migrator._engine = self  # type: ignore[assignment]
+        house.manager.task_runner.migrator.engine = self  # type: ignore[assignment]
 
     async def run(self, job: Job) -> Outcome:
         if job.action is not Action.FREEZE or self.outcomes:
@@ -304,13 +304,13 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     other = await house.join(slots=9)
     at_once: list[int] = []
     Interference(house, Action.PREPARE, lambda _: None)
-    original = house.manager.task_runner._migrator.precopy
+    original = house.manager.task_runner.migrator.precopy
 
     async def counted(*jobs: Job) -> Outcome:
         at_once.append(sum(task.kind in MIGRATION_TASKS for task in house.manager.task_runner._tasks.values()))
         return await original(*jobs)
 
-    house.manager.task_runner._migrator.precopy = counted  # type: ignore[method-assign]
+    house.manager.task_runner.migrator.precopy = counted  # type: ignore[method-assign]
     await drain(house, full)
     assert (await house.worker(full))["intent"] == "drained"
     assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several migrate at a time, and no more"

@@ -465,7 +465,7 @@ async def test_it_begins_empty_when_its_time_is_over_and_what_comes_back_later_w
     back = await patient.rental(waiting["id"])
     assert (back["state"], files(patient, back)) == ("active", {})
     (event,) = await patient.events("rental.started_empty")
-    assert "kept when that comes back" in event["reason"]
+    assert "kept when it comes back" in event["reason"]
     await dead.come_back()
     await patient.pass_time(12)
     assert (await patient.rental(back["id"]))["salvage"]["generation"] == "1-1"

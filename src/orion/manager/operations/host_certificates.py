@@ -1,9 +1,8 @@
 """Host certificates: each worker has one that names the rentals placed there, and shows it to ssh clients.
 
-The order that makes a rental brings the certificate that names it, so the worker is recognised from the first log-in
-on. Certificates are renewed when a renter logs in: without log-ins nothing is renewed, and a worker that is no longer
-the rental's is never asked. What workers show is remembered in memory alone; after a restart of the manager the next
-log-in renews the certificate.
+The order that makes a rental brings the certificate that names it, so ssh recognises the worker from the first log-in
+on. A log-in renews a certificate that ends soon, or that the manager has not sent since its start. Without log-ins
+nothing is renewed.
 """
 
 from __future__ import annotations
@@ -27,41 +26,42 @@ CERTIFY_WITHIN_S = 5.0
 JUST_VALID_S = 60.0
 
 
+@dataclass(kw_only=True, eq=False)
 class HostCertificates:
-    def __init__(self, *, store: Store, authority: Authority, engine: Engine, wall: Callable[[], float]) -> None:
-        self._store = store
-        self._authority = authority
-        self._engine = engine
-        self._wall = wall
+    store: Store
+    authority: Authority
+    engine: Engine
+    wall: Callable[[], float]
+
+    def __post_init__(self) -> None:
         self._shown: dict[str, Issued] = {}
         """The certificate that each worker shows. Those of removed workers stay until they have ended."""
         self._signed: dict[str, Issued] = {}
-        """The certificate that was signed last for each worker, whether it shows it yet or not; kept as long."""
+        """The certificate that was signed last for each worker, whether the worker shows it yet or not."""
         self._signing: dict[str, asyncio.Task[Issued | None]] = {}
         self._renewing: dict[tuple[str, str], asyncio.Task[None]] = {}
         """Renewals by worker and owner: a renewal is an order for one rental, and its renter may delay it."""
 
     async def issue(self, host: Host) -> Issued | None:
-        """Sign a certificate for what is placed on this worker now; return None if nothing is.
+        """Sign a certificate for the rentals that are placed on this worker now; return None if there is none.
 
         The serial is taken first. So a rental that was placed before one certificate was signed is in all with a higher
         serial, and the order in which they reach the worker does not matter.
         """
-        serial = self._authority.next_serial()
-        rental_ids = await self._store.read(host_certificates.current_on, host.worker_id)
+        serial = self.authority.next_serial()
+        rental_ids = await self.store.read(host_certificates.current_on, host.worker_id)
         try:
-            issued = self._authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
+            issued = self.authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
         except NothingToSign as reason:
             log.warning("host certificate not signed", worker_id=host.worker_id, reason=str(reason))
             return None
-        _keep_newest(self._signed, host.worker_id, issued, self._wall())
+        _keep_newest(self._signed, host.worker_id, issued, self.wall())
         return issued
 
     async def naming(self, job: Job) -> Issued | None:
         """Return the last certificate of the job's worker if it names the rental and lasts a while; else sign one.
 
-        So rentals that are placed on a worker together share one certificate, and its sshd restarts once, not a hundred
-        times.
+        So rentals that are placed on a worker together share one certificate, and its sshd restarts only once.
         """
         worker_id = job.host.worker_id
         if not self._is_named(job) and worker_id in self._signing:
@@ -77,31 +77,30 @@ class HostCertificates:
 
     def _is_named(self, job: Job) -> bool:
         last = self._signed.get(job.host.worker_id)
-        return last is not None and last.serves(job.order.rental_id, job.host.host_keys, self._wall(), FRESH_S)
+        return last is not None and last.serves(job.order.rental_id, job.host.host_keys, self.wall(), FRESH_S)
 
     def shows(self, worker_id: str, issued: Issued) -> None:
         """Note that the worker shows this certificate."""
-        _keep_newest(self._shown, worker_id, issued, self._wall())
+        _keep_newest(self._shown, worker_id, issued, self.wall())
 
     async def ensure(self, job: Job) -> None:
         """Renew the certificate of the job's worker if it does not name the rental or ends soon.
 
-        `job`: any job of the rental. It raises nothing: the renter's own ssh verifies the worker, and refuses it then.
+        `job`: any job of the rental. A failure raises nothing: the renter's own ssh verifies the worker and refuses it.
         """
         worker_id = job.host.worker_id
         shown = self._shown.get(worker_id)
-        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self._wall(), FRESH_S):
+        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self.wall(), FRESH_S):
             return
         renewal = worker_id, job.owner
         if renewal not in self._renewing:
             self._renewing[renewal] = asyncio.create_task(self._renew(job))
-        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
+        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self.wall(), JUST_VALID_S):
             return
         await asyncio.wait([self._renewing[renewal]], timeout=CERTIFY_WITHIN_S)
 
     async def stop(self) -> None:
-        running = list(self._renewing.values())
-        for task in running:
+        for task in (running := list(self._renewing.values())):
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
@@ -111,7 +110,7 @@ class HostCertificates:
             if issued is None or job.order.rental_id not in issued.rental_ids:
                 return
             certifying = replace(job, action=Action.CERTIFY, deadline_s=CERTIFY_WITHIN_S)
-            outcome = await self._engine.run(certifying.with_order(host_certificate=issued.line, public_keys=()))
+            outcome = await self.engine.run(certifying.with_order(host_certificate=issued.line, public_keys=()))
             if outcome.ok:
                 self.shows(job.host.worker_id, issued)
             else:
@@ -124,7 +123,7 @@ class HostCertificates:
 
 @dataclass
 class CertifyingEngine:
-    """An engine that adds certificates to the jobs of another one, so that an activated rental can be recognised."""
+    """An engine that adds certificates to the jobs of another one."""
 
     engine: Engine
     certificates: HostCertificates

@@ -1,7 +1,6 @@
-"""The liveness connections to workers, and what they have found; the health controller judges by it.
+"""The liveness connections to workers, and their reports, by which the health controller judges.
 
-Each worker with a session that is not down has one task, which holds its connection and opens it again when it was
-lost. Nothing here runs at an interval: a task sleeps until its connection ends.
+Each worker that is not down and has a session has one task, which holds its connection and opens it again after a loss.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ log = structlog.get_logger()
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STEADY_AFTER_S = 60.0
-"""A connection that was held so long is opened again after the first pause; each shorter one doubles the pause."""
+"""Seconds after which the loss of a connection is followed by the first pause again; before, each doubles the pause."""
 PROOFS = {
     End.GONE: "its container is gone: it closed the liveness connection, and nothing answers at its address",
     End.REPLACED: "its container is gone: it closed the liveness connection, and another machine has its address",
@@ -31,9 +30,9 @@ PROOFS = {
 
 
 @dataclass
-class _Held:
+class _Known:
     session_id: str
-    """The worker's session: another one may be of another boot and at another address, so it needs a new connection."""
+    """The worker's session. A new one may be at another address, so it needs a new connection."""
     task: asyncio.Task[None]
     report: LivenessReport
 
@@ -44,7 +43,7 @@ class LivenessConnections:
         self._liveness = liveness
         self._monotonic = monotonic
         self._on_change = on_change
-        self._tasks: dict[str, _Held] = {}
+        self._tasks: dict[str, _Known] = {}
 
     def is_current(self, worker_id: str, session_id: str | None, health: Health) -> bool:
         """Return whether `update` would change nothing."""
@@ -53,18 +52,17 @@ class LivenessConnections:
         return (known.session_id if known else None) == wanted
 
     def update(self, worker: Worker) -> None:
-        """Open, keep or close the connection to this worker, as its row says. May be called any number of times."""
+        """Open, keep or close the connection to this worker, as its row says."""
         if self.is_current(worker.id, worker.session_id, worker.health):
             return
         self.close(worker.id)
         if worker.session_id and worker.health is not Health.DOWN:
             task = asyncio.create_task(self._keep(worker), name=f"liveness {worker.id}")
-            self._tasks[worker.id] = _Held(worker.session_id, task, LivenessReport())
+            self._tasks[worker.id] = _Known(worker.session_id, task, LivenessReport())
 
     def close(self, worker_id: str) -> None:
-        known = self._tasks.pop(worker_id, None)
-        if known:
-            known.task.cancel()
+        if worker_id in self._tasks:
+            self._tasks.pop(worker_id).task.cancel()
 
     def report(self, worker: Worker) -> LivenessReport:
         """Return what the connection has found in the worker's present session."""
@@ -91,12 +89,9 @@ class LivenessConnections:
             while True:
                 began = self._monotonic()
                 end = await self._liveness.hold(host, worker.boot_id, lambda sign: self._on_sign(worker, sign))
-                proof = PROOFS.get(end, "")
-                if proof:
+                if proof := PROOFS.get(end, ""):
                     self._note(worker, LivenessReport(self.report(worker).closed_at, proof))
-                    await asyncio.sleep(
-                        LONGEST_PAUSE_S
-                    )  # cancelled if it is declared down; else it was heard, and lives
+                    await asyncio.sleep(LONGEST_PAUSE_S)  # a worker that is not declared down meanwhile was heard
                 self._note(worker, LivenessReport())
                 if self._monotonic() - began > STEADY_AFTER_S:
                     pause_s = FIRST_PAUSE_S

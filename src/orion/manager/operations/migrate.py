@@ -1,21 +1,21 @@
 """The long parts of a planned migration: precopy while the rental runs, final sync and park while it is quiesced.
 
-domain/migration.py says what each is for, and why their order is safe. Each may be killed at any point and begun again:
-a home that has not changed gives the same snapshot, and a home that was not activated may be filled any number of
-times.
+domain/migration.py says why their order is safe. Each may be killed at any point and begun again: a home that has not
+changed gives the same snapshot, and a home that was not activated may be filled any number of times.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orion.manager.ansible.port import Action, Engine, Job, Outcome
 from orion.manager.domain import snapshots
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot, SnapshotId
-from orion.manager.snapshots.port import Home, SnapshotError, SnapshotService
+from orion.manager.operations.restore import home_of
+from orion.manager.snapshots.port import SnapshotError, SnapshotService
 from orion.manager.store.snapshots import SnapshotCatalog
 
 FREEZE_DEADLINE_S = 15.0
@@ -33,24 +33,18 @@ LIMIT_FACTOR = 4
 """How many times the limits of periodic snapshots a home may reach and still be migrated."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Migrator:
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        snapshot_service: SnapshotService,
-        catalog: SnapshotCatalog,
-        limits: SnapshotLimits,
-        monotonic: Callable[[], float],
-    ) -> None:
-        self._engine = engine
-        self._snapshot_service = snapshot_service
-        self._catalog = catalog
-        self._periodic_limits = limits
-        self._limits = replace(
-            limits, max_files=limits.max_files * LIMIT_FACTOR, max_bytes=limits.max_bytes * LIMIT_FACTOR
-        )
-        self._monotonic = monotonic
+    engine: Engine
+    snapshot_service: SnapshotService
+    catalog: SnapshotCatalog
+    limits: SnapshotLimits
+    """The limits of periodic snapshots."""
+    monotonic: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        max_files, max_bytes = self.limits.max_files * LIMIT_FACTOR, self.limits.max_bytes * LIMIT_FACTOR
+        self._migration_limits = replace(self.limits, max_files=max_files, max_bytes=max_bytes)
         self._filled: dict[tuple[str, int], SnapshotId] = {}
         """The snapshot with which each target was filled last, by rental and epoch."""
 
@@ -67,14 +61,14 @@ class Migrator:
         return await _within(FINAL_SYNC_WITHIN_S, self._park(source))
 
     async def _precopy(self, source: Job, target: Job) -> Outcome:
-        prepared = await self._engine.run(replace(target, action=Action.PREPARE))
+        prepared = await self.engine.run(replace(target, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         for _ in range(MOST_ROUNDS):
-            began = self._monotonic()
+            began = self.monotonic()
             snapshot = await self._snapshot(source)
             await self._fill(target, snapshot, again=True)
-            if self._monotonic() - began < SHORT_ROUND_S:
+            if self.monotonic() - began < SHORT_ROUND_S:
                 break
         return _done(snapshot)
 
@@ -90,9 +84,9 @@ class Migrator:
         return _done(await self._snapshot(source))
 
     async def _quiesce(self, source: Job) -> None:
-        """Stop all processes of the source. Raises SnapshotError unless they are stopped."""
+        """Stop all processes of the source. Raise SnapshotError unless they are stopped."""
         job = replace(source, action=Action.FREEZE, deadline_s=FREEZE_DEADLINE_S)
-        frozen = await self._engine.run(job.with_order(public_keys=()))
+        frozen = await self.engine.run(job.with_order(public_keys=()))
         if not frozen.ok:
             raise SnapshotError("not_frozen", frozen.message)
         if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.order.epoch:
@@ -101,20 +95,21 @@ class Migrator:
     async def _fill(self, target: Job, snapshot: Snapshot, again: bool) -> None:
         key = target.order.rental_id, target.order.epoch
         before = self._filled.pop(key, None)
-        await self._snapshot_service.restore(_home(target), snapshot.generation, RESTORE_DEADLINE_S, before, again)
+        await self.snapshot_service.restore(home_of(target), snapshot.generation, RESTORE_DEADLINE_S, before, again)
         self._filled = {key: snapshot.generation} | self._filled
         while len(self._filled) > MOST_REMEMBERED:
             self._filled.popitem()
 
     async def _snapshot(self, source: Job) -> Snapshot:
         """Take a complete snapshot and have the database accept it, so that every later restore uses it."""
-        found = await self._catalog.migrating(source.order.rental_id)
+        found = await self.catalog.migrating(source.order.rental_id)
         if found is None:
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
-        taken = await self._snapshot_service.copy(_home(source), self._limits, COPY_DEADLINE_S, for_migration=True)
-        warning = snapshots.nearly_full(taken.copy, self._periodic_limits.max_bytes, self._periodic_limits.max_files)
+        limits, home = self._migration_limits, home_of(source)
+        taken = await self.snapshot_service.copy(home, limits, COPY_DEADLINE_S, for_migration=True)
+        warning = snapshots.nearly_full(taken.copy, self.limits.max_bytes, self.limits.max_files)
         step = snapshots.accepted(found.rental, found.placement, taken.copy, warning)
-        if not await self._catalog.accept(step, source.order.rental_id, taken.kept):
+        if not await self.catalog.accept(step, source.order.rental_id, taken.kept):
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
         return taken.copy
 
@@ -127,10 +122,6 @@ async def _within(seconds: float, work: Awaitable[Outcome]) -> Outcome:
         return Outcome(False, str(error), {"code": error.code})
     except TimeoutError:
         return Outcome(False, f"it took longer than {seconds:.0f} s")
-
-
-def _home(job: Job) -> Home:
-    return Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
 
 
 def _done(snapshot: Snapshot) -> Outcome:

@@ -1,7 +1,7 @@
 """Connections that are opened in advance to the workers where the rentals of a dying worker would go.
 
-Proving a death takes 1.5 s, and opening an ssh connection 0.25 s, which a takeover then does not wait for. This module
-decides nothing: the scheduler may choose other workers, and a connection that cannot be opened here does no harm.
+The proof of a death takes 1.5 s, and an ssh connection 0.25 s, for which a takeover then does not wait. The scheduler
+may still choose other workers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orion.manager.store.port import StateStore
 log = structlog.get_logger()
 
 AT_ONCE = 4
-"""Connections that are opened at a time, however many workers die: others are opened when they are needed."""
+"""Connections that are opened at a time. Others are opened when they are needed."""
 
 
 class Preconnector:
@@ -37,16 +37,13 @@ class Preconnector:
             task.add_done_callback(self._opening.discard)
 
     async def stop(self) -> None:
-        opening = list(self._opening)
-        for task in opening:
+        for task in (opening := list(self._opening)):
             task.cancel()
         await asyncio.gather(*opening, return_exceptions=True)
 
     async def _open(self, worker_id: str) -> None:
-        worker = (await self._state_store.workers([worker_id])).get(worker_id)
-        if worker is None:
-            return
-        try:
-            await self._snapshot_service.connect(Host(worker.id, worker.address, worker.host_keys))
-        except SnapshotError as error:
-            log.info("connection not opened in advance", worker_id=worker_id, code=error.code)
+        for worker in (await self._state_store.workers([worker_id])).values():
+            try:
+                await self._snapshot_service.connect(Host(worker.id, worker.address, worker.host_keys))
+            except SnapshotError as error:
+                log.info("connection not opened in advance", worker_id=worker_id, code=error.code)

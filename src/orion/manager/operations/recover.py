@@ -1,11 +1,9 @@
 """Recovered snapshots: the files of a lost placement are copied when its worker is back, before they are purged there.
 
-A home is copied only if the database says that the rental was placed on that worker at that epoch; what the worker says
-does not count. One transaction records the snapshot and that nothing is left to recover. A manager that is killed
-before it copies again, and a home that has not changed makes no second snapshot. Few recovered snapshots are kept, but
-never is the one removed that the rental is to be restored from, however old it is.
-
-On the wire and in the database the word for this is `salvage`.
+A home is copied only if the database, and not only the worker, says that the rental was placed there at that epoch. One
+transaction records the snapshot and that nothing is left to recover. After a kill before it the home is copied again,
+and an unchanged home makes no second snapshot. The snapshot that the rental is to be restored from is never removed to
+make room. On the wire and in the database the word for this is `salvage`.
 """
 
 from __future__ import annotations
@@ -20,22 +18,18 @@ from orion.manager.domain.outcomes import RECOVERY_ATTEMPTS
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.queues import FairQueue
-from orion.manager.snapshots.port import (
-    NOTHING_TO_RECOVER,
-    OVER_LIMIT,
-    RECOVER_DEADLINE_S,
-    Home,
-    SnapshotError,
-    SnapshotService,
-)
+from orion.manager.snapshots import port
+from orion.manager.snapshots.port import Home, SnapshotError, SnapshotService
 from orion.manager.ssh.port import Host
 from orion.manager.store.snapshots import SnapshotCatalog
 
 AT_ONCE = 16
 """Homes that are copied at a time, on all workers; one owner has at most half of them."""
-LONGEST_TRY_S = RECOVER_DEADLINE_S + 5.0
+LONGEST_TRY_S = port.RECOVER_DEADLINE_S + 5.0
 """Seconds, the wait for its turn included."""
-FOR_GOOD = frozenset((OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict"))
+FOR_GOOD = frozenset(
+    (port.OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict")
+)
 """Codes of errors that another try would meet again."""
 TRIES = "tries"
 """The key in the report of a failure for the number of attempts that it counts for."""
@@ -49,7 +43,7 @@ class Recoverer:
         self._shares = FairQueue(AT_ONCE)
 
     async def recover(self, host: Host, item: Item, placement_id: str, owner: str) -> Outcome:
-        """Copy the home of this lost placement from its worker, and have the database accept the snapshot."""
+        """Take a recovered snapshot of this lost placement, and have the database accept it."""
         home = Home(item.rental_id, item.uid, item.epoch, host, owner)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._shares.place(Claim(owner)):
@@ -61,14 +55,13 @@ class Recoverer:
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
-            if error.code == NOTHING_TO_RECOVER:
+            if error.code == port.NOTHING_TO_RECOVER:
                 await self._catalog.record(snapshots.not_recovered(rental, placement, ""))
                 return Outcome(ok=True)
             tries = RECOVERY_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
-        await self._catalog.accept(
-            snapshots.recovered(rental, placement, taken.copy, taken.kept), rental.id, taken.kept
-        )
+        step = snapshots.recovered(rental, placement, taken.copy, taken.kept)
+        await self._catalog.accept(step, rental.id, taken.kept)
         return Outcome(ok=True)
 
     async def _needed(self, rental: Rental) -> SnapshotId | None:

@@ -2,10 +2,8 @@
 
 Safe order: make the account locked; restore the snapshot into its home; only then activate it, by the usual job. After
 a kill between any two, all begins again: the worker refuses to write over a home that was activated at this epoch, and
-that refusal counts as done. Where one rental alone is restored, its snapshot is requested while its account is made;
-the worker waits for the account, and if it refuses, the restore is requested again afterwards. Files are never given up
-automatically: a restore that fails is tried again, and only an operator or the renter may say that the rental begins
-without its files.
+that refusal counts as done. Files are never given up automatically: a restore that fails is tried again, and only an
+operator or the renter may say that the rental begins without its files.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -34,20 +32,16 @@ from orion.manager.snapshots.port import (
 from orion.manager.store.snapshots import SnapshotCatalog
 
 ACTIVATED_BEFORE = "it was activated already"
-NO_SNAPSHOT = (
-    "there is no snapshot of its files; what a lost worker may still have of them is kept when that comes back"
-)
+NO_SNAPSHOT = "there is no snapshot of its files; files that a lost worker still has are kept when it comes back"
 NOT_COUNTED = "waits"
 """The key in the report of a failure that is not counted, because another worker would fail as well."""
 AT_ONCE = 16
 """Homes that are filled at a time on one worker; one owner has at most half of them. A worker has a processor or two,
-so a hundred at a time would all be late, and its sshd takes at most 64 sessions of one connection.
-"""
+so a hundred at a time would all be late, and its sshd takes at most 64 sessions of one connection."""
 BATCH = 8
 BATCH_WAIT_S = 0.4
 """Number of filled homes of one worker that are activated together, and the seconds that a filled home waits at most
-for others that are being filled: one run of Ansible activates all of them, and costs little more than for one.
-"""
+for others that are being filled: one run of Ansible activates all of them, and costs little more than for one."""
 
 
 class _Worker:
@@ -62,7 +56,7 @@ class _Worker:
 
     @contextmanager
     def restoring(self) -> Iterator[bool]:
-        """Hold while a rental is restored there; yield whether no other one is."""
+        """Count a restore of the length of the block; yield whether no other one runs."""
         self._restoring += 1
         try:
             yield self._restoring == 1
@@ -100,20 +94,16 @@ class _Worker:
         self._batch, self._ready = asyncio.Event(), 0
 
 
+@dataclass(kw_only=True, eq=False)
 class Restorer:
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        snapshot_service: SnapshotService,
-        catalog: SnapshotCatalog,
-        limits: SnapshotLimits | None = None,
-    ) -> None:
-        self._engine = engine
-        self._snapshot_service = snapshot_service
-        self._catalog = catalog
+    engine: Engine
+    snapshot_service: SnapshotService
+    catalog: SnapshotCatalog
+    limits: SnapshotLimits = field(default_factory=SnapshotLimits)
+
+    def __post_init__(self) -> None:
         self._workers: WeakValueDictionary[str, _Worker] = WeakValueDictionary()
-        self.recoverer = Recoverer(snapshot_service, catalog, limits or SnapshotLimits())
+        self.recoverer = Recoverer(self.snapshot_service, self.catalog, self.limits)
 
     async def make(self, job: Job, wanted: str, filled: str = "") -> Outcome:
         """Make the account, fill its home and activate it; the report names the snapshot.
@@ -121,11 +111,12 @@ class Restorer:
         `filled`: the snapshot that a planned migration has put there already.
         """
         if filled:
-            made = await self._engine.run(job)
+            made = await self.engine.run(job)
             restored = {"generation": filled, "reason": "migrated with all its files"}
             return replace(made, report={**made.report, "restored": restored})
         worker = self._workers.setdefault(job.host.worker_id, _Worker())
         with worker.restoring() as alone:
+            # The restore of a rental alone is requested while its account is made: the worker waits for the account.
             early = asyncio.create_task(self._fill(job, wanted)) if alone else None
             try:
                 return await self._make(job, wanted, worker, early)
@@ -137,8 +128,7 @@ class Restorer:
     async def _make(
         self, job: Job, wanted: str, worker: _Worker, early: asyncio.Task[dict[str, Any]] | None
     ) -> Outcome:
-        """Make the account, fill its home and activate it. `early`: a restore that began before the account is made."""
-        prepared = await self._engine.run(replace(job, action=Action.PREPARE))
+        prepared = await self.engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         before = prepared.report.get("restored")
@@ -150,7 +140,7 @@ class Restorer:
             except SnapshotError as error:
                 return _refused(error)
             await worker.wait_for_batch()
-        made = await self._engine.run(job)
+        made = await self.engine.run(job)
         return replace(made, report={**made.report, **found})
 
     async def _filled(self, job: Job, wanted: str, early: asyncio.Task[dict[str, Any]] | None) -> dict[str, Any]:
@@ -162,7 +152,7 @@ class Restorer:
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:
             return {"reason": "without its files, as asked for"}
-        home = Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
+        home = home_of(job)
         try:
             snapshot = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except SnapshotError as error:
@@ -172,7 +162,7 @@ class Restorer:
         return described(snapshot) if snapshot else {"reason": NO_SNAPSHOT}
 
     async def _named(self, home: Home, wanted: str) -> Snapshot | None:
-        snapshot = await self._snapshot_service.restore(home, SnapshotId.parse(wanted))
+        snapshot = await self.snapshot_service.restore(home, SnapshotId.parse(wanted))
         if snapshot is None:
             raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}, nor any other")
         return snapshot
@@ -182,16 +172,20 @@ class Restorer:
 
         Either may be lost without the other: the database when a backup is restored, the snapshots with their disk.
         """
-        newest = await self._catalog.newest(home.rental_id)
+        newest = await self.catalog.newest(home.rental_id)
         try:
-            snapshot = await self._snapshot_service.restore(home, newest.generation if newest else None)
+            snapshot = await self.snapshot_service.restore(home, newest.generation if newest else None)
         except SnapshotError as error:
             if error.code != NO_SUCH_SNAPSHOT:
                 raise
-            snapshot = await self._snapshot_service.restore(home)
+            snapshot = await self.snapshot_service.restore(home)
         if snapshot is None and newest:
             raise SnapshotError("copies_lost", "there were snapshots of its files, and they are not there any more")
         return snapshot
+
+
+def home_of(job: Job) -> Home:
+    return Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
 
 
 def described(snapshot: Snapshot) -> dict[str, Any]:
@@ -200,8 +194,6 @@ def described(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _refused(error: SnapshotError) -> Outcome:
-    message = (
-        f"its files cannot be restored now: {error}. To begin without them: orion restore --empty, or with an older "
-        "snapshot: orion restore --from"
-    )
+    ways = "To begin without them: orion restore --empty, or with an older snapshot: orion restore --from"
+    message = f"its files cannot be restored now: {error}. {ways}"
     return Outcome(ok=False, message=message, report={NOT_COUNTED: error.code not in WORKER_CODES})

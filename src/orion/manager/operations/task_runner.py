@@ -1,7 +1,7 @@
-"""Running tasks: each in the share of its worker, its outcome fed back, a failed one again after a pause.
+"""The task runner: runs each task in the share of its worker, feeds back its outcome, and pauses after a failure.
 
-What this module keeps in memory (tasks under way, how often each failed, which rentals could not be migrated) is not
-kept across a restart: the reconciler derives the tasks again from the database and the inventories.
+Its memory (tasks under way, how often each failed, which rentals could not be migrated) is lost by a restart: the
+reconciler derives the tasks again from the database and the inventories.
 """
 
 from __future__ import annotations
@@ -66,46 +66,29 @@ class Failure:
     """Monotonic seconds before which it is not tried again."""
 
 
+@dataclass(kw_only=True, eq=False)
 class TaskRunner:
-    def __init__(
-        self,
-        *,
-        state_store: StateStore,
-        pool_index: PoolIndex,
-        leases: Leases,
-        engine: Engine,
-        reach: Reach,
-        restorer: Restorer,
-        migrator: Migrator,
-        monotonic: Callable[[], float],
-        wall: Callable[[], float],
-        counts_from: Callable[[], float | None],
-        wake_reconciler: Callable[[], None],
-        on_worker_change: Callable[[], None] = lambda: None,
-        on_job: Callable[[str, bool, float], None] = lambda _kind, _ok, _seconds: None,
-    ) -> None:
-        """Make a runner that runs nothing yet. `counts_from`: see TrustedClock.
+    state_store: StateStore
+    pool_index: PoolIndex
+    leases: Leases
+    engine: Engine
+    reach: Reach
+    restorer: Restorer
+    migrator: Migrator
+    monotonic: Callable[[], float]
+    wall: Callable[[], float]
+    counts_from: Callable[[], float | None]
+    """See TrustedClock."""
+    wake_reconciler: Callable[[], None]
+    """Called when a task has ended, and when the pause after a failure is over."""
+    on_worker_change: Callable[[], None] = lambda: None
+    """Called when a task has changed something by which the health controller judges."""
+    on_job: Callable[[str, bool, float], None] = lambda _kind, _ok, _seconds: None
+    """Called when a task has ended, with its kind, whether it succeeded, and its seconds."""
 
-        `wake_reconciler` is called when a task has ended and when the pause after a failure is over;
-        `on_worker_change` when a task has changed what the health controller judges by; `on_job` when a task has ended,
-        with its kind, whether it succeeded, and its seconds.
-        """
-        self._state_store = state_store
-        self._pool_index = pool_index
-        self._leases = leases
-        self._engine = engine
-        self._reach = reach
-        self._restorer = restorer
-        self._migrator = migrator
-        self._monotonic = monotonic
-        self._wall = wall
-        self._counts_from = counts_from
-        self._wake_reconciler = wake_reconciler
-        self._on_worker_change = on_worker_change
-        self._on_job = on_job
+    def __post_init__(self) -> None:
         self._running: dict[TaskKey, asyncio.Task[None]] = {}
         self._tasks: dict[TaskKey, Task] = {}
-        """The tasks under way, by the same keys."""
         self._failures: dict[Task, Failure] = {}
         self._rests: dict[str, Failure] = {}
         """Failed migrations, by rental."""
@@ -118,7 +101,7 @@ class TaskRunner:
 
     @property
     def running(self) -> int:
-        """Number of tasks under way."""
+        """The number of tasks under way."""
         return len(self._running)
 
     def keys(self) -> frozenset[TaskKey]:
@@ -126,21 +109,20 @@ class TaskRunner:
         return frozenset(self._running)
 
     def resting(self) -> frozenset[str]:
-        """Return the rentals that are not to be migrated yet, because that failed a short time ago."""
-        now = self._monotonic()
+        """Return the rentals whose next migration has to wait, because one failed a short time ago."""
+        now = self.monotonic()
         return frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
 
     def unmigrated(self) -> frozenset[str]:
-        """Return the rentals whose migration failed, and did not succeed since."""
-        since = self._monotonic() - LONGEST_REST_S
+        """Return the rentals whose last migration failed."""
+        since = self.monotonic() - LONGEST_REST_S
         return frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > since)
 
     def start(self, task: Task) -> None:
         """Begin this task, unless one with its key is under way, it pauses, or its worker has its share of tasks."""
         failure = self._failures.get(task)
-        if task.key in self._running or (failure and failure.again_at > self._monotonic()):
-            return
-        if not self._has_a_share(task):
+        pauses = failure is not None and failure.again_at > self.monotonic()
+        if task.key in self._running or pauses or not self._has_a_share(task):
             return
         self._running[task.key] = asyncio.create_task(self._run(task))
         self._tasks[task.key] = task
@@ -173,12 +155,10 @@ class TaskRunner:
         self._failures = {
             task: failure
             for task, failure in self._failures.items()
-            if task in still or not (task.worker_id in looked_at or self._pool_index.worker(task.worker_id) is None)
+            if task in still or not (task.worker_id in looked_at or self.pool_index.worker(task.worker_id) is None)
         }
-        concerned = {task.worker_id for task in still}
-        self._failing = {
-            w for w in self._failing if w in concerned or (w not in looked_at and self._pool_index.worker(w))
-        }
+        busy = {task.worker_id for task in still}
+        self._failing = {w for w in self._failing if w in busy or (w not in looked_at and self.pool_index.worker(w))}
         self._number_by_worker = Counter({w: number for w, number in self._number_by_worker.items() if number})
 
     async def stop(self) -> None:
@@ -190,26 +170,23 @@ class TaskRunner:
         await asyncio.gather(*running, return_exceptions=True)
 
     def _has_a_share(self, task: Task) -> bool:
-        """Return whether its worker may have one more task: one that hangs must not take all of the engine."""
+        """Return whether the task's worker may have one more: a worker that hangs must not take all of the engine."""
         under_way = self._number_by_worker[task.worker_id]
         if task.kind in MIGRATION_TASKS:
             return True  # they are few and long, and fail because of their source as often as of this worker
         if task.worker_id in self._failing:
             return under_way < 1
         if task.kind is TaskKind.RECOVER:
-            return may_take(Claim(task.owner), self._recoveries_on(task.worker_id), MAX_RECOVERIES_PER_WORKER)
+            there = (t for t in self._tasks.values() if t.worker_id == task.worker_id and t.kind is task.kind)
+            return may_take(Claim(task.owner), Counter(Claim(t.owner) for t in there), MAX_RECOVERIES_PER_WORKER)
         is_unknown = task.kind is TaskKind.DELETE and task.placement_id is None
         return not is_unknown or under_way < MAX_UNKNOWN_PURGES_PER_WORKER
 
-    def _recoveries_on(self, worker_id: str) -> Counter[Claim]:
-        under_way = (t for t in self._tasks.values() if t.worker_id == worker_id and t.kind is TaskKind.RECOVER)
-        return Counter(Claim(task.owner) for task in under_way)
-
     async def _run(self, task: Task) -> None:
         try:
-            began = self._monotonic()
+            began = self.monotonic()
             outcome = await self._perform(task)
-            self._on_job(str(task.kind), outcome.ok, self._monotonic() - began)
+            self.on_job(str(task.kind), outcome.ok, self.monotonic() - began)
             await self._feed_back(task, outcome)
         except Exception:
             log.exception("task failed", task=task.kind, worker_id=task.worker_id)
@@ -220,45 +197,41 @@ class TaskRunner:
             self._tasks.pop(task.key, None)
             if task.kind not in MIGRATION_TASKS:
                 self._number_by_worker[task.worker_id] -= 1
-            self._wake_reconciler()
+            self.wake_reconciler()
 
     async def _perform(self, task: Task) -> Outcome:
         ids = {task.worker_id, *((task.source.worker_id,) if task.source else ())}
-        workers = await self._state_store.workers(ids)
+        workers = await self.state_store.workers(ids)
         if len(workers) < len(ids):
             return Outcome(False, "its worker was removed")
         hosts = {w.id: Host(w.id, w.address, w.host_keys, boot_id=w.ordered_boot_id) for w in workers.values()}
         host = hosts[task.worker_id]
         if task.item is None:
-            return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
-        item = task.item
+            return _REACHED[await self.reach.reach(host, REACH_TIMEOUT_S)]
         if task.kind is TaskKind.RECOVER:
-            return await self._restorer.recoverer.recover(host, item, task.placement_id or "", task.owner)
-        keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
+            return await self.restorer.recoverer.recover(host, task.item, task.placement_id or "", task.owner)
         order = RentalOrder(
-            rental_id=item.rental_id,
-            username=item.username,
-            uid=item.uid,
-            epoch=item.epoch,
-            public_keys=keys,
+            **vars(task.item),
+            public_keys=tuple(task.public_key.splitlines()),
             start=task.start,
             start_mark=task.start_mark,
             rental_name=task.rental_name,
         )
+        action = _ACTIONS.get(task.kind, Action.PREPARE)
         job = Job(action=action, host=host, order=order, deadline_s=JOB_DEADLINE_S, owner=task.owner)
         if task.source:
             return await self._migrate(task, job, hosts[task.source.worker_id], task.source)
         if task.restore:
-            return await self._restorer.make(job, task.restore, task.filled)
-        return await self._engine.run(job)
+            return await self.restorer.make(job, task.restore, task.filled)
+        return await self.engine.run(job)
 
     async def _migrate(self, task: Task, job: Job, host: Host, source: Source) -> Outcome:
         at_source = replace(job, host=host).with_order(epoch=source.epoch, move=source.move)
         if task.kind is TaskKind.THAW:
-            return await self._engine.run(at_source)
+            return await self.engine.run(at_source)
         if task.kind is TaskKind.PARK:
-            return await self._migrator.park(at_source)
-        part = self._migrator.final_sync if task.kind is TaskKind.FINAL_SYNC else self._migrator.precopy
+            return await self.migrator.park(at_source)
+        part = self.migrator.final_sync if task.kind is TaskKind.FINAL_SYNC else self.migrator.precopy
         return await part(at_source, job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
@@ -271,7 +244,7 @@ class TaskRunner:
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             if task.source and task.item and task.kind is not TaskKind.THAW:
                 self._rest(task.item.rental_id)
-            await self._write(self._end_of(task, outcome, attempts))
+            await self._write(task, outcome, attempts)
             await self._thaw_after(task)
             return
         self._failures.pop(task, None)
@@ -279,33 +252,31 @@ class TaskRunner:
         if task.source and task.item and task.kind in {TaskKind.FINAL_SYNC, TaskKind.PARK}:
             self._rests.pop(task.item.rental_id, None)
         if task.kind is TaskKind.DELETE and task.item:
-            self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
-        await self._write(self._end_of(task, outcome))
+            self.leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
+        await self._write(task, outcome)
         log.info("task done", **_described(task))
         if task.kind is not TaskKind.CREATE:
-            self._on_worker_change()
-
-    def _end_of(self, task: Task, outcome: Outcome, attempts: int = 0) -> TaskEnded:
-        return TaskEnded(
-            task=task,
-            ok=outcome.ok,
-            wall=self._wall(),
-            counts_from=self._counts_from(),
-            report=outcome.report,
-            message=outcome.message,
-            attempts=attempts,
-        )
+            self.on_worker_change()
 
     async def _thaw_after(self, task: Task) -> None:
         """Thaw the source at once after a failed part of its migration."""
         if task.source is None or not task.source.move or task.kind is TaskKind.THAW:
             return
-        thawing = thaw(await self._state_store.load_part({task.source.worker_id}, ()), task.source)
+        thawing = thaw(await self.state_store.load_part({task.source.worker_id}, ()), task.source)
         if thawing is not None:
             self.start(thawing)
 
-    async def _write(self, ended: TaskEnded) -> None:
+    async def _write(self, task: Task, outcome: Outcome, attempts: int = 0) -> None:
         """Write this outcome in one transaction with the others that wait for it, and return when it is committed."""
+        ended = TaskEnded(
+            task=task,
+            ok=outcome.ok,
+            wall=self.wall(),
+            counts_from=self.counts_from(),
+            report=outcome.report,
+            message=outcome.message,
+            attempts=attempts,
+        )
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended.append((ended, written))
         if self._writing is None:
@@ -322,7 +293,7 @@ class TaskRunner:
 
     async def _write_batch(self, batch: list[tuple[TaskEnded, asyncio.Future[None]]]) -> None:
         try:
-            await self._state_store.finish([ended for ended, _ in batch], outcomes.follow)
+            await self.state_store.finish([ended for ended, _ in batch], outcomes.follow)
         except Exception as error:
             if len(batch) > 1:  # the outcome that cannot be written is to fail alone
                 for one in batch:
@@ -336,20 +307,23 @@ class TaskRunner:
 
     def _rest(self, rental_id: str) -> None:
         """Postpone the next migration of this rental, twice as long as after its previous failure."""
-        now = self._monotonic()
+        now = self.monotonic()
         self._rests = {r: f for r, f in self._rests.items() if f.again_at > now - LONGEST_REST_S}
-        count = self._rests[rental_id].count + 1 if rental_id in self._rests else 1
-        rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (count - 1))
-        self._rests[rental_id] = Failure(count, now + rest_s)
+        self._rests[rental_id] = _one_more(self._rests.get(rental_id), now, FIRST_REST_S, LONGEST_REST_S)
 
     def _fail(self, task: Task) -> Failure:
-        count = self._failures[task].count + 1 if task in self._failures else 1
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (count - 1))
-        self._failures[task] = Failure(count, self._monotonic() + pause_s)
+        now = self.monotonic()
+        failure = self._failures[task] = _one_more(self._failures.get(task), now, FIRST_PAUSE_S, LONGEST_PAUSE_S)
         if task.kind not in MIGRATION_TASKS:
             self._failing.add(task.worker_id)
-        asyncio.get_running_loop().call_later(pause_s, self._wake_reconciler)
-        return self._failures[task]
+        asyncio.get_running_loop().call_later(failure.again_at - now, self.wake_reconciler)
+        return failure
+
+
+def _one_more(before: Failure | None, now: float, first_s: float, longest_s: float) -> Failure:
+    """Return one more failure, which is followed by twice the pause of the failure before, up to the longest."""
+    count = before.count + 1 if before else 1
+    return Failure(count, now + min(longest_s, first_s * 2 ** (count - 1)))
 
 
 def _described(task: Task) -> dict[str, Any]:

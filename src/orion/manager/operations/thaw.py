@@ -1,7 +1,7 @@
-"""Thawing a rental that its worker has frozen because its home holds more than it may.
+"""The thaw of a rental that its worker has frozen because its home holds more than it may.
 
-The worker freezes such a rental by itself when it counts what a snapshot would hold, and keeps it frozen whatever a
-heartbeat's reply says. The owner may send this order, which gives some minutes to make room, any number of times.
+The worker freezes such a rental by itself when it counts the files for a snapshot, and keeps it frozen whatever a
+heartbeat's reply says. A thaw gives its owner some minutes to make room, and may be repeated.
 """
 
 from __future__ import annotations
