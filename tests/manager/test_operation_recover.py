@@ -446,7 +446,7 @@ async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files
     patient.snapshot_service.failure = SnapshotError("vault_away", "the snapshot service does not answer")
     await dead.come_back()
     await patient.manager.health.round()
-    patient.manager.reconciler._awaits_files_s = 1.0  # its wait ends while the worker joins
+    patient.manager.reconciler.awaits_files_s = 1.0  # its wait ends while the worker joins
     await patient.manager.reconciler.round()
     assert (await patient.rental(waiting["id"]))["state"] == "queued"
     patient.snapshot_service.failure = None

@@ -52,7 +52,7 @@ def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path
 async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) -> None:
     agent: Agent = await house.join()
     rental = await house.rent(name="lab")
-    house.manager.copies._plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
+    house.manager.copies.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
     files_of(house, rental)["large"] = "x" * 20_000
     shown = await copied(house, rental)
     assert "frozen" in shown["copy_problem"]
@@ -77,7 +77,7 @@ async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) ->
 async def test_its_owner_is_warned_before_its_home_is_too_large(house: House) -> None:
     await house.join()
     rental = await house.rent(name="lab")
-    house.manager.copies._plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
+    house.manager.copies.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
     for size, warned in ((7_900_000, False), (8_000_000, True), (9_000_000, True), (100, False), (8_500_000, True)):
         files_of(house, rental)["large"] = "x" * size
         shown = await copied(house, rental)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from orion.manager.controllers.loop import Loop
 from orion.manager.controllers.wall_clock import TrustedClock
@@ -14,25 +15,24 @@ COUNT_EVERY = 60
 """Rounds between two searches for rentals without an end, as long as the clock is believed."""
 
 
+@dataclass(kw_only=True, eq=False)
 class ExpiryController:
-    def __init__(
-        self, *, state_store: StateStore, clock: TrustedClock, wall: Callable[[], float], on_expiry: Callable[[], None]
-    ) -> None:
-        self._state_store = state_store
-        self._clock = clock
-        self._wall = wall
-        self._on_expiry = on_expiry
+    state_store: StateStore
+    clock: TrustedClock
+    wall: Callable[[], float]
+    on_expiry: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self._rounds_since_search = 0
-        """Rounds since the last search."""
         self.loop = Loop("expiry", INTERVAL_S, self.round)
 
     async def round(self) -> None:
-        clock, wall = await self._clock.look(), self._wall()
+        clock, wall = await self.clock.look(), self.wall()
         await self._count(clock, wall)
-        steps = expire(await self._state_store.due(wall), wall, clock)
+        steps = expire(await self.state_store.due(wall), wall, clock)
         if steps:
-            await self._state_store.apply(steps)
-            self._on_expiry()
+            await self.state_store.apply(steps)
+            self.on_expiry()
         if len(steps) == DUE_AT_ONCE:
             self.loop.hint()
 
@@ -41,5 +41,5 @@ class ExpiryController:
             self._rounds_since_search = 0  # the search is repeated as soon as the clock is believed again
             return
         if self._rounds_since_search == 0:
-            await self._state_store.apply_each(count(await self._state_store.without_expiry(), wall, clock))
+            await self.state_store.apply_each(count(await self.state_store.without_expiry(), wall, clock))
         self._rounds_since_search = (self._rounds_since_search + 1) % COUNT_EVERY

@@ -1,10 +1,9 @@
 """The health controller: the only one that judges workers and writes their health.
 
-It judges a worker when something about it may have changed: a commit touched it (known from the pool index), it was
-heard again or is exiting (known from the heartbeat's route), or a deadline has passed, at which time alone may change
-the verdict (domain/health.deadlines; deadlines are moved lazily, so a heartbeat costs nothing here). What a round has
-no time for is due in the next. Each round also judges some more workers, until all have had their turn: a worker that
-was missed by mistake is found by this sweep.
+It judges a worker when a commit has touched it (known from the pool index), when it was heard again or is exiting
+(known from the heartbeat's route), and when a deadline has passed, at which time alone may change the verdict
+(domain/health.deadlines; deadlines are moved lazily, so a heartbeat costs nothing here). Each round also judges some
+more workers in turn: this sweep finds a worker that was missed by mistake.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import asyncio
 import heapq
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import structlog
@@ -34,7 +34,7 @@ from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Worker
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import Health
-from orion.manager.domain.steps import Step, move_worker
+from orion.manager.domain.steps import move_worker
 from orion.manager.operations.liveness import LivenessConnections
 from orion.manager.store.port import StateStore
 
@@ -57,34 +57,24 @@ JUST_NOW_S = 1.0
 """Seconds for which a deadline that has passed is planned again: the judgement may have come just before it."""
 
 
+@dataclass(kw_only=True, eq=False)
 class HealthController:
-    def __init__(
-        self,
-        *,
-        state_store: StateStore,
-        pool_index: PoolIndex,
-        leases: Leases,
-        clocks: Clocks,
-        proxy_answers: Callable[[], bool],
-        monotonic: Callable[[], float],
-        on_verdict: Callable[[], None],
-        liveness: LivenessConnections | None = None,
-    ) -> None:
-        """`proxy_answers`: whether the manager reached itself through the proxy the last time it tried.
+    state_store: StateStore
+    pool_index: PoolIndex
+    leases: Leases
+    clocks: Clocks
+    proxy_answers: Callable[[], bool]
+    """Returns whether the manager reached itself through the proxy the last time it tried."""
+    monotonic: Callable[[], float]
+    on_verdict: Callable[[], None]
+    """Called when a verdict was committed."""
+    liveness: LivenessConnections | None = None
+    """Proves deaths; None: only leases do."""
 
-        `on_verdict` is called when a verdict was committed. `liveness` proves deaths; None: only leases do.
-        """
-        self._state_store = state_store
-        self._pool_index = pool_index
-        self._leases = leases
-        self._clocks = clocks
-        self._proxy_answers = proxy_answers
-        self._monotonic = monotonic
-        self._on_verdict = on_verdict
-        self._liveness = liveness
+    def __post_init__(self) -> None:
         self._began_at: float | None = None
-        self._noted_at: float | None = None
-        self._forgot_at = monotonic()
+        self._noted_at = float("-inf")
+        self._forgot_at = self.monotonic()
         self._due: dict[str, None] = {}
         """Workers to be judged, in order."""
         self._deadlines: list[tuple[float, str]] = []
@@ -96,8 +86,8 @@ class HealthController:
         self._due_after_brake: dict[str, None] = {}
         self._sweep: Iterator[str] = iter(())
         self.swept_at_once = SWEPT_AT_ONCE
-        self.brake = Brake.at_start(monotonic())
-        self.interval_s = max(0.2, min(1.0, clocks.heartbeat_s / 30))
+        self.brake = Brake.at_start(self.monotonic())
+        self.interval_s = max(0.2, min(1.0, self.clocks.heartbeat_s / 30))
         self.loop = Loop("health", self.interval_s, self.round)
 
     def mark_due(self, worker_id: str) -> None:
@@ -111,7 +101,7 @@ class HealthController:
 
     async def round(self) -> None:
         """Judge the workers that are due, as far as the round's time allows."""
-        began = self._monotonic()
+        began = self.monotonic()
         await self._write_notes(began)
         await self._advance_brake(began)
         await self._update_liveness(self._find_due())
@@ -121,7 +111,7 @@ class HealthController:
             for worker_id in some:
                 del self._due[worker_id]
             await self._judge(some)
-            if self._due and self._monotonic() - began > ROUND_BUDGET_S:
+            if self._due and self.monotonic() - began > ROUND_BUDGET_S:
                 self.loop.hint()
                 return
         await self._forget_the_dead(began)
@@ -131,46 +121,45 @@ class HealthController:
         if now - self._forgot_at < FORGET_EVERY_S:
             return
         self._forgot_at = now
-        dead = self._pool_index.longest_in(Health.DOWN, FORGET_AFTER_S, now, FORGOTTEN_AT_ONCE)
-        for worker_id in await self._state_store.forget(dead) if dead else ():
-            self._leases.end(worker_id)
+        dead = self.pool_index.longest_in(Health.DOWN, FORGET_AFTER_S, now, FORGOTTEN_AT_ONCE)
+        for worker_id in await self.state_store.forget(dead) if dead else ():
+            self.leases.end(worker_id)
 
     async def _write_notes(self, now: float) -> None:
         """Write when workers were heard, for people to read: once a second, however often a hint brings a round."""
-        if self._noted_at is not None and now - self._noted_at < NOTES_EVERY_S:
+        if now - self._noted_at < NOTES_EVERY_S:
             return
-        notes = self._leases.take_notes(NOTES_AT_ONCE)
-        if notes:
+        if notes := self.leases.take_notes(NOTES_AT_ONCE):
             self._noted_at = now
-            await self._state_store.record_heartbeats(notes)
+            await self.state_store.record_heartbeats(notes)
 
     def _find_due(self) -> list[str]:
-        """Mark workers as due; return those that a commit touched or whose turn in the sweep it is."""
-        changed = self._pool_index.take_changed()
+        """Mark workers as due; return those that a commit touched, and those of the sweep."""
+        changed = self.pool_index.take_changed()
         self._due.update(dict.fromkeys(changed))
-        exiting = self._leases.exiting()
-        if exiting and not self.brake.on and self._pool_index.destinations(exiting):
+        exiting = self.leases.exiting()
+        if exiting and not self.brake.on and self.pool_index.destinations(exiting):
             self._due.update(dict.fromkeys(sorted(exiting)))
         swept = list(islice(self._sweep, self.swept_at_once))
         if len(swept) < self.swept_at_once:
-            self._sweep = iter(list(self._pool_index.ids()))
+            self._sweep = iter(list(self.pool_index.ids()))
         self._due.update(dict.fromkeys(swept))
         return changed + swept
 
     async def _update_liveness(self, worker_ids: list[str]) -> None:
         """Hold a liveness connection to each of these workers that has a session and is not down, and to no other."""
-        if self._liveness is None:
+        if self.liveness is None:
             return
         outdated: list[str] = []
         for worker_id in worker_ids:
-            known = self._pool_index.worker(worker_id)
+            known = self.pool_index.worker(worker_id)
             if known is None:
-                self._liveness.close(worker_id)
-            elif not self._liveness.is_current(worker_id, known.session_id, known.health):
+                self.liveness.close(worker_id)
+            elif not self.liveness.is_current(worker_id, known.session_id, known.health):
                 outdated.append(worker_id)
         for start in range(0, len(outdated), LOOKED_AT_ONCE):
-            for worker in (await self._state_store.workers(outdated[start : start + LOOKED_AT_ONCE])).values():
-                self._liveness.update(worker)
+            for worker in (await self.state_store.workers(outdated[start : start + LOOKED_AT_ONCE])).values():
+                self.liveness.update(worker)
 
     def _meet_deadlines(self, now: float) -> None:
         """Mark the workers as due whose deadline has passed."""
@@ -178,18 +167,15 @@ class HealthController:
             if not self._deadlines or self._deadlines[0][0] > now:
                 return
             deadline, worker_id = heapq.heappop(self._deadlines)
-            if self._planned.get(worker_id) == deadline:
-                del self._planned[worker_id]
-                self._meet_deadline(worker_id, now)
+            if self._planned.get(worker_id) != deadline:
+                continue
+            del self._planned[worker_id]
+            known, suspect_at = self.pool_index.worker(worker_id), self._suspect_at(worker_id)
+            if known is not None and known.health is Health.READY and suspect_at is not None and suspect_at > now:
+                self._plan_deadline(worker_id, suspect_at)  # a heartbeat has moved the deadline, as it mostly has
+            else:
+                self.mark_due(worker_id)
         self.loop.hint()  # for the rest
-
-    def _meet_deadline(self, worker_id: str, now: float) -> None:
-        """Mark this worker as due, unless a heartbeat has moved its deadline, as it mostly has."""
-        known, suspect_at = self._pool_index.worker(worker_id), self._suspect_at(worker_id)
-        if known is not None and known.health is Health.READY and suspect_at is not None and suspect_at > now:
-            self._plan_deadline(worker_id, suspect_at)
-        else:
-            self._due[worker_id] = None
 
     def _plan_deadline(self, worker_id: str, deadline: float) -> None:
         if self._planned.get(worker_id) != deadline:
@@ -201,17 +187,13 @@ class HealthController:
     async def _advance_brake(self, now: float) -> None:
         late_s = 0.0 if self._began_at is None else now - self._began_at - self.interval_s
         self._began_at = now
-        exiting = self._leases.exiting()
-        pool = len(self._pool_index) - self._pool_index.number(Health.DOWN) - len(exiting)
+        pool = len(self.pool_index) - self.pool_index.number(Health.DOWN) - len(self.leases.exiting())
         silent = tuple([at async for at in self._silent_since(now)])
+        heard_at, proxy_answers = self.leases.heard_at, self.proxy_answers()
         seen = Observation(
-            proxy_answers=self._proxy_answers(),
-            late_s=late_s,
-            heard_at=self._leases.heard_at,
-            silent_since=silent,
-            pool=pool,
+            proxy_answers=proxy_answers, late_s=late_s, heard_at=heard_at, silent_since=silent, pool=pool
         )
-        before, self.brake = self.brake, advance(self.brake, seen, now, self._clocks)
+        before, self.brake = self.brake, advance(self.brake, seen, now, self.clocks)
         if before.on != self.brake.on or before.reason != self.brake.reason:
             log.info("brake", on=self.brake.on, reason=self.brake.reason or f"ended: {before.reason}")
         if not self.brake.on and self._due_after_brake:
@@ -230,34 +212,32 @@ class HealthController:
                 yield suspect_at
 
     def _suspect_at(self, worker_id: str) -> float | None:
-        known, lease = self._pool_index.worker(worker_id), self._leases.get(worker_id)
+        known, lease = self.pool_index.worker(worker_id), self.leases.get(worker_id)
         if known is None or known.health is Health.DOWN or lease is None or lease.exiting_at is not None:
             return None
-        return None if lease.received_at is None else lease.received_at + self._clocks.suspect_after_s
+        return None if lease.received_at is None else lease.received_at + self.clocks.suspect_after_s
 
     # -- verdicts ----------------------------------------------------------------------------------------------------
 
     async def _judge(self, worker_ids: list[str]) -> None:
-        now = self._monotonic()  # before the rows are read: see domain/health.py
-        destinations = self._pool_index.destinations(self._leases.exiting())
+        now = self.monotonic()  # before the rows are read: see domain/health.py
+        destinations = self.pool_index.destinations(self.leases.exiting())
         suspects = [worker_id for worker_id in worker_ids if self._may_change(worker_id, destinations, now)]
         if not suspects:
             await asyncio.sleep(0)  # other work has its turn between two slices
             return
-        workers = await self._state_store.workers(suspects)
         verdicts: list[tuple[Evidence, Verdict]] = []
-        for worker in workers.values():
+        for worker in (await self.state_store.workers(suspects)).values():
             evidence = self._evidence(worker, destinations, now)
-            verdict = judge(evidence)
-            if verdict is None:
-                self._plan(evidence)
-            else:
+            if verdict := judge(evidence):
                 verdicts.append((evidence, verdict))
+            else:
+                self._plan(evidence)
         await self._commit(verdicts)
 
     def _may_change(self, worker_id: str, destinations: int, now: float) -> bool:
         """Return whether a verdict is likely from what is in memory; if not, plan when to judge again."""
-        known = self._pool_index.worker(worker_id)
+        known = self.pool_index.worker(worker_id)
         if known is None:
             return False
         evidence = self._evidence(known.as_worker(worker_id), destinations, now)
@@ -267,24 +247,20 @@ class HealthController:
         return False
 
     def _evidence(self, worker: Worker, destinations: int, now: float) -> Evidence:
-        lease = self._leases.get(worker.id)
-        known = self._pool_index.worker(worker.id)
-        is_destination = (
-            known is not None
-            and known.is_destination
-            and (lease is None or (lease.exiting_at or lease.evacuating_at) is None)
-        )
-        joined_at = self._pool_index.since(worker.id) if worker.health is Health.JOINING else None
+        lease, known = self.leases.get(worker.id), self.pool_index.worker(worker.id)
+        stays = lease is None or (lease.exiting_at or lease.evacuating_at) is None
+        is_destination = known is not None and known.is_destination and stays
+        joined_at = self.pool_index.since(worker.id) if worker.health is Health.JOINING else None
         return Evidence(
             worker=worker,
             lease=lease,
             now=now,
-            clocks=self._clocks,
+            clocks=self.clocks,
             brake=self.brake,
             has_destination=destinations > is_destination,
             joining_s=0.0 if joined_at is None else now - joined_at,
-            losses=self._leases.losses(worker.id, now, self._clocks.flap_window_s),
-            liveness=self._liveness.report(worker) if self._liveness else LivenessReport(),
+            losses=self.leases.losses(worker.id, now, self.clocks.flap_window_s),
+            liveness=self.liveness.report(worker) if self.liveness else LivenessReport(),
         )
 
     def _plan(self, evidence: Evidence) -> None:
@@ -303,35 +279,26 @@ class HealthController:
     async def _commit(self, verdicts: list[tuple[Evidence, Verdict]]) -> None:
         """Commit these verdicts. The session of a worker that is declared down is revoked before the commit."""
         applicable: list[tuple[Evidence, Verdict]] = []
-        steps: list[Step] = []
         for evidence, verdict in verdicts:
-            worker = evidence.worker
-            if verdict.to is Health.DOWN and not self._leases.revoke(worker.id, evidence.lease):
-                self.mark_due(worker.id)
-                continue  # it was heard since, so the verdict is outdated
-            applicable.append((evidence, verdict))
-            steps.append(move_worker(worker, verdict.to, verdict.reason))
-        if steps:
-            await self._apply(applicable, steps)
-
-    async def _apply(self, verdicts: list[tuple[Evidence, Verdict]], steps: list[Step]) -> None:
-        applied = await self._state_store.apply_each(steps)
-        equal = Counter((verdict.to, verdict.reason) for _, verdict in verdicts)
-        for (evidence, verdict), done in zip(verdicts, applied, strict=True):
+            if verdict.to is Health.DOWN and not self.leases.revoke(evidence.worker.id, evidence.lease):
+                self.mark_due(evidence.worker.id)  # it was heard since, so the verdict is outdated
+            else:
+                applicable.append((evidence, verdict))
+        if not applicable:
+            return
+        steps = [move_worker(evidence.worker, verdict.to, verdict.reason) for evidence, verdict in applicable]
+        applied = await self.state_store.apply_each(steps)
+        equal = Counter((verdict.to, verdict.reason) for _, verdict in applicable)
+        for (evidence, verdict), done in zip(applicable, applied, strict=True):
+            worker, health, reason = evidence.worker, verdict.to, verdict.reason
             if not done:
-                self.mark_due(evidence.worker.id)
+                self.mark_due(worker.id)
                 continue
-            self._note_loss(evidence, verdict)
-            if equal[verdict.to, verdict.reason] <= LINES_AT_ONCE:
-                worker_id, hostname = evidence.worker.id, evidence.worker.hostname
-                log.info(
-                    "health changed", worker_id=worker_id, hostname=hostname, health=verdict.to, reason=verdict.reason
-                )
+            if verdict.is_loss(worker) and not self.brake.on:
+                self.leases.lost_ready(worker.id, evidence.now, self.clocks.flap_window_s)
+            if equal[health, reason] <= LINES_AT_ONCE:
+                log.info("health changed", worker_id=worker.id, hostname=worker.hostname, health=health, reason=reason)
         for (health, reason), number in equal.items():
             if number > LINES_AT_ONCE:  # each worker has its event
                 log.info("health changed", workers=number, health=health, reason=reason)
-        self._on_verdict()
-
-    def _note_loss(self, evidence: Evidence, verdict: Verdict) -> None:
-        if verdict.is_loss(evidence.worker) and not self.brake.on:
-            self._leases.lost_ready(evidence.worker.id, evidence.now, self._clocks.flap_window_s)
+        self.on_verdict()

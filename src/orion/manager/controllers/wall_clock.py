@@ -2,7 +2,7 @@
 
 A manager that starts with a clock far from the expected time, or whose clock jumps, writes an event. Then no rental
 expires, and no snapshot or idempotency key is removed, until the clock agrees again or an operator confirms it. Tokens
-end meanwhile by the time that was last believed, carried on by a clock that nobody sets.
+end meanwhile by the time that was last believed, continued by the machine's own clock, which cannot be set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIRM = "orion admin confirm-clock"
 
 
 def boot_time_s() -> float:
-    """Return seconds since the machine began, by a clock that nobody sets and that counts on while it is suspended."""
+    """Return seconds since the machine started, by a clock that cannot be set and that counts suspended time too."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -45,7 +45,7 @@ class TrustedClock:
     def __init__(
         self, *, now: Callable[[], float], wall: Callable[[], float], boot: int = 0, store: Store | None = None
     ) -> None:
-        """`now`: seconds by a clock that nobody sets; `boot`: see `boot_id`. `store` None: nothing is written."""
+        """`now`: seconds by a clock that cannot be set; `boot`: see `boot_id`. `store` None: nothing is written."""
         self._now = now
         self._wall = wall
         self._boot = boot
@@ -65,61 +65,53 @@ class TrustedClock:
 
     async def look(self) -> WallClock:
         """Return the clock as it is now, and write an event if it has become believed or doubted."""
-        self._observe()
-        if self._was_believed != self._clock.believed:
-            self._was_believed = self._clock.believed
-            kind = "manager.clock_believed" if self._was_believed else "manager.clock_doubted"
+        believed = self._is_believed()
+        if self._was_believed != believed:
+            self._was_believed = believed
+            kind = "manager.clock_believed" if believed else "manager.clock_doubted"
             await self._note(Event(kind=kind, actor="manager", reason=self.problem or "it agrees again"))
-        elif self._clock.believed and self._now() >= self._marked_at + MARK_EVERY_S:
+        elif believed and self._now() >= self._marked_at + MARK_EVERY_S:
             await self._write_mark()
         return self._clock
 
     async def confirm(self, actor: str) -> None:
         """Believe the clock as it is, because an operator says that it is right."""
-        self._observe()
-        if self._clock.believed:
+        if self._is_believed():
             return
-        difference = self._difference()
+        reason = f"it is {self._difference()} the expected time, and right"
         self._clock, self._was_believed = self._clock.confirmed(), True
-        await self._note(
-            Event(
-                kind="manager.clock_confirmed", actor=actor, reason=f"it is {difference} the expected time, and right"
-            )
-        )
+        await self._note(Event(kind="manager.clock_confirmed", actor=actor, reason=reason))
         await self._write_mark()
 
     @property
     def problem(self) -> str:
         """The reason why the clock is doubted, and what to do; empty while it is believed."""
-        self._observe()
-        if self._clock.believed:
+        if self._is_believed():
             return ""
         shown = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         waits = "until it has gone evenly for five minutes" if self._clock.settles else f"until {CONFIRM}"
-        difference = self._difference()
-        return f"it shows {shown}, {difference} the expected time: no rental expires, no snapshot is removed {waits}"
+        which = f"it shows {shown}, {self._difference()} the expected time"
+        return f"{which}: no rental expires, no snapshot is removed {waits}"
 
     def wall_of_removals(self) -> float:
         """Return the Unix seconds by which keys and snapshots have ended; minus infinity while the clock is doubted."""
-        self._observe()
-        return self._wall() if self._clock.believed else float("-inf")
+        return self._wall() if self._is_believed() else float("-inf")
 
     def counts_from(self) -> float | None:
         """Return the Unix seconds from which a new rental's time is counted; None while the clock is doubted."""
-        self._observe()
-        return self._wall() if self._clock.believed else None
+        return self._wall() if self._is_believed() else None
 
     def wall_of_tokens(self) -> float:
-        """Return the Unix seconds by which tokens end: the last believed time, carried on by a clock that nobody sets.
+        """Return the Unix seconds by which tokens end: the last believed time, continued by a clock that cannot be set.
 
         So an ended token stays ended, whatever the wall clock shows. The time for which the machine was off is missing
         until the clock is believed again.
         """
-        self._observe()
-        return self._wall() if self._clock.believed else self._clock.as_believed(self._now())
+        return self._wall() if self._is_believed() else self._clock.as_believed(self._now())
 
-    def _observe(self) -> None:
+    def _is_believed(self) -> bool:
         self._clock = self._clock.observe(self._wall(), self._now())
+        return self._clock.believed
 
     def _difference(self) -> str:
         far_s = self._clock.far_s
