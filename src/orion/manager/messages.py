@@ -27,5 +27,9 @@ class HostMessage(Message):
     port: int = Field(22, ge=1, le=65535)
     host_keys: Annotated[tuple[PublicKey, ...], Field(min_length=1, max_length=8)]
 
+    @classmethod
+    def of(cls, host: Host) -> HostMessage:
+        return cls(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)
+
     def host(self) -> Host:
         return Host(self.worker_id, str(self.address), self.host_keys, self.port)

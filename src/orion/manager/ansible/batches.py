@@ -23,23 +23,23 @@ class WaitingJob:
     action: Action
     host: HostMessage
     alone: bool
-    """Whether it was in a run that failed, so that it runs alone."""
+    """Whether the job was in a run that failed, so that it runs alone."""
     suspect: bool
-    """Whether its worker failed lately."""
+    """Whether the worker failed lately."""
     owner: str = ""
 
     @property
     def claim(self) -> Claim:
-        """Return the claim of a run for its worker alone: that of the owner, or of the worker if there is no owner."""
+        """The claim of a run for this worker alone: that of the owner, or of the worker if there is no owner."""
         return Claim(self.owner or self.host.worker_id, self.suspect)
 
 
 def choose(waiting: Sequence[WaitingJob], may_hold: Callable[[Claim], bool]) -> list[int]:
     """Return the numbers of the jobs of the next run. `waiting` is in order of arrival; the first sets the action.
 
-    A suspect job never shares a run with other workers, and a job that is tried again never shares one at all. A run
-    for one worker may block its runner until the deadline, so it starts only if `may_hold` allows its claim. A run for
-    several workers is given up soon (PATIENCE_S in pool.py), and always starts.
+    A suspect job never shares a run with other workers, and a job that is tried again shares none. A run for one worker
+    may block its runner until the deadline, so it starts only if `may_hold` allows its claim. A run for several workers
+    is given up soon (PATIENCE_S in pool.py), and always starts.
     """
     refused: set[tuple[Action, Claim]] = set()
     for first in waiting:

@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orion.manager.ansible.port import Job, Outcome
-from orion.manager.ansible.protocol import OutcomeMessage, expect_message, job_message
+from orion.manager.ansible.protocol import ExpectMessage, OutcomeMessage, job_message
 from orion.manager.channel import MAX_LINE_BYTES, AsyncChannel, Message, decode_as
+from orion.manager.messages import HostMessage
 from orion.manager.ssh.port import Host, Reach, Reached
 
 MARGIN_S = 10.0
@@ -60,7 +61,7 @@ class AnsibleEngine:
         """Ask the engine to open its connection to this worker, because orders will follow. Ignore failures."""
         try:
             async with asyncio.timeout(EXPECT_WITHIN_S):
-                await (await self._connected()).send(expect_message(host))
+                await (await self._connected()).send(ExpectMessage(expect=HostMessage.of(host)))
         except (TimeoutError, ValidationError) as error:
             log.warning("the engine was not asked to connect to %s in advance: %s", host.worker_id, error)
 
@@ -71,19 +72,15 @@ class AnsibleEngine:
 
     async def _connected(self) -> EngineConnection:
         async with self._connecting:
-            if self._connection is None or self._connection.broken:
-                self._connection = await self._connect()
+            pause = FIRST_RETRY_S
+            while self._connection is None or self._connection.broken:
+                try:
+                    self._connection = EngineConnection(await AsyncChannel.connect(self._socket_path, ANSWER_BYTES))
+                except OSError as error:
+                    log.warning("the engine cannot be reached at %s: %s", self._socket_path, error)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_RETRY_S)
             return self._connection
-
-    async def _connect(self) -> EngineConnection:
-        pause = FIRST_RETRY_S
-        while True:
-            try:
-                return EngineConnection(await AsyncChannel.connect(self._socket_path, ANSWER_BYTES))
-            except OSError as error:
-                log.warning("the engine cannot be reached at %s: %s", self._socket_path, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_RETRY_S)
 
 
 @dataclass
@@ -135,7 +132,12 @@ class EngineConnection:
     async def _read(self) -> None:
         try:
             while (line := await self._channel.receive()) is not None:
-                self._take(decode_as(OutcomeMessage, line))
+                outcome = decode_as(OutcomeMessage, line)
+                answer = self._pending.get(outcome.id)
+                if answer is None:
+                    log.warning("the engine answered a job that has ended: %s", outcome.message)
+                elif not answer.done():
+                    answer.set_result(Outcome(outcome.ok, outcome.message, outcome.report))
         except (OSError, ValueError) as error:
             log.warning("the connection to the engine broke: %s", error)
         finally:
@@ -143,10 +145,3 @@ class EngineConnection:
             for answer in self._pending.values():
                 if not answer.done():
                     answer.set_result(RESTARTED)
-
-    def _take(self, line: OutcomeMessage) -> None:
-        answer = self._pending.get(line.id)
-        if answer is None:
-            log.warning("the engine answered a job that has ended: %s", line.message)
-        elif not answer.done():
-            answer.set_result(Outcome(line.ok, line.message, line.report))

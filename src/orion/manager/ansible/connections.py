@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -19,6 +18,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from selectors import EVENT_READ, BaseSelector
+from subprocess import PIPE, Popen
 from typing import Any
 
 from orion.manager.channel import READ_BYTES, BrokenLine, LineTooLong, SelectorChannel, decode
@@ -32,7 +32,7 @@ IDLE_S = 900.0
 MAX_IDLE = 16
 """The number of connections that stay open though they are idle, so that a small pool never waits for ssh."""
 MAX_CONNECTIONS = 128
-"""The most connections; beyond it, the one that was used the longest ago is closed."""
+"""The most connections; beyond that, the one that is idle for the longest time is closed."""
 OWN_OPTIONS = ("ControlMaster=yes",)
 SERVE = "exec /usr/local/sbin/orion-rental serve"
 
@@ -67,13 +67,8 @@ class WorkerConnection:
         self._numbers = count(1)
         self._errors = bytearray()
         control_path(host.host(), directory).unlink(missing_ok=True)
-        self._process = subprocess.Popen(
-            [*worker_ssh(host.host(), directory, OWN_OPTIONS), SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        command = [*worker_ssh(host.host(), directory, OWN_OPTIONS), SERVE]
+        self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
         stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
         assert stdin and stdout and stderr  # noqa: S101, PT018 - all three are pipes
         for stream in (stdin, stdout, stderr):

@@ -8,11 +8,12 @@ runners that a single worker can block.
 from __future__ import annotations
 
 import logging
-import selectors
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
+from selectors import BaseSelector
 
 from orion.manager.ansible import runners
 from orion.manager.ansible.batches import WaitingJob, choose
@@ -64,16 +65,15 @@ class Runner:
 
     pid: int
     channel: SelectorChannel
-    began: float = 0.0
     runs: dict[int, Run] = field(default_factory=dict)
     """The unanswered jobs of its batch, by number."""
+    given_up_at: float = inf
+    """The monotonic second at which it is killed because its batch for several workers takes too long."""
     busy: bool = False
-    has_several_workers: bool = False
     is_one_job: bool = False
     killed: bool = False
     claim: Claim | None = None
     """The claim that it was started under, if its batch is for one worker."""
-    patience_s: float = 0.0
     played: int = 0
 
 
@@ -81,12 +81,7 @@ class Pool:
     """The waiting jobs and the runners. Call `step` after each event, and when `patience` seconds have passed."""
 
     def __init__(
-        self,
-        selector: selectors.BaseSelector,
-        play: Play,
-        most_runners: int,
-        connections: Connections,
-        patience_s: float = PATIENCE_S,
+        self, selector: BaseSelector, play: Play, most_runners: int, connections: Connections, patience_s: float
     ) -> None:
         self._selector = selector
         self._play = play
@@ -124,9 +119,9 @@ class Pool:
 
     def patience(self) -> float | None:
         """Return the seconds until a deadline needs a step; None if there is no deadline."""
-        moments = [run.deadline for run in self._all()]
-        moments += [r.began + r.patience_s for r in self._runners.values() if r.has_several_workers and not r.killed]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        deadlines = [run.deadline for run in self._all()]
+        deadlines += [r.given_up_at for r in self._runners.values() if r.given_up_at < inf and not r.killed]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def prepare(self) -> None:
         """Start one runner before it is needed."""
@@ -161,8 +156,6 @@ class Pool:
         yield from self._waiting
         for runner in self._runners.values():
             yield from runner.runs.values()
-
-    # The start of a batch
 
     def _start_a_batch(self) -> bool:
         ready = [run for run in list(self._waiting) if self._is_connected(run)]
@@ -214,10 +207,11 @@ class Pool:
         by_host: dict[HostMessage, list[Run]] = {}
         for run in batch:
             by_host.setdefault(run.job.host, []).append(run)
-        runner.began, runner.busy = time.monotonic(), True
-        runner.has_several_workers, runner.is_one_job = len(by_host) > 1, len(batch) == 1
-        runner.patience_s = self._patience_s * (1 + max(map(len, by_host.values())) / 4)
-        if not runner.has_several_workers:
+        runner.busy, runner.is_one_job = True, len(batch) == 1
+        if len(by_host) > 1:
+            patience_s = self._patience_s * (1 + max(map(len, by_host.values())) / 4)
+            runner.given_up_at = time.monotonic() + patience_s
+        else:
             claims = (self._as_waiting(run).claim for run in batch)
             runner.claim = next((claim for claim in claims if self._shares.take(claim)), None)
         runner.runs = {run.number: run for run in batch}
@@ -228,8 +222,6 @@ class Pool:
             orders = [BatchOrder(number=r.number, order=r.job.order, refused_after=r.refused_after) for r in runs]
             hosts.append(HostOrders(host=host, orders=tuple(orders), connection=connections[host]))
         runner.channel.send(BatchMessage(action=batch[0].job.action, hosts=tuple(hosts)))
-
-    # Results of a runner
 
     def _take(self, channel: SelectorChannel, line: bytes) -> None:
         runner = self._runner_of(channel)
@@ -259,7 +251,7 @@ class Pool:
     def _take_end(self, runner: Runner) -> None:
         for run in runner.runs.values():
             self._finish(run, Result(ok=False, message=NO_RESULT))
-        runner.busy, runner.has_several_workers, runner.runs = False, False, {}
+        runner.busy, runner.given_up_at, runner.runs = False, inf, {}
         self._give_back(runner)
         if runner.played >= BATCHES_PER_RUNNER:
             self._kill(runner)
@@ -268,8 +260,6 @@ class Pool:
         if runner.claim:
             self._shares.give_back(runner.claim)
             runner.claim = None
-
-    # The ends
 
     def _try_again(self, run: Run, message: str, may_retry: bool) -> None:
         """Queue a job once more, alone, if another job may have caused the failure (`may_retry`); else answer it."""
@@ -298,7 +288,7 @@ class Pool:
     def _end_stragglers(self, now: float) -> None:
         """Kill runs over several workers that take too long. Their unanswered jobs are tried again alone."""
         for runner in self._runners.values():
-            if runner.has_several_workers and not runner.killed and runner.began + runner.patience_s <= now:
+            if runner.given_up_at <= now and not runner.killed:
                 for run in runner.runs.values():
                     self._give_up(run.job.host, "it did not answer in time")
                     run.connection = None

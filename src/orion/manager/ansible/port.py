@@ -1,8 +1,7 @@
 """The port between the manager's controllers and the engine, which runs playbooks on workers.
 
-`AnsibleEngine`, `SshReach` and `SshLiveness` are the real ones, those of fakes/workers.py the shipped fakes;
-tests/unit/test_ansible_contract.py holds the fakes to the contract that tests/integration/test_ansible.py holds the
-real ones to.
+`AnsibleEngine` (client.py) is the real one, `FakeEngine` (fakes/workers.py) the shipped fake;
+tests/integration/test_ansible.py and tests/unit/test_ansible_contract.py hold them to one contract.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Action(StrEnum):
     FREEZE = "freeze"
     """Lock the account and stop all its processes; keep its files. Idempotent."""
     THAW = "thaw"
-    """Let a frozen rental of this epoch go on and unlock its account, unless a later planned migration froze it.
+    """Continue a frozen rental of this epoch and unlock its account, unless a later planned migration froze it.
     `changed` in the report says whether it was frozen."""
     CERTIFY = "certify_host"
-    """Have the worker show this host certificate, or one that was signed later. Idempotent."""
+    """Install this host certificate, unless the worker has one that was signed later. Idempotent."""
     DELETE = "delete_user"
     """Remove the rental, look for residue and report it. Idempotent."""
 

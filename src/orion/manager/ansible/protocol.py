@@ -14,7 +14,6 @@ from pydantic_core import PydanticCustomError
 
 from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job
 from orion.manager.messages import MAX_DEADLINE_S, HostMessage, Message
-from orion.manager.ssh.port import Host
 from orion.rental_order import InvalidOrder, RentalOrder
 from orion.wire import Id, one_public_key
 
@@ -120,17 +119,8 @@ def job_message(identifier: str, job: Job) -> JobMessage:
     return JobMessage(
         id=identifier,
         action=job.action,
-        host=_host_message(job.host),
+        host=HostMessage.of(job.host),
         order=replace(job.order, boot_id=job.host.boot_id if job.action in OF_ONE_BOOT else ""),
         deadline_s=job.deadline_s,
         owner=job.owner,
     )
-
-
-def expect_message(host: Host) -> ExpectMessage:
-    """Return the message that orders to this host will follow. Raise ValueError if the engine would refuse it."""
-    return ExpectMessage(expect=_host_message(host))
-
-
-def _host_message(host: Host) -> HostMessage:
-    return HostMessage(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)

@@ -82,7 +82,7 @@ def _run(play: Play, connection: socket.socket) -> None:
             channel.send(ResultMessage(finished=True))
         status = 0
     except BaseException:  # no exception may reach the parent's code
-        _write_all(2, traceback.format_exc().encode())
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
 
@@ -98,11 +98,6 @@ def _close_all_but(descriptor: int) -> None:
             with suppress(OSError):
                 os.close(int(entry))
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]
 
 
 def _family(pid: int) -> set[int]:

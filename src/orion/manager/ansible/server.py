@@ -21,20 +21,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from orion.manager import channel
 from orion.manager.ansible import runners
 from orion.manager.ansible.connections import Connections
 from orion.manager.ansible.pool import PATIENCE_S, Pool
 from orion.manager.ansible.protocol import ExpectMessage, JobMessage, OutcomeMessage
 from orion.manager.ansible.runners import Play
-from orion.manager.channel import (
-    MAX_LINE_BYTES,
-    READ_BYTES,
-    BrokenLine,
-    LineTooLong,
-    SelectorChannel,
-    decode,
-    decode_as,
-)
+from orion.manager.channel import BrokenLine, LineTooLong, SelectorChannel, decode, decode_as
 
 SOCKET = "/run/orion/engine.sock"
 DIRECTORY = "/run/orion/engine"
@@ -69,7 +62,7 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
+        self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(channel.READ_BYTES))
         self._pool.prepare()
         self._listen(self._orders, self._take_order, lambda task, _: task.close())
         self._listen(self._listening, self._take, self._drop_peer)
@@ -146,7 +139,7 @@ class Server:
 
     def _drop_peer(self, peer: SelectorChannel, error: Exception | None) -> None:
         if isinstance(error, LineTooLong):
-            log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
+            log.warning("a request was longer than %d bytes: its connection is closed", channel.MAX_LINE_BYTES)
         self._pool.abandon(peer)
         peer.close()
 

@@ -93,7 +93,7 @@ class SnapshotClient:
         return read(reply.done) if reply.done else None
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        request = SnapshotRequest(action=SnapshotAction.CONNECT, host=_host_message(host), deadline_s=deadline_s)
+        request = SnapshotRequest(action=SnapshotAction.CONNECT, host=HostMessage.of(host), deadline_s=deadline_s)
         await self._ask(request, deadline_s)
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
@@ -202,14 +202,10 @@ def _request(action: SnapshotAction, home: Home, deadline_s: float, **more: Any)
             rental_id=home.rental_id,
             uid=home.uid,
             epoch=home.epoch,
-            host=_host_message(home.host),
+            host=HostMessage.of(home.host),
             owner=home.owner,
             deadline_s=deadline_s,
             **more,
         )
     except ValidationError as error:
         raise SnapshotError("invalid_request", f"not a valid request: {error.errors()[0]['msg']}") from error
-
-
-def _host_message(host: Host) -> HostMessage:
-    return HostMessage(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)
