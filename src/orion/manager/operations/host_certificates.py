@@ -45,8 +45,8 @@ class HostCertificates:
     async def issue(self, host: Host) -> Issued | None:
         """Sign a certificate for the rentals that are placed on this worker now; return None if there is none.
 
-        The serial is taken first. So a rental that was placed before one certificate was signed is in all with a higher
-        serial, and the order in which they reach the worker does not matter.
+        The serial is taken before the rentals are read. So a rental that was placed before that is in this certificate
+        and in all with a higher serial, and the order in which certificates reach the worker does not matter.
         """
         serial = self.authority.next_serial()
         rental_ids = await self.store.read(host_certificates.current_on, host.worker_id)
@@ -80,7 +80,6 @@ class HostCertificates:
         return last is not None and last.serves(job.order.rental_id, job.host.host_keys, self.wall(), FRESH_S)
 
     def shows(self, worker_id: str, issued: Issued) -> None:
-        """Note that the worker shows this certificate."""
         _keep_newest(self._shown, worker_id, issued, self.wall())
 
     async def ensure(self, job: Job) -> None:

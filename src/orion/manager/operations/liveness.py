@@ -77,9 +77,8 @@ class LivenessConnections:
     async def stop(self) -> None:
         """Close all connections in order, so that no worker freezes its rentals because the manager ends."""
         tasks = [known.task for known in self._tasks.values()]
-        self._tasks.clear()
-        for task in tasks:
-            task.cancel()
+        for worker_id in list(self._tasks):
+            self.close(worker_id)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, worker: Worker) -> None:
@@ -99,7 +98,7 @@ class LivenessConnections:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _on_sign(self, worker: Worker, sign: Sign) -> None:
-        self._note(worker, LivenessReport(self._monotonic()) if sign is Sign.CLOSED else LivenessReport())
+        self._note(worker, LivenessReport(self._monotonic() if sign is Sign.CLOSED else None))
 
     def _note(self, worker: Worker, report: LivenessReport) -> None:
         known = self._tasks.get(worker.id)

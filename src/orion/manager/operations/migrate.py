@@ -26,11 +26,11 @@ FINAL_SYNC_WITHIN_S = 280.0
 """Less than a rental may be quiesced (states.HELD_DEADLINE_S); for a park too."""
 MOST_ROUNDS = 3
 SHORT_ROUND_S = 2.0
-"""A round of precopy that took no longer leaves little to copy while the rental is quiesced."""
+"""Seconds of a round of precopy that leaves little to copy while the rental is quiesced."""
 MOST_REMEMBERED = 100
 """Target placements whose last snapshot is remembered; the home of an older one is compared as a whole."""
 LIMIT_FACTOR = 4
-"""How many times the limits of periodic snapshots a home may reach and still be migrated."""
+"""The multiple of the limits of periodic snapshots up to which a home can be migrated."""
 
 
 @dataclass(kw_only=True, eq=False)

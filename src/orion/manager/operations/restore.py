@@ -21,20 +21,14 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import EMPTY, NEWEST, Snapshot, SnapshotId
 from orion.manager.operations.recover import Recoverer
 from orion.manager.queues import FairQueue
-from orion.manager.snapshots.port import (
-    ALREADY_ACTIVATED,
-    NO_SUCH_SNAPSHOT,
-    WORKER_CODES,
-    Home,
-    SnapshotError,
-    SnapshotService,
-)
+from orion.manager.snapshots import port
+from orion.manager.snapshots.port import Home, SnapshotError, SnapshotService
 from orion.manager.store.snapshots import SnapshotCatalog
 
 ACTIVATED_BEFORE = "it was activated already"
 NO_SNAPSHOT = "there is no snapshot of its files; files that a lost worker still has are kept when it comes back"
 NOT_COUNTED = "waits"
-"""The key in the report of a failure that is not counted, because another worker would fail as well."""
+"""The key in the report of a failure that is not counted, because it would happen on another worker too."""
 AT_ONCE = 16
 """Homes that are filled at a time on one worker; one owner has at most half of them. A worker has a processor or two,
 so a hundred at a time would all be late, and its sshd takes at most 64 sessions of one connection."""
@@ -89,7 +83,6 @@ class _Worker:
                 self._release_batch()
 
     def _release_batch(self) -> None:
-        """Release the homes that wait, and begin the next batch."""
         self._batch.set()
         self._batch, self._ready = asyncio.Event(), 0
 
@@ -136,18 +129,16 @@ class Restorer:
         if prepared.report.get("state") != "running":
             try:
                 async with worker.filling(job.owner):
-                    found = {"restored": await self._filled(job, wanted, early)}
+                    restored: dict[str, Any] = {}
+                    if early:
+                        with suppress(SnapshotError):  # the worker refuses it while the account is not made yet
+                            restored = await early
+                    found = {"restored": restored or await self._fill(job, wanted)}
             except SnapshotError as error:
                 return _refused(error)
             await worker.wait_for_batch()
         made = await self.engine.run(job)
         return replace(made, report={**made.report, **found})
-
-    async def _filled(self, job: Job, wanted: str, early: asyncio.Task[dict[str, Any]] | None) -> dict[str, Any]:
-        if early:
-            with suppress(SnapshotError):  # the worker has refused it, because the account was not made yet
-                return await early
-        return await self._fill(job, wanted)
 
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:
@@ -156,16 +147,15 @@ class Restorer:
         try:
             snapshot = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except SnapshotError as error:
-            if error.code != ALREADY_ACTIVATED:
+            if error.code != port.ALREADY_ACTIVATED:
                 raise
             return {"generation": error.restored, "reason": ACTIVATED_BEFORE}
         return described(snapshot) if snapshot else {"reason": NO_SNAPSHOT}
 
     async def _named(self, home: Home, wanted: str) -> Snapshot | None:
-        snapshot = await self.snapshot_service.restore(home, SnapshotId.parse(wanted))
-        if snapshot is None:
-            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}, nor any other")
-        return snapshot
+        if snapshot := await self.snapshot_service.restore(home, SnapshotId.parse(wanted)):
+            return snapshot
+        raise SnapshotError(port.NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}, nor any other")
 
     async def _newest(self, home: Home) -> Snapshot | None:
         """Restore the snapshot that the database accepted last; the newest on disk where the database knows none.
@@ -176,7 +166,7 @@ class Restorer:
         try:
             snapshot = await self.snapshot_service.restore(home, newest.generation if newest else None)
         except SnapshotError as error:
-            if error.code != NO_SUCH_SNAPSHOT:
+            if error.code != port.NO_SUCH_SNAPSHOT:
                 raise
             snapshot = await self.snapshot_service.restore(home)
         if snapshot is None and newest:
@@ -189,11 +179,11 @@ def home_of(job: Job) -> Home:
 
 
 def described(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the snapshot as the report of a task carries it."""
+    """Return the snapshot in the form of a task's report."""
     return asdict(snapshot) | {"generation": str(snapshot.generation), "skipped": list(snapshot.skipped)}
 
 
 def _refused(error: SnapshotError) -> Outcome:
     ways = "To begin without them: orion restore --empty, or with an older snapshot: orion restore --from"
     message = f"its files cannot be restored now: {error}. {ways}"
-    return Outcome(ok=False, message=message, report={NOT_COUNTED: error.code not in WORKER_CODES})
+    return Outcome(ok=False, message=message, report={NOT_COUNTED: error.code not in port.WORKER_CODES})

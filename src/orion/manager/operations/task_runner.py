@@ -39,10 +39,10 @@ FIRST_REST_S = 2.0
 LONGEST_REST_S = 300.0
 """Seconds between two attempts to migrate a rental that could not be migrated: doubled by each failure as well."""
 MAX_RECOVERIES_PER_WORKER = 4
-"""Homes of lost placements that are copied at once from one worker. One owner has half of them, so that each owner's
-homes have their turn before the worker's time to join is over."""
+"""Homes of lost placements that are copied at once from one worker. One owner has at most half of them, so that each
+owner's homes have their turn before the worker's time to join is over."""
 MAX_UNKNOWN_PURGES_PER_WORKER = 2
-"""Purges at once on one worker of rentals that only its own inventory shows: the worker may have invented them."""
+"""Purges at once on one worker of rentals that only its own inventory has: the worker may have invented them."""
 MIGRATION_TASKS = frozenset({TaskKind.PRECOPY, TaskKind.FINAL_SYNC, TaskKind.PARK})
 
 NO_LEASE = "no_lease"
@@ -56,14 +56,14 @@ _REACHED = {
 }
 
 TaskKey = tuple[str, str]
-"""Worker and rental, see Task.key."""
+"""Ids of worker and rental, see Task.key."""
 
 
 @dataclass(frozen=True)
 class Failure:
     count: int
     again_at: float
-    """Monotonic seconds before which it is not tried again."""
+    """Monotonic seconds before which there is no other try."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -105,7 +105,6 @@ class TaskRunner:
         return len(self._running)
 
     def keys(self) -> frozenset[TaskKey]:
-        """Return the keys of the tasks under way."""
         return frozenset(self._running)
 
     def resting(self) -> frozenset[str]:
@@ -130,11 +129,10 @@ class TaskRunner:
             self._number_by_worker[task.worker_id] += 1
 
     def cancel_overtaken(self, busy: Collection[TaskKey], wanted: Iterable[Task]) -> None:
-        """Cancel parts of a migration that was given up, and the filling of a home that is to be purged.
+        """Cancel parts of a migration that was given up, and the restore of a home that is to be purged.
 
-        `busy`: the keys of the tasks that were under way before the world was loaded from which `wanted` follows.
-        Filling a home may take minutes, and until it ends nothing else is done for that rental on that worker, nor are
-        its files recovered elsewhere.
+        `busy`: the keys of the tasks that were under way before the world was loaded from which `wanted` follows. A
+        restore may take minutes, and delays all other tasks of its rental on its worker, and the recovery of its files.
         """
         kinds: dict[TaskKey, set[TaskKind]] = {}
         for task in wanted:
@@ -151,20 +149,19 @@ class TaskRunner:
 
         `looked_at`: the workers whose tasks are all in `wanted`.
         """
+
+        def is_elsewhere(worker_id: str) -> bool:
+            return worker_id not in looked_at and self.pool_index.worker(worker_id) is not None
+
         still = set(wanted)
-        self._failures = {
-            task: failure
-            for task, failure in self._failures.items()
-            if task in still or not (task.worker_id in looked_at or self.pool_index.worker(task.worker_id) is None)
-        }
         busy = {task.worker_id for task in still}
-        self._failing = {w for w in self._failing if w in busy or (w not in looked_at and self.pool_index.worker(w))}
+        self._failures = {t: f for t, f in self._failures.items() if t in still or is_elsewhere(t.worker_id)}
+        self._failing = {w for w in self._failing if w in busy or is_elsewhere(w)}
         self._number_by_worker = Counter({w: number for w, number in self._number_by_worker.items() if number})
 
     async def stop(self) -> None:
-        """Cancel what runs; the next manager derives the same tasks again."""
-        running: list[asyncio.Task[None]] = list(self._running.values())
-        running += [self._writing] if self._writing else []
+        """Cancel all tasks; the next manager derives them again."""
+        running = [*self._running.values(), *filter(None, [self._writing])]
         for job in running:
             job.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -206,18 +203,14 @@ class TaskRunner:
             return Outcome(False, "its worker was removed")
         hosts = {w.id: Host(w.id, w.address, w.host_keys, boot_id=w.ordered_boot_id) for w in workers.values()}
         host = hosts[task.worker_id]
-        if task.item is None:
+        if (item := task.item) is None:
             return _REACHED[await self.reach.reach(host, REACH_TIMEOUT_S)]
         if task.kind is TaskKind.RECOVER:
-            return await self.restorer.recoverer.recover(host, task.item, task.placement_id or "", task.owner)
+            return await self.restorer.recoverer.recover(host, item, task.placement_id or "", task.owner)
+        keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         order = RentalOrder(
-            **vars(task.item),
-            public_keys=tuple(task.public_key.splitlines()),
-            start=task.start,
-            start_mark=task.start_mark,
-            rental_name=task.rental_name,
+            **vars(item), public_keys=keys, start=task.start, start_mark=task.start_mark, rental_name=task.rental_name
         )
-        action = _ACTIONS.get(task.kind, Action.PREPARE)
         job = Job(action=action, host=host, order=order, deadline_s=JOB_DEADLINE_S, owner=task.owner)
         if task.source:
             return await self._migrate(task, job, hosts[task.source.worker_id], task.source)
@@ -238,8 +231,8 @@ class TaskRunner:
         if not outcome.ok:
             failure = self._fail(task)
             log.warning("task failed", **_described(task), attempts=failure.count, message=outcome.message)
-            # A worker without a lease activates nothing until its next heartbeat, and one that has restarted refuses
-            # orders until it has registered. Neither counts as an attempt: the worker may succeed in a moment.
+            # A worker without a lease refuses until its next heartbeat, and one that has restarted until it registers.
+            # Neither counts as an attempt, because it may succeed in a moment.
             waits = outcome.report.get(NOT_COUNTED) or outcome.report.get("code") in {NO_LEASE, OTHER_BOOT}
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             if task.source and task.item and task.kind is not TaskKind.THAW:
@@ -306,7 +299,6 @@ class TaskRunner:
                 written.set_result(None)
 
     def _rest(self, rental_id: str) -> None:
-        """Postpone the next migration of this rental, twice as long as after its previous failure."""
         now = self.monotonic()
         self._rests = {r: f for r, f in self._rests.items() if f.again_at > now - LONGEST_REST_S}
         self._rests[rental_id] = _one_more(self._rests.get(rental_id), now, FIRST_REST_S, LONGEST_REST_S)
