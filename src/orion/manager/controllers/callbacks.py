@@ -1,4 +1,4 @@
-"""Callbacks join objects that call each other: each is complete when it is made, and none is changed afterwards.
+"""Callbacks join objects that call each other, so that no object is changed after its construction.
 
 changed = Callbacks[str]()                  # is made first
 liveness = LivenessConnections(changed)     # calls changed("w-1") when a report has changed

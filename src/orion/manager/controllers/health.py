@@ -18,18 +18,10 @@ from itertools import islice
 import structlog
 
 from orion.manager.controllers.loop import Loop
+from orion.manager.domain import health
 from orion.manager.domain.brake import Brake, Observation, advance
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import (
-    FORGET_AFTER_S,
-    FORGET_EVERY_S,
-    FORGOTTEN_AT_ONCE,
-    Evidence,
-    LivenessReport,
-    Verdict,
-    deadlines,
-    judge,
-)
+from orion.manager.domain.health import Evidence, LivenessReport, Verdict, deadlines, judge
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Worker
 from orion.manager.domain.pool_index import PoolIndex
@@ -52,9 +44,9 @@ NOTES_EVERY_S = 1.0
 STEPS_AT_ONCE = 5000
 """Steps of a microsecond each before other work has its turn."""
 LINES_AT_ONCE = 20
-"""Log lines about equal verdicts of one commit; more of them are logged as one number."""
+"""Log lines about equal verdicts of one commit; if there are more, one line has their number."""
 JUST_NOW_S = 1.0
-"""Seconds for which a deadline that has passed is planned again: the judgement may have come just before it."""
+"""Seconds for which a passed deadline is planned again, because the judgement may have come just before it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,7 +83,6 @@ class HealthController:
         self.loop = Loop("health", self.interval_s, self.round)
 
     def mark_due(self, worker_id: str) -> None:
-        """Judge this worker in the next round."""
         self._due[worker_id] = None
 
     def judge_soon(self, worker_id: str) -> None:
@@ -118,10 +109,10 @@ class HealthController:
 
     async def _forget_the_dead(self, now: float) -> None:
         """Remove workers that have been down for long and hold nothing."""
-        if now - self._forgot_at < FORGET_EVERY_S:
+        if now - self._forgot_at < health.FORGET_EVERY_S:
             return
         self._forgot_at = now
-        dead = self.pool_index.longest_in(Health.DOWN, FORGET_AFTER_S, now, FORGOTTEN_AT_ONCE)
+        dead = self.pool_index.longest_in(Health.DOWN, health.FORGET_AFTER_S, now, health.FORGOTTEN_AT_ONCE)
         for worker_id in await self.state_store.forget(dead) if dead else ():
             self.leases.end(worker_id)
 
@@ -162,7 +153,6 @@ class HealthController:
                 self.liveness.update(worker)
 
     def _meet_deadlines(self, now: float) -> None:
-        """Mark the workers as due whose deadline has passed."""
         for _ in range(STEPS_AT_ONCE):
             if not self._deadlines or self._deadlines[0][0] > now:
                 return
@@ -181,8 +171,6 @@ class HealthController:
         if self._planned.get(worker_id) != deadline:
             self._planned[worker_id] = deadline
             heapq.heappush(self._deadlines, (deadline, worker_id))
-
-    # -- the brake ---------------------------------------------------------------------------------------------------
 
     async def _advance_brake(self, now: float) -> None:
         late_s = 0.0 if self._began_at is None else now - self._began_at - self.interval_s
@@ -216,8 +204,6 @@ class HealthController:
         if known is None or known.health is Health.DOWN or lease is None or lease.exiting_at is not None:
             return None
         return None if lease.received_at is None else lease.received_at + self.clocks.suspect_after_s
-
-    # -- verdicts ----------------------------------------------------------------------------------------------------
 
     async def _judge(self, worker_ids: list[str]) -> None:
         now = self.monotonic()  # before the rows are read: see domain/health.py
@@ -264,9 +250,7 @@ class HealthController:
         )
 
     def _plan(self, evidence: Evidence) -> None:
-        """Plan when to judge this worker again."""
-        worker_id, now = evidence.worker.id, evidence.now
-        ahead = deadlines(evidence)
+        worker_id, now, ahead = evidence.worker.id, evidence.now, deadlines(evidence)
         suspect_at = self._suspect_at(worker_id)
         if suspect_at is not None and suspect_at <= now:
             self._silent[worker_id] = suspect_at
@@ -290,15 +274,15 @@ class HealthController:
         applied = await self.state_store.apply_each(steps)
         equal = Counter((verdict.to, verdict.reason) for _, verdict in applicable)
         for (evidence, verdict), done in zip(applicable, applied, strict=True):
-            worker, health, reason = evidence.worker, verdict.to, verdict.reason
+            worker, to, reason = evidence.worker, verdict.to, verdict.reason
             if not done:
                 self.mark_due(worker.id)
                 continue
             if verdict.is_loss(worker) and not self.brake.on:
                 self.leases.lost_ready(worker.id, evidence.now, self.clocks.flap_window_s)
-            if equal[health, reason] <= LINES_AT_ONCE:
-                log.info("health changed", worker_id=worker.id, hostname=worker.hostname, health=health, reason=reason)
-        for (health, reason), number in equal.items():
+            if equal[to, reason] <= LINES_AT_ONCE:
+                log.info("health changed", worker_id=worker.id, hostname=worker.hostname, health=to, reason=reason)
+        for (to, reason), number in equal.items():
             if number > LINES_AT_ONCE:  # each worker has its event
-                log.info("health changed", workers=number, health=health, reason=reason)
+                log.info("health changed", workers=number, health=to, reason=reason)
         self.on_verdict()

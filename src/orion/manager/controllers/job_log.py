@@ -1,6 +1,6 @@
-"""The job log: what the engine has done for each rental, collected in memory and written once a second.
+"""The job log: the ended jobs of each rental, collected in memory and written once a second.
 
-It costs a rent nothing. A manager that is killed loses the last second of the log, by which nothing is decided.
+A manager that is killed loses the last second of the log. No decision reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orion.manager.store.job_log import Entry
 
 INTERVAL_S = 1.0
 MOST_PENDING = 10_000
-"""Entries that wait to be written; of more, the oldest are lost."""
+"""The most entries that wait to be written; beyond that, the oldest are lost."""
 MAX_MESSAGE = 500
 """Characters of a message that are kept."""
 _SECRET = re.compile(
@@ -61,7 +61,7 @@ class JobLog:
 
 @dataclass(kw_only=True)
 class LoggedEngine:
-    """An engine that runs jobs by another one, and notes each when it has ended."""
+    """An engine that gives each job to another one, and notes its end."""
 
     engine: Engine
     note: Callable[[Entry], None]

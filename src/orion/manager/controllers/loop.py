@@ -22,9 +22,9 @@ class Loop:
         self.failures = 0
         """Rounds that failed since the last one that succeeded."""
         self.rounds = self.failed_rounds = 0
-        """Rounds since the start: those that succeeded, and those that failed."""
+        """Rounds since the start that succeeded, and that failed."""
         self.seconds = self.late_s = 0.0
-        """Seconds spent in rounds; and by how many seconds the last round that no hint brought was late."""
+        """Seconds spent in rounds; seconds by which the last round without a hint was late."""
 
     def hint(self) -> None:
         """Let the next round begin at once."""

@@ -1,7 +1,4 @@
-"""The proxy probe: a request of the manager to itself through the proxy.
-
-While the proxy does not answer, no worker's silence means anything.
-"""
+"""The proxy probe: a request of the manager to itself through the proxy, without which workers cannot be heard."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from orion.manager.store.database import Store
 
 INTERVAL_S = 60.0
 MOST_BATCHES = 100
-"""Batches of one round; what a former version has left may take several rounds."""
+"""Batches of one round. The events that an earlier version has left may take several rounds."""
 
 
 class RetentionController:
     def __init__(self, store: Store, kept: int, wall: Callable[[], float]) -> None:
-        """`kept`: number of events that stay; `wall` returns the Unix seconds by which keys have ended."""
+        """`kept`: the number of events that stay; `wall` returns the Unix seconds by which keys have ended."""
         self._store = store
         self._kept = kept
         self._wall = wall

@@ -1,7 +1,4 @@
-"""The snapshot controller: takes snapshots of active rentals in turn, and removes those of rentals that have ended.
-
-It keeps in memory when the next snapshot of each rental is due. A manager that is killed loses that, and no snapshot.
-"""
+"""The snapshot controller: takes snapshots of active rentals in turn, and removes those of rentals that have ended."""
 
 from __future__ import annotations
 
@@ -34,21 +31,21 @@ log = structlog.get_logger()
 JITTER = 0.1
 """Share of the interval by which each turn varies, so that rentals made together do not stay in step."""
 SPREAD = 0.5
-"""The same share for migrated rentals: those of one worker arrive together, with the files of their last snapshots."""
+"""The same share for migrated rentals, which arrive together with those of their worker, and have a snapshot."""
 EPOCH_REMEMBERED_S = 3600.0
 """Seconds for which the epoch is remembered of a rental that does not run any more."""
 FIRST_TRIES = 3
-"""Failures of a rental's first snapshot, one soon after the other, before its problem is reported."""
+"""Failures of a rental's first snapshot in succession before its problem is reported."""
 ROUNDS = 20
 """Rounds in an interval."""
 LISTING_SHARE = 0.05
 """Share of the time that may be spent listing running rentals, however large the pool is."""
 SWEEP_S = 60.0
 FULL_DISK = 0.8
-"""Share of the disk from which on no snapshot is taken: the rest is for the database and for takeovers."""
+"""Used share of the disk at which no snapshot is taken: the rest is for the database and for takeovers."""
 FULL = f"the manager's disk is {FULL_DISK:.0%} full or more, of bytes or of inodes: make room on it"
 REPORTED_AT_ONCE = frozenset((port.OVER_LIMIT, "unreadable_home", "disk_full"))
-"""Codes of problems of the home or of this machine. Others may be a dying worker: they are reported if they stay."""
+"""Codes of problems of the home or of this machine. Other problems may end with their worker."""
 PAUSE_PROBLEMS = frozenset((port.PAUSE_TOO_LONG, port.PAUSE_TOO_SHORT))
 """Codes for too many changes at a time. The answer is a longer interval, unless the longest pause was allowed."""
 IGNORED = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
@@ -184,7 +181,7 @@ class SnapshotController:
         return await asyncio.shield(self._start(rental_id, self._take_in_place(rental_id, spare)))
 
     async def stop(self) -> None:
-        running = [*self._running.values(), *([self._sweeping] if self._sweeping else [])]
+        running: list[asyncio.Task[Any]] = [*self._running.values(), *filter(None, [self._sweeping])]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -206,7 +203,7 @@ class SnapshotController:
         self.loop.hint()
 
     def _pause_s(self, rental_id: str) -> float:
-        """Return the seconds until the next snapshot: fewer at first where the first one has failed."""
+        """Return the seconds until the next snapshot: fewer at first if the first one has failed."""
         share = self.random.uniform(1.0 - JITTER, 1.0)
         if rental_id in self._without_snapshot:
             share *= min(1.0, JITTER * 2.0 ** max(0, self._failures.get(rental_id, 0) - 1))
