@@ -1,8 +1,8 @@
 """The action of the task `orion_rental`: send one order to orion-rental on the worker, and return its report.
 
-/usr/local/sbin/orion-rental does the work; the agent uses it as well. So Ansible copies nothing to the worker. Of a
-worker's answer only the names in REPORTED become the task's result: a worker cannot return facts, hosts, variables or
-warnings, on which Ansible would act.
+/usr/local/sbin/orion-rental, which the agent uses too, does the work, so Ansible copies nothing to the worker. The
+task's result holds only the names in REPORTED: a worker cannot return facts, hosts, variables or warnings, on which
+Ansible would act.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
         return result_of(output, errors, status, len(rentals))
 
     def _order_of_variables(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        """Return the order that the variables are for one rental: each field by its name, if the command uses it."""
+        """Return the order of one rental, whose fields are the variables of the same names that the command uses."""
         command = self._task.args.get("command")
         names = [name for name, each in declared_fields().items() if command in rule_of(each).used_by]
         return {name: self._templar.template(task_vars[name]) for name in names if name in task_vars}
 
 
 def result_of(output: bytes, errors: bytes, status: int, number: int) -> dict[str, Any]:
-    """Return the task's result: a report for each of `number` rentals; for one rental its report's names as well.
+    """Return the task's result: a report for each of `number` rentals, and the names of the report if there is one.
 
     Raise AnsibleActionFail if the output is not such a report.
     """

@@ -56,8 +56,8 @@ class Server:
         """Serve until SIGTERM or SIGINT, and then kill all children."""
         runners.become_subreaper()
         wakeup, wake = socket.socketpair()
-        for end in (wakeup, wake):
-            end.setblocking(False)
+        wakeup.setblocking(False)
+        wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,8 +78,8 @@ class Server:
         signal.set_wakeup_fd(-1)
 
     def _patience(self) -> float | None:
-        moments = [self._pool.patience(), self._connections.patience()]
-        return min((moment for moment in moments if moment is not None), default=None)
+        waits = (self._pool.patience(), self._connections.patience())
+        return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _reap(self) -> None:
         a_runner_ended = False

@@ -222,7 +222,7 @@ class HealthController:
         await self._commit(verdicts)
 
     def _may_change(self, worker_id: str, destinations: int, now: float) -> bool:
-        """Return whether a verdict is likely from what is in memory; if not, plan when to judge again."""
+        """Return whether memory alone makes a verdict likely; if not, plan when to judge again."""
         known = self.pool_index.worker(worker_id)
         if known is None:
             return False

@@ -74,7 +74,7 @@ class Reconciler:
     async def round(self) -> None:
         """Load, decide and apply once, and start the tasks that follow."""
         looked_at = self._workers_of_round()
-        # Both are read before the rows: see domain/reconcile.py, and a task that ends meanwhile is not yet in the rows.
+        # Both are read before the rows: see domain/reconcile.py; a task that ends after the load still counts as busy.
         inventories = self.leases.inventories(looked_at)
         busy = self.task_runner.keys()
         async with self._placing:

@@ -1,7 +1,7 @@
-"""Ansible's connection to a worker over the one that the engine holds.
+"""Ansible's connection to a worker over the SSH connection that the engine keeps open.
 
-Orders to orion-rental go to the program that stays at its other end (orion_worker/rpc/server.py). Everything else that
-a playbook may do goes by OpenSSH, through the same connection while it stands.
+Orders to orion-rental go to the program at its other end (orion_worker/rpc/server.py). Other commands of a playbook go
+by OpenSSH, through the same connection while that is open.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Connection(ssh.Connection):  # type: ignore[misc]  # Ansible has no types
     def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
         order = ORDER.fullmatch(cmd)
         if not (order and in_data):
-            status, output, complaint = super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-            return status, output, complaint
+            status, output, errors = super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
+            return status, output, errors
         number = self.get_option("orion_connection")
         answer = _ask({"connection": number, "command": order[1], "request": json.loads(in_data)})
         if "broken" in answer:
