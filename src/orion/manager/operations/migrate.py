@@ -7,13 +7,14 @@ changed gives the same snapshot, and a home that was not activated may be filled
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from orion.manager.ansible.port import Action, Engine, Job, Outcome
 from orion.manager.domain import snapshots
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot, SnapshotId
+from orion.manager.domain.tasks import TaskKind
 from orion.manager.operations.restore import home_of
 from orion.manager.snapshots.port import SnapshotError, SnapshotService
 from orion.manager.store.snapshots import SnapshotCatalog
@@ -48,19 +49,21 @@ class Migrator:
         self._filled: dict[tuple[str, int], SnapshotId] = {}
         """The snapshot with which each target was filled last, by rental and epoch."""
 
+    async def run(self, kind: TaskKind, source: Job, target: Job) -> Outcome:
+        """Run this part of a migration within its time; the report names the last snapshot."""
+        within_s = PRECOPY_WITHIN_S if kind is TaskKind.PRECOPY else FINAL_SYNC_WITHIN_S
+        try:
+            async with asyncio.timeout(within_s):
+                if kind is TaskKind.PARK:
+                    return await self.park(source)
+                return await (self.precopy if kind is TaskKind.PRECOPY else self.final_sync)(source, target)
+        except SnapshotError as error:
+            return Outcome(False, str(error), {"code": error.code})
+        except TimeoutError:
+            return Outcome(False, f"it took longer than {within_s:.0f} s")
+
     async def precopy(self, source: Job, target: Job) -> Outcome:
-        """Fill the target while the source runs; the report names the snapshot with which it was filled last."""
-        return await _within(PRECOPY_WITHIN_S, self._precopy(source, target))
-
-    async def final_sync(self, source: Job, target: Job) -> Outcome:
-        """Quiesce the source and give the target every byte of it; the report names the snapshot."""
-        return await _within(FINAL_SYNC_WITHIN_S, self._final_sync(source, target))
-
-    async def park(self, source: Job) -> Outcome:
-        """Quiesce the source and put every byte of it into a snapshot, which the report names."""
-        return await _within(FINAL_SYNC_WITHIN_S, self._park(source))
-
-    async def _precopy(self, source: Job, target: Job) -> Outcome:
+        """Fill the target while the source runs."""
         prepared = await self.engine.run(replace(target, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
@@ -72,14 +75,16 @@ class Migrator:
                 break
         return _done(snapshot)
 
-    async def _final_sync(self, source: Job, target: Job) -> Outcome:
+    async def final_sync(self, source: Job, target: Job) -> Outcome:
+        """Quiesce the source and give the target every byte of it."""
         await self._quiesce(source)
         snapshot = await self._snapshot(source)
         await self._fill(target, snapshot, again=False)
         self._filled.pop((target.order.rental_id, target.order.epoch), None)
         return _done(snapshot)
 
-    async def _park(self, source: Job) -> Outcome:
+    async def park(self, source: Job) -> Outcome:
+        """Quiesce the source and put every byte of it into a snapshot."""
         await self._quiesce(source)
         return _done(await self._snapshot(source))
 
@@ -112,16 +117,6 @@ class Migrator:
         if not await self.catalog.accept(step, source.order.rental_id, taken.kept):
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
         return taken.copy
-
-
-async def _within(seconds: float, work: Awaitable[Outcome]) -> Outcome:
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except SnapshotError as error:
-        return Outcome(False, str(error), {"code": error.code})
-    except TimeoutError:
-        return Outcome(False, f"it took longer than {seconds:.0f} s")
 
 
 def _done(snapshot: Snapshot) -> Outcome:

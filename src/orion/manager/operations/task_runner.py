@@ -18,7 +18,6 @@ from orion.manager.ansible.port import OTHER_BOOT, Action, Engine, Job, Outcome
 from orion.manager.domain import outcomes
 from orion.manager.domain.fair_share import Claim, may_take
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.migration import Source
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.tasks import Task, TaskEnded, TaskKind, thaw
 from orion.manager.operations.migrate import Migrator
@@ -213,19 +212,14 @@ class TaskRunner:
         )
         job = Job(action=action, host=host, order=order, deadline_s=JOB_DEADLINE_S, owner=task.owner)
         if task.source:
-            return await self._migrate(task, job, hosts[task.source.worker_id], task.source)
+            at_source = replace(job, host=hosts[task.source.worker_id])
+            at_source = at_source.with_order(epoch=task.source.epoch, move=task.source.move)
+            if task.kind is TaskKind.THAW:
+                return await self.engine.run(at_source)
+            return await self.migrator.run(task.kind, at_source, job)
         if task.restore:
             return await self.restorer.make(job, task.restore, task.filled)
         return await self.engine.run(job)
-
-    async def _migrate(self, task: Task, job: Job, host: Host, source: Source) -> Outcome:
-        at_source = replace(job, host=host).with_order(epoch=source.epoch, move=source.move)
-        if task.kind is TaskKind.THAW:
-            return await self.engine.run(at_source)
-        if task.kind is TaskKind.PARK:
-            return await self.migrator.park(at_source)
-        part = self.migrator.final_sync if task.kind is TaskKind.FINAL_SYNC else self.migrator.precopy
-        return await part(at_source, job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
         if not outcome.ok:
