@@ -19,7 +19,6 @@ from ansible_contract import KEY
 from orion_worker.rental.requests import request_from
 from orion_worker.system import processes
 
-from orion.manager.ansible.playbook import _rental
 from orion.manager.ansible.port import Action, Job
 from orion.manager.ansible.protocol import BatchOrder, JobMessage, job_message
 from orion.manager.ssh.port import Host
@@ -98,7 +97,7 @@ def load(file: Path) -> ModuleType:
 def test_an_order_has_the_bytes_that_released_workers_understand(action: Action, order: RentalOrder, text: str) -> None:
     job = Job(action=action, host=Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0001"), order=order)
     received = JobMessage.model_validate_json(job_message("1", job).model_dump_json())
-    sent = _rental(BatchOrder(number=1, order=received.order, refused_after=1800000000.5))
+    sent = BatchOrder(number=1, order=received.order, refused_after=1800000000.5).as_json()
     assert json.dumps(sent) == text
 
 

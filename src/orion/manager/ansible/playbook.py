@@ -11,7 +11,6 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,7 @@ def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: Report
     for orders in batch.hosts:
         name = orders.host.worker_id
         inventory.add_host(name, group="workers")
-        rentals = [replace(order.order, deadline=order.refused_after).as_json() for order in orders.orders]
-        for variable, value in {**of_host(orders), "rentals": rentals}.items():
+        for variable, value in {**of_host(orders), "rentals": [order.as_json() for order in orders.orders]}.items():
             inventory.get_host(name).set_variable(variable, value)
     collector = _collector({orders.host.worker_id: orders.orders for orders in batch.hosts}, report_result)
     try:

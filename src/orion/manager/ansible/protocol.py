@@ -88,6 +88,10 @@ class BatchOrder(Message):
     refused_after: float
     """The Unix seconds after which the worker refuses it."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the order in the form in which the worker gets it."""
+        return replace(self.order, deadline=self.refused_after).as_json()
+
 
 class HostOrders(Message):
     host: HostMessage
