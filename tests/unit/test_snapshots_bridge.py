@@ -21,7 +21,7 @@ def test_the_ends_of_its_connection_arrive_and_it_goes_when_it_is_told() -> None
     theirs.close()
     assert bridge.stdin and bridge.stdout  # noqa: PT018
     mine.settimeout(30)
-    _, (from_rsync, to_rsync), _, _ = _receive_pipe_ends(mine)
+    from_rsync, to_rsync = _receive_pipe_ends(mine)
     os.write(bridge.stdin.fileno(), b"asked")
     assert os.read(from_rsync, 100) == b"asked"
     os.write(to_rsync, b"answered")

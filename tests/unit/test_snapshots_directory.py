@@ -92,7 +92,7 @@ def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp
     prepare(tmp_path, "1-4")
     assert names(tmp_path) == {"1-2", "1-3", "1-4", "next-1-4"}
     copy(tmp_path, in_haste=True, one="later")
-    directory.tidy(tmp_path)
+    directory.remove(tmp_path, "old-*")
     assert names(tmp_path) == {"1-3", "1-4", "1-5"}
 
 
@@ -210,6 +210,6 @@ def test_what_an_earlier_version_has_written_down_counts_whole(tmp_path: Path) -
 def test_what_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
     copy(tmp_path, one="1")
     come(tmp_path, one="2")
-    directory.give_up(tmp_path)
+    directory.remove(tmp_path, INCOMING)
     assert names(tmp_path) == {"1-1"}
     assert contents(tmp_path, "1-1") == {"one": "1"}

@@ -32,7 +32,7 @@ def lifetime() -> Iterator[Lifetime]:
 
 def heard(shell: str, lifetime: Lifetime) -> dict[str, object]:
     """Return the answer of a program in the place of ssh."""
-    with WorkerCommand(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
+    with WorkerCommand(["sh", "-c", shell], 0, {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
         return worker.read_answer(lifetime)
 
 
@@ -102,7 +102,7 @@ def local_rsync(program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.
 def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(program: str, lifetime: Lifetime) -> None:
     with (
         local_rsync(RSYNC) as (rsync, control),
-        WorkerCommand(["sh", "-c", program], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(["sh", "-c", program], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
         lifetime._ends_at = time.monotonic() + 20.0
         Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False)._carry(rsync, control, lambda: None)
@@ -123,7 +123,7 @@ def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_dea
 ) -> None:
     with (
         local_rsync(STILL) as (rsync, control),
-        WorkerCommand(["sh", "-c", "cat >/dev/null"], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(["sh", "-c", "cat >/dev/null"], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
         standing = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.3)
         with pytest.raises(SnapshotError, match="nothing of its files has come or gone") as refused:
@@ -145,7 +145,7 @@ def test_a_transfer_in_which_one_side_works_goes_on_though_nothing_moves(
 ) -> None:
     with (
         local_rsync(here) as (rsync, control),
-        WorkerCommand(["sh", "-c", there], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(["sh", "-c", there], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
         lifetime._ends_at = time.monotonic() + 1.5
         working = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.5)

@@ -43,7 +43,7 @@ class SnapshotClient:
     """Implements `port.SnapshotService`."""
 
     def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, max_transfers: int = MAX_TRANSFERS) -> None:
-        """`places`: transfers at a time, of which an owner has half at most."""
+        """`max_transfers`: snapshots and restores at a time, of which an owner has half at most."""
         self._socket_path = socket_path
         self._margin_s = margin_s
         self._shares = FairQueue(max_transfers)
@@ -60,13 +60,8 @@ class SnapshotClient:
         protected: SnapshotId | None = None,
         for_migration: bool = False,
     ) -> Taken:
-        more = _limit_fields(limits, protected)
-        request = _request(
-            SnapshotAction.COPY, home, deadline_s, for_migration=for_migration, pause_s=limits.pause_s, **more
-        )
-        if for_migration:
-            await self._end_all_of(home.rental_id)
-        return _taken(await self._begin(request, home))
+        more = {"for_migration": for_migration, "pause_s": limits.pause_s}
+        return await self._take(SnapshotAction.COPY, home, limits, deadline_s, protected, **more)
 
     async def salvage(
         self,
@@ -75,8 +70,7 @@ class SnapshotClient:
         deadline_s: float = RECOVER_DEADLINE_S,
         protected: SnapshotId | None = None,
     ) -> Taken:
-        request = _request(SnapshotAction.SALVAGE, home, deadline_s, **_limit_fields(limits, protected))
-        return _taken(await self._begin(request, home))
+        return await self._take(SnapshotAction.SALVAGE, home, limits, deadline_s, protected)
 
     async def restore(
         self,
@@ -94,32 +88,39 @@ class SnapshotClient:
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
         request = SnapshotRequest(action=SnapshotAction.CONNECT, host=HostMessage.of(host), deadline_s=deadline_s)
-        await self._ask(request, deadline_s)
+        await self._ask(request)
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        request = SnapshotRequest(action=SnapshotAction.LIST, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S)
-        return [read(copy) for copy in (await self._ask(request, QUICK_DEADLINE_S)).copies]
+        reply = await self._ask_quickly(SnapshotAction.LIST, rental_id=rental_id, uid=uid)
+        return [read(copy) for copy in reply.copies]
 
     async def remove(self, rental_id: str, uid: int) -> None:
         await self._end_all_of(rental_id)
-        await self._ask(
-            SnapshotRequest(action=SnapshotAction.REMOVE, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S),
-            QUICK_DEADLINE_S,
-        )
+        await self._ask_quickly(SnapshotAction.REMOVE, rental_id=rental_id, uid=uid)
 
     async def rentals(self) -> list[str]:
-        return (
-            await self._ask(
-                SnapshotRequest(action=SnapshotAction.RENTALS, deadline_s=QUICK_DEADLINE_S), QUICK_DEADLINE_S
-            )
-        ).rentals
+        return (await self._ask_quickly(SnapshotAction.RENTALS)).rentals
 
     async def short_of_room(self) -> list[str]:
-        return (
-            await self._ask(
-                SnapshotRequest(action=SnapshotAction.SHORT_OF_ROOM, deadline_s=QUICK_DEADLINE_S), QUICK_DEADLINE_S
-            )
-        ).owners
+        return (await self._ask_quickly(SnapshotAction.SHORT_OF_ROOM)).owners
+
+    async def _take(
+        self,
+        action: SnapshotAction,
+        home: Home,
+        limits: SnapshotLimits,
+        deadline_s: float,
+        protected: SnapshotId | None,
+        **more: Any,
+    ) -> Taken:
+        more |= {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
+        request = _request(action, home, deadline_s, generation=str(protected or ""), **more)
+        if request.for_migration:
+            await self._end_all_of(home.rental_id)
+        reply = await self._begin(request, home)
+        if reply.done is None:
+            raise SnapshotError("no_answer", "the answer of the snapshot service is not valid")
+        return Taken(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
 
     async def _begin(self, request: SnapshotRequest, home: Home) -> SnapshotReply:
         """Return the reply. Raise SnapshotError if a more urgent request for the same rental ended this one."""
@@ -139,13 +140,12 @@ class SnapshotClient:
                 del self._under_way[request.rental_id]
 
     async def _ask_in_turn(self, request: SnapshotRequest, home: Home) -> SnapshotReply:
-        """Ask when the rental's claim gets a place. A recovery has two tries in a limited time, so it never counts as
-        failing."""
+        """Ask when the owner's claim gets a place. A recovery has only two tries, so it never counts as failing."""
         key = home.rental_id, home.host.worker_id
         fails = key in self._without_progress and request.action is not SnapshotAction.SALVAGE
         async with self._shares.place(Claim(home.owner, fails)):
             try:
-                reply = await self._ask(request, request.deadline_s)
+                reply = await self._ask(request)
             except SnapshotError as error:
                 if error.code in NO_PROGRESS_CODES:
                     self._without_progress = self._without_progress | {key: None}
@@ -161,14 +161,17 @@ class SnapshotClient:
             running_request.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def _ask(self, request: SnapshotRequest, deadline_s: float) -> SnapshotReply:
+    async def _ask_quickly(self, action: SnapshotAction, **more: Any) -> SnapshotReply:
+        return await self._ask(SnapshotRequest(action=action, deadline_s=QUICK_DEADLINE_S, **more))
+
+    async def _ask(self, request: SnapshotRequest) -> SnapshotReply:
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 channel = await AsyncChannel.connect(self._socket_path, MAX_REPLY_BYTES)
         except (OSError, TimeoutError) as error:
             raise SnapshotError("vault_away", "the snapshot service does not answer") from error
         try:
-            async with asyncio.timeout(deadline_s + self._margin_s):
+            async with asyncio.timeout(request.deadline_s + self._margin_s):
                 await channel.send(request)
                 answer = await channel.receive()
             reply = decode_as(SnapshotReply, answer or b"")
@@ -184,28 +187,9 @@ class SnapshotClient:
         return reply
 
 
-def _taken(reply: SnapshotReply) -> Taken:
-    if reply.done is None:
-        raise SnapshotError("no_answer", "the answer of the snapshot service is not valid")
-    return Taken(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
-
-
-def _limit_fields(limits: SnapshotLimits, protected: SnapshotId | None) -> dict[str, Any]:
-    most = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
-    return most | {"generation": str(protected or "")}
-
-
 def _request(action: SnapshotAction, home: Home, deadline_s: float, **more: Any) -> SnapshotRequest:
+    of = {"rental_id": home.rental_id, "uid": home.uid, "epoch": home.epoch, "owner": home.owner}
     try:
-        return SnapshotRequest(
-            action=action,
-            rental_id=home.rental_id,
-            uid=home.uid,
-            epoch=home.epoch,
-            host=HostMessage.of(home.host),
-            owner=home.owner,
-            deadline_s=deadline_s,
-            **more,
-        )
+        return SnapshotRequest(action=action, host=HostMessage.of(home.host), deadline_s=deadline_s, **of, **more)
     except ValidationError as error:
         raise SnapshotError("invalid_request", f"not a valid request: {error.errors()[0]['msg']}") from error

@@ -19,11 +19,11 @@ import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, may_stay, next_number
 from orion.manager.snapshots.disk import Usage
@@ -44,16 +44,6 @@ class NewSnapshot:
     folders: dict[str, int]
     """The modes that a restore has to give to directories, by path in hexadecimal."""
     salvage: bool = False
-
-
-class TreeSize(NamedTuple):
-    """The size of a tree, in bytes by `counted`. A file with several names is one inode and counts once."""
-
-    files: int
-    """The number of entries of every kind; each name counts."""
-    whole: Usage
-    own: Usage
-    """The disk use that no other tree shares: directories, and files that have all their names in this tree."""
 
 
 def found(folder: Path) -> list[Snapshot]:
@@ -81,7 +71,7 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(folder: Path, generation: str) -> bool:
+def prepare(folder: Path, generation: str) -> None:
     """Do in advance, for a snapshot that has this base, the work that grows with the number of files."""
     _sweep(folder, found(folder), generation)
     prepared = folder / f"{NEXT}{generation}"
@@ -90,24 +80,19 @@ def prepare(folder: Path, generation: str) -> bool:
         clone(folder, generation)
         (folder / INCOMING / "home").rename(prepared)
         (folder / INCOMING).rmdir()
-    _flush_all(folder)
-    return True
+    _flush(folder, _sync_file_system)
 
 
-def clone(folder: Path, generation: str) -> bool:
+def clone(folder: Path, generation: str) -> None:
     """Fill `incoming` with hard links to a complete snapshot, or with an empty home if none is named."""
     target = folder / INCOMING / "home"
+    prepared = folder / f"{NEXT}{generation}"
     if not generation:
         target.mkdir(mode=0o700)
-        return True
-    with suppress(FileNotFoundError):
-        (folder / f"{NEXT}{generation}").rename(target)
-        return True
-    source = folder / generation / "home"
-    done = subprocess.run(["cp", "-al", "--", source, target], stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"snapshot {generation} cannot be linked: {done.stderr[:200]}")
-    return True
+    elif prepared.exists():
+        prepared.rename(target)
+    else:
+        _run(f"snapshot {generation} cannot be linked", "cp", "-al", "--", folder / generation / "home", target)
 
 
 def renew(folder: Path, generation: str, at: float) -> Snapshot:
@@ -119,19 +104,14 @@ def renew(folder: Path, generation: str, at: float) -> Snapshot:
 
 
 def describe(
-    folder: Path,
-    epoch: int,
-    made: NewSnapshot,
-    limits: tuple[int, int],
-    base: str,
-    changed: Sequence[bytes] | None,
-) -> bool:
+    folder: Path, epoch: int, made: NewSnapshot, limits: tuple[int, int], base: str, changed: Sequence[bytes] | None
+) -> None:
     """Write `about.json` of the snapshot in `incoming`. Raise OSError if it is larger than `limits`: files and bytes.
 
     `changed`: the paths that differ from `base`; None if they are not known.
     """
-    measured = _measure(folder / INCOMING / "home")
-    files, size = measured.files, measured.whole.bytes
+    files, whole, own = _measure(folder / INCOMING / "home")
+    size = whole.bytes
     if files > limits[0] or size > limits[1]:
         raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
     generation = SnapshotId(epoch, next_number([each.generation for each in found(folder)], epoch))
@@ -139,12 +119,11 @@ def describe(
         Snapshot(generation=generation, at=made.at, bytes=size, files=files, skipped=made.skipped, salvage=made.salvage)
     )
     about |= {"mark": made.mark, "base": "", "folders": made.folders}
-    about |= {"made_from": base, "whole": measured.whole, "own": measured.own}
+    about |= {"made_from": base, "whole": whole, "own": own}
     if base and changed is not None and all(_is_inside(path) for path in changed):
         about["base"] = base
         (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))
     _write(folder / INCOMING, about)
-    return True
 
 
 def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
@@ -164,17 +143,17 @@ def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
 def finish(folder: Path, protected: SnapshotId | None = None, choice: int = 0, in_haste: bool = False) -> Snapshot:
     """Make the snapshot in `incoming` complete, and remove older ones as `make_room` does."""
     about = _read(folder / INCOMING)
-    _flush_all(folder)
+    _flush(folder, _sync_file_system)
     (folder / INCOMING).rename(folder / about["generation"])
     _flush(folder)
     make_room(folder, protected, choice, in_haste)
     return read(about)
 
 
-def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste: bool = False) -> bool:
+def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste: bool = False) -> None:
     """Remove the snapshots that do not stay by this choice, which is an index of `choices`.
 
-    `in_haste`: `tidy` or the next snapshot removes them later, because a renter waits.
+    `in_haste`: they are only renamed, and removed later, because a renter waits.
     """
     complete = found(folder)
     staying = may_stay(complete, protected)[choice]
@@ -183,13 +162,6 @@ def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste:
             old = (folder / str(each.generation)).rename(folder / f"{OLD}{each.generation}")
             if not in_haste:
                 _remove(old)
-    return True
-
-
-def give_up(folder: Path) -> bool:
-    """Remove a snapshot that failed."""
-    _remove(folder / INCOMING)
-    return True
 
 
 def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
@@ -205,17 +177,10 @@ def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
     return {"mark": str(about.get("mark", "")), "base": base, "folders": about.get("folders", {})}
 
 
-def wipe(folder: Path) -> None:
-    """Remove all that is in the directory."""
-    for place in folder.iterdir():
+def remove(folder: Path, pattern: str) -> None:
+    """Remove all whose names match a shell pattern."""
+    for place in folder.glob(pattern):
         _remove(place)
-
-
-def tidy(folder: Path) -> bool:
-    """Remove the snapshots that `make_room` left in haste."""
-    for place in folder.glob(f"{OLD}*"):
-        _remove(place)
-    return True
 
 
 def _sweep(folder: Path, complete: Sequence[Snapshot], begun_from: str) -> None:
@@ -226,7 +191,12 @@ def _sweep(folder: Path, complete: Sequence[Snapshot], begun_from: str) -> None:
             _remove(place)
 
 
-def _measure(home: Path) -> TreeSize:
+def _measure(home: Path) -> tuple[int, Usage, Usage]:
+    """Return the number of names in a tree, its disk use, and the disk use that no other tree shares.
+
+    A file with several names is one inode and counts once. Bytes are by `counted`. Other trees share no directory, and
+    no file that has all its names in this tree.
+    """
     looked = subprocess.run(["find", ".", "-printf", r"%y %i %n %b %s\n"], cwd=home, capture_output=True, check=True)
     inodes = Counter(looked.stdout.splitlines())  # the names of one inode have the same line
     whole, own = [], []
@@ -235,7 +205,7 @@ def _measure(home: Path) -> TreeSize:
         whole.append(counted(int(blocks), int(size)))
         if kind == b"d" or int(links) == names:
             own.append(whole[-1])
-    return TreeSize(inodes.total(), Usage(len(whole), sum(whole)), Usage(len(own), sum(own)))
+    return inodes.total(), Usage(len(whole), sum(whole)), Usage(len(own), sum(own))
 
 
 def _taken(abouts: Mapping[str, Mapping[str, Any]], staying: Collection[str]) -> Usage:
@@ -269,24 +239,24 @@ def _write(place: Path, about: dict[str, Any]) -> None:
 
 def _remove(place: Path) -> None:
     """Remove a tree of any depth. Raise OSError if that fails."""
-    done = subprocess.run(["rm", "-rf", "--", place], stderr=subprocess.PIPE, text=True, check=False)
+    _run(f"{place.name} cannot be removed", "rm", "-rf", "--", place)
+
+
+def _run(failure: str, *command: str | Path) -> None:
+    """Run a command. Raise OSError with `failure` and the command's message if it fails."""
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{place.name} cannot be removed: {done.stderr[:200]}")
+        raise OSError(f"{failure}: {done.stderr[:200]}")
 
 
-def _flush(folder: Path) -> None:
+def _flush(folder: Path, sync: Callable[[int], None] = os.fsync) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _flush_all(folder: Path) -> None:
-    """Write the whole file system to the disk: syncfs(2)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), "syncfs")
-    finally:
-        os.close(descriptor)
+def _sync_file_system(descriptor: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+        raise OSError(ctypes.get_errno(), "syncfs")

@@ -80,8 +80,8 @@ class SnapshotJob:
         self._directories = directories
         self._lifetime = lifetime
         self._folder = directories.copies / request.rental_id
-        self._cleanup: Callable[[Path], bool] | None = None
-        """The function that removes what the job leaves in the rental's directory; None if it leaves nothing."""
+        self._leftovers = ""
+        """The pattern of what the job leaves in the rental's directory; empty if it leaves nothing."""
         self._room = OwnerShare(
             snapshots=directories.copies, usages=directories.usages,
             rental_id=request.rental_id, owner=request.owner, share=request.owner_share,
@@ -96,34 +96,32 @@ class SnapshotJob:
             return SnapshotReply(ok=True, owners=self._directories.usages.refused())
         if self._request.action is SnapshotAction.CONNECT:
             return self._connect()
-        work = {
-            SnapshotAction.COPY: self._copy,
-            SnapshotAction.SALVAGE: self._copy,
-            SnapshotAction.RESTORE: self._restore,
-            SnapshotAction.LIST: self._list,
-            SnapshotAction.REMOVE: self._remove,
-        }[self._request.action]
         with self._locked():
-            return work()
+            if self._request.action is SnapshotAction.RESTORE:
+                return self._restore()
+            if self._request.action is SnapshotAction.LIST:
+                return SnapshotReply(ok=True, copies=self._found())
+            if self._request.action is SnapshotAction.REMOVE:
+                return self._remove()
+            return self._copy()
 
     def tidy(self) -> None:
         """Remove what the job left behind. This runs after the reply, so that no client waits for it.
 
         The next snapshot removes what is not removed within TIDY_WITHIN_S, or before another job takes the lock.
         """
-        cleanup = self._cleanup
-        if cleanup and self._folder.exists():
+        if self._leftovers and self._folder.exists():
             unused_end, other_end = socket.socketpair()
             with unused_end, other_end, suppress(SnapshotError):
                 self._lifetime = Lifetime(unused_end, TIDY_WITHIN_S)
                 with self._locked():
-                    self._as_rental(lambda: cleanup(self._folder))
+                    self._as_rental(lambda: directory.remove(self._folder, self._leftovers))
 
     def _copy(self) -> SnapshotReply:
         """Take a snapshot: hard links to the last one, brought up to date with what has changed on the worker."""
         request = self._request
         self._make_folder()
-        self._cleanup = directory.give_up
+        self._leftovers = directory.INCOMING
         recovers = request.action is SnapshotAction.SALVAGE
         base = self._as_rental(lambda: directory.begin(self._folder, request.epoch, recovers))
         self._room.check_disk()
@@ -152,7 +150,7 @@ class SnapshotJob:
             folders = base["folders"] if answer.same else answer.folders
             made = directory.NewSnapshot(at, base["mark"] if answer.same else mark, answer.skipped, folders, recovers)
             done, *copies = self._finish(made, base, None if answer.whole else result.names)
-        self._cleanup = None
+        self._leftovers = ""
         return SnapshotReply(ok=True, done=done, copies=copies, pause_s=answer.pause_s)
 
     def _renew(self, generation: str, at: float) -> list[dict[str, Any]]:
@@ -204,9 +202,8 @@ class SnapshotJob:
         lists = LISTS_BYTES + LISTS_BYTES_A_FILE * request.max_files
         most = request.max_bytes + lists, 2 * request.max_files + 2
         stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.SALVAGE else STALL_S
-        transfer = Transfer(
-            worker, request.uid, self._lifetime, *most, low_priority=not request.for_migration, stalled_s=stalled_s
-        )
+        low_priority = not request.for_migration
+        transfer = Transfer(worker, request.uid, self._lifetime, *most, low_priority, stalled_s)
         arguments = (*OPTIONS[kind], *before, *listing, "worker:.", target)
         result = transfer.run(arguments, self._room.check_disk, request.max_bytes, answer_was_read=True)
         check(result, "receiver")
@@ -227,7 +224,7 @@ class SnapshotJob:
             with suppress(SnapshotError):  # the home is filled; the next snapshot makes up for what was not prepared
                 self._as_rental(lambda: directory.prepare(self._folder, wanted))
         else:
-            self._cleanup = directory.tidy
+            self._leftovers = f"{directory.OLD}*"
         return SnapshotReply(ok=True, done=copy | {"skipped": [*copy["skipped"], *result.skipped()]}, copies=complete)
 
     def _fill(self, wanted: str) -> RsyncResult:
@@ -246,10 +243,9 @@ class SnapshotJob:
     def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> RsyncResult:
         source = f"{self._folder / wanted / 'home'}/"
         with self._worker_command("receive", generation=wanted, **marks) as worker:
-            transfer = Transfer(
-                worker, self._request.uid, self._lifetime, LISTS_BYTES, float("inf"), low_priority=False
-            )
-            result = transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None, None)
+            transfer = Transfer(worker, self._request.uid, self._lifetime, LISTS_BYTES, float("inf"))
+            arguments = (*OPTIONS[kind], *more, source, "worker:.")
+            result = transfer.run(arguments, lambda: None, None, answer_was_read=False)
         check(result, "sender")
         return result
 
@@ -272,13 +268,10 @@ class SnapshotJob:
             raise SnapshotError("unreachable", "the worker cannot be asked")
         return SnapshotReply(ok=True)
 
-    def _list(self) -> SnapshotReply:
-        return SnapshotReply(ok=True, copies=self._found())
-
     def _remove(self) -> SnapshotReply:
         if self._folder.exists():
             self._own_folder()
-            self._as_rental(lambda: directory.wipe(self._folder))
+            self._as_rental(lambda: directory.remove(self._folder, "*"))
             self._folder.rmdir()
         self._directories.usages.forget(self._request.rental_id)
         return SnapshotReply(ok=True)
@@ -325,9 +318,8 @@ class SnapshotJob:
     def _worker_command(self, direction: str, **more: Any) -> WorkerCommand:
         request = self._request
         command, environment = self._ssh()
-        account = (self._directories.ssh_uid, self._directories.ssh_uid)
         identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._lifetime.unix_deadline()}
-        return WorkerCommand(command, account, environment, direction, identity | more)
+        return WorkerCommand(command, self._directories.ssh_uid, environment, direction, identity | more)
 
     def _ssh(self) -> tuple[list[str], dict[str, str]]:
         """Return the ssh command that reaches the worker, and its environment."""

@@ -55,15 +55,13 @@ class SnapshotError(Exception):
         self.restored = restored
 
 
-WORKER_CODES = frozenset(
-    (
-        *("unreachable", "failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken"),
-        *("timed_out", "stalled"),
-    )
-)
-"""Codes after which another worker may do better: a restore is tried again elsewhere."""
 NO_PROGRESS_CODES = frozenset(("timed_out", "stalled", "no_answer", "unreachable"))
 """Codes of transfers that used up time and made no progress."""
+WORKER_CODES = frozenset(
+    {"failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken"}
+    | {"timed_out", "stalled", "unreachable"}
+)
+"""Codes after which another worker may do better: a restore is tried again elsewhere."""
 ALREADY_ACTIVATED = "let_in"
 """The renter was activated at this epoch, so nothing may overwrite its files."""
 NOTHING_TO_RECOVER = "nothing_to_salvage"
@@ -97,7 +95,6 @@ class SnapshotService(Protocol):
         of the disk, the oldest snapshots that may go are removed first. If that is not enough, the call fails with
         OVER_SHARE, and each rental of the owner keeps only what it must from then on.
         """
-        ...
 
     async def salvage(
         self,
@@ -111,7 +108,6 @@ class SnapshotService(Protocol):
         If the home is the same as a snapshot of its epoch, that one is returned. Raise SnapshotError with
         NOTHING_TO_RECOVER if the renter was never activated there. Older snapshots are removed as for `copy`.
         """
-        ...
 
     async def restore(
         self,
@@ -127,24 +123,18 @@ class SnapshotService(Protocol):
         `precopy`: another snapshot will follow, for which a renter waits, and is prepared now. This ends another call
         for the same rental, which raises the code "superseded". It may be repeated until the renter is activated.
         """
-        ...
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
         """Open a connection to this worker and keep it for a minute, because a restore may follow."""
-        ...
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
         """Return the complete snapshots of a rental, oldest first."""
-        ...
 
     async def remove(self, rental_id: str, uid: int) -> None:
         """Remove all snapshots of the rental. This may be repeated."""
-        ...
 
     async def rentals(self) -> list[str]:
         """Return the ids of rentals that have anything stored."""
-        ...
 
     async def short_of_room(self) -> list[str]:
         """Return the owners of rentals whose last snapshot failed with OVER_SHARE."""
-        ...

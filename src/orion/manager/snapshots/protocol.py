@@ -20,6 +20,9 @@ MAX_REQUEST_BYTES = 1 << 17
 """Bytes of a request, which may name eight host keys of 8 KB."""
 
 
+SnapshotName = Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")]
+
+
 class SnapshotAction(StrEnum):
     COPY = "copy"
     SALVAGE = "salvage"
@@ -37,9 +40,9 @@ class SnapshotRequest(Message):
     uid: int = Field(100_000, ge=100_000, lt=2**31)
     epoch: int = Field(1, ge=1, lt=2**53)
     host: HostMessage | None = None
-    generation: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
+    generation: SnapshotName = ""
     """The snapshot to restore, empty for the newest; for a new snapshot, an older one that must stay."""
-    previous: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
+    previous: SnapshotName = ""
     """For a restore, the snapshot that the home was filled with before; empty if that is not known."""
     precopy: bool = False
     """Whether another snapshot will follow a restore, so that the service prepares for it."""

@@ -32,15 +32,11 @@ def run_as(uid: int, work: Callable[[], T], lifetime: Lifetime) -> T:
         _work_and_exit(uid, work, writing)
     os.close(writing)
     try:
-        with os.fdopen(reading, "rb") as pipe:
-            content = b""
-            while True:
-                lifetime.wait_for(pipe.fileno())
-                part = os.read(pipe.fileno(), 1 << 16)
-                if not part:
-                    break
-                content += part
+        content = b""
+        while lifetime.wait_for(reading) and (part := os.read(reading, 1 << 16)):
+            content += part
     finally:
+        os.close(reading)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -22,11 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import SnapshotError
-from orion.manager.snapshots.worker_command import MAX_SKIPPED_NAMES, MAX_TEXT_BYTES, WorkerCommand, plain
+from orion.manager.snapshots.worker_command import MAX_MESSAGE, MAX_SKIPPED_NAMES, MAX_TEXT_BYTES, WorkerCommand
+from orion.manager.ssh.options import plain
 
 BRIDGE = Path(__file__).with_name("bridge.py")
 _ALWAYS = (
@@ -105,13 +105,13 @@ class ByteStream:
         self.waiting.clear()
 
 
+@dataclass
 class StallClock:
     """Measures for how long a transfer has made no progress. Time in which this process did not run does not count."""
 
-    def __init__(self, longest_s: float) -> None:
-        self._longest_s = longest_s
-        self._idle_s = 0.0
-        self._seen: tuple[int, float] | None = None
+    longest_s: float
+    _idle_s: float = 0.0
+    _seen: tuple[int, float] | None = None
 
     def is_too_long(self, done: int, now: float) -> bool:
         """Return whether `done` has not changed for too long. `now`: monotonic seconds."""
@@ -120,44 +120,32 @@ class StallClock:
             self._idle_s = 0.0
         else:
             self._idle_s += min(1.5 * LOOK_EVERY_S, now - before[1])
-        return self._idle_s >= self._longest_s
+        return self._idle_s >= self.longest_s
 
 
+@dataclass(eq=False)
 class Transfer:
     """One transfer between the local rsync and the one on a worker, within its limits."""
 
-    def __init__(
-        self,
-        worker: WorkerCommand,
-        uid: int,
-        lifetime: Lifetime,
-        most_bytes: float,
-        most_items: float,
-        low_priority: bool,
-        stalled_s: float = STALL_S,
-    ) -> None:
-        """`stalled_s`: the seconds without progress after which the transfer is given up."""
-        self._low_priority = low_priority
-        self._stalled_s = stalled_s
-        self._worker = worker
-        self._uid = uid
-        self._lifetime = lifetime
-        self._most_bytes = most_bytes
-        self._most_items = most_items
-        self._selector = selectors.DefaultSelector()
-        self._result = RsyncResult()
-        self._line = bytearray()
-        self._errors = bytearray()
-        self._open = 2  # rsync's output and its errors
-        self._worker_error_bytes = 0
-        """Bytes of the worker's stderr: it writes a line in each second in which its rsync works."""
+    worker: WorkerCommand
+    uid: int
+    lifetime: Lifetime
+    most_bytes: float
+    most_items: float
+    low_priority: bool = False
+    stalled_s: float = STALL_S
+    """Seconds without progress after which the transfer is given up."""
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _result: RsyncResult = field(default_factory=RsyncResult)
+    _line: bytearray = field(default_factory=bytearray)
+    _errors: bytearray = field(default_factory=bytearray)
+    _open: set[int] = field(default_factory=set)
+    """The descriptors of rsync's output and errors that have not ended."""
+    _worker_error_bytes: int = 0
+    """Bytes of the worker's stderr: it writes a line in each second in which its rsync works."""
 
     def run(
-        self,
-        arguments: Sequence[str],
-        check_disk: Callable[[], None],
-        largest_file: int | None,
-        answer_was_read: bool = False,
+        self, arguments: Sequence[str], check_disk: Callable[[], None], largest_file: int | None, answer_was_read: bool
     ) -> RsyncResult:
         """Run rsync with these arguments, paths last. `check_disk` is called about once a second, and may raise.
 
@@ -168,15 +156,15 @@ class Transfer:
         rsync = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
-            user=self._uid, group=self._uid, extra_groups=[], start_new_session=True,
-            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self._low_priority),  # noqa: PLW1509 - one thread
+            user=self.uid, group=self.uid, extra_groups=[], start_new_session=True,
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self.low_priority),  # noqa: PLW1509 - one thread
         )  # fmt: skip
         theirs.close()
         try:
             if not answer_was_read:
-                self._worker.read_answer(self._lifetime)
+                self.worker.read_answer(self.lifetime)
             self._carry(rsync, mine, check_disk)
-            self._result.status = rsync.wait(max(0.1, self._lifetime.left_s))
+            self._result.status = rsync.wait(max(0.1, self.lifetime.left_s))
         except subprocess.TimeoutExpired as error:
             raise SnapshotError("timed_out", "it took longer than it may") from error
         finally:
@@ -188,14 +176,15 @@ class Transfer:
         return self._result
 
     def _carry(self, rsync: subprocess.Popen[bytes], control: socket.socket, check_disk: Callable[[], None]) -> None:
-        worker = self._worker.process
+        worker = self.worker.process
         assert worker.stdin and worker.stdout and worker.stderr and rsync.stdout and rsync.stderr  # noqa: S101, PT018
-        self._lifetime.wait_for(control.fileno())
-        _, (from_rsync, to_rsync), _, _ = _receive_pipe_ends(control)
-        inward = ByteStream(worker.stdout.fileno(), to_rsync, self._most_bytes)
+        self.lifetime.wait_for(control.fileno())
+        from_rsync, to_rsync = _receive_pipe_ends(control)
+        inward = ByteStream(worker.stdout.fileno(), to_rsync, self.most_bytes)
         outward = ByteStream(from_rsync, os.dup(worker.stdin.fileno()), float("inf"), closes_source=True)
         worker.stdin.close()
-        self._lifetime.register(self._selector)
+        self.lifetime.register(self._selector)
+        self._open = {rsync.stdout.fileno(), rsync.stderr.fileno()}
         self._register(rsync.stdout.fileno(), self._read_output)
         self._register(rsync.stderr.fileno(), self._read_errors)
         self._register(worker.stderr.fileno(), self._read_worker_errors)
@@ -203,9 +192,9 @@ class Transfer:
             os.set_blocking(stream.source, False)
             os.set_blocking(stream.target, False)
             self._update_events(stream)
-        looked_at, idle = time.monotonic(), StallClock(self._stalled_s)
+        looked_at, idle = time.monotonic(), StallClock(self.stalled_s)
         while self._open:
-            for key, ready in self._lifetime.events(self._selector):
+            for key, ready in self.lifetime.events(self._selector):
                 key.data(key.fd, ready)
             if inward.done or not self._open:
                 control.close()  # this ends the bridge, which is rsync's remote shell
@@ -217,7 +206,7 @@ class Transfer:
                 looked_at = time.monotonic()
                 done = inward.moved + outward.moved + self._worker_error_bytes + ticks(rsync.pid)
                 if idle.is_too_long(done, looked_at):
-                    raise SnapshotError("stalled", f"nothing of its files has come or gone for {self._stalled_s:.0f} s")
+                    raise SnapshotError("stalled", f"nothing of its files has come or gone for {self.stalled_s:.0f} s")
 
     def _register(self, descriptor: int, take: Callable[[int, int], None]) -> None:
         os.set_blocking(descriptor, False)
@@ -266,7 +255,7 @@ class Transfer:
         for line in lines:
             if item := _ITEM.fullmatch(line):
                 self._result.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
-        if len(self._result.names) > self._most_items:
+        if len(self._result.names) > self.most_items:
             raise SnapshotError("over_limit", "more files were sent than a copy may hold")
 
     def _read_errors(self, descriptor: int, _ready: int) -> None:
@@ -274,13 +263,8 @@ class Transfer:
         del self._errors[MAX_TEXT_BYTES:]
 
     def _read_worker_errors(self, descriptor: int, _ready: int) -> None:
-        """Read the stderr of ssh and of the worker's programs, so that they never block. Only its length is used, as a
-        sign of progress."""
-        with suppress(BlockingIOError):
-            part = os.read(descriptor, MAX_TEXT_BYTES)
-            self._worker_error_bytes += len(part)
-            if not part:
-                self._selector.unregister(descriptor)
+        """Read the stderr of ssh and of the worker's programs, so that they never block. Only its length is used."""
+        self._worker_error_bytes += len(self._part(descriptor))
 
     def _part(self, descriptor: int) -> bytes:
         try:
@@ -289,7 +273,7 @@ class Transfer:
             return b""
         if not part:
             self._selector.unregister(descriptor)
-            self._open -= 1
+            self._open.discard(descriptor)
         return part
 
 
@@ -298,17 +282,17 @@ def check(result: RsyncResult, here: str) -> None:
 
     A snapshot must be complete. A home may lack files that cannot be written there, which the reply names.
     """
-    if result.status == 0:
-        return
-    if result.status == PARTIAL and here == "sender" and not _NO_ROOM.search(result.errors):
+    has_no_room = _NO_ROOM.search(result.errors)
+    if result.status == 0 or (result.status == PARTIAL and here == "sender" and not has_no_room):
         return
     if result.status == -signal.SIGXFSZ:
         raise SnapshotError("over_limit", "a file is larger than all that a copy may hold")
-    if _NO_ROOM.search(result.errors):
-        where = "on the manager" if here == "receiver" else "on the worker"
-        raise SnapshotError("disk_full" if here == "receiver" else "failed", f"there is no room for it {where}")
+    if has_no_room:
+        code, where = ("disk_full", "manager") if here == "receiver" else ("failed", "worker")
+        raise SnapshotError(code, f"there is no room for it on the {where}")
     lines = [line for line in result.errors.splitlines() if line.startswith(("rsync:", "rsync error:"))]
-    raise SnapshotError("failed", f"rsync ended with {result.status}: {plain((lines or ['it said nothing'])[0])}")
+    message = plain((lines or ["it said nothing"])[0])[:MAX_MESSAGE]
+    raise SnapshotError("failed", f"rsync ended with {result.status}: {message}")
 
 
 def ticks(pid: int) -> int:
@@ -321,11 +305,12 @@ def ticks(pid: int) -> int:
     return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
 
 
-def _receive_pipe_ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
-    data, descriptors, flags, address = socket.recv_fds(control, 1, 2)
+def _receive_pipe_ends(control: socket.socket) -> list[int]:
+    """Return the two pipes that bridge.py passes: what rsync reads from the worker's side, and what it writes."""
+    descriptors = socket.recv_fds(control, 1, 2)[1]
     if len(descriptors) != 2:
         raise SnapshotError("failed", "rsync did not start")
-    return data, (descriptors[0], descriptors[1]), flags, address
+    return descriptors
 
 
 def _confine(largest_file: int | None, low_priority: bool) -> None:

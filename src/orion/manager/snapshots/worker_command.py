@@ -18,6 +18,7 @@ from typing import Any, Self
 from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import SnapshotError
+from orion.manager.ssh.options import plain
 
 MAX_TEXT_BYTES = 1 << 16
 MAX_ANSWER_BYTES = 1 << 17
@@ -25,6 +26,7 @@ MAX_ANSWER_BYTES = 1 << 17
 MAX_FOLDER_MODES_BYTES = 1 << 15
 """The most bytes of the modes of directories. They go back to a worker in a request, which may not be longer."""
 MAX_SKIPPED_NAMES = 20
+MAX_MESSAGE = 300
 LONGEST_S = 3600.0
 REACHED_WITHIN_S = 20.0
 """Seconds within which a worker must have been reached and have sent its first line."""
@@ -40,7 +42,7 @@ class SnapshotAnswer:
     whole: bool = False
     """Whether the whole home follows, because the worker does not know the base snapshot."""
     after_s: float = 0.0
-    """The seconds from the request's arrival at the worker to the start of the snapshot; 0 from an older worker."""
+    """Seconds from the request's arrival at the worker to the start of the snapshot; 0 from an older worker."""
     pause_s: float = 0.0
     """The seconds for which the rental's processes were stopped."""
     skipped: tuple[str, ...] = ()
@@ -77,17 +79,12 @@ class WorkerCommand:
     """One run of `orion-rental` on the worker by ssh. It gets its request at once; leaving the block kills the ssh."""
 
     def __init__(
-        self,
-        ssh: Sequence[str],
-        account: tuple[int, int],
-        environment: dict[str, str],
-        command: str,
-        request: dict[str, Any],
+        self, ssh: Sequence[str], uid: int, environment: dict[str, str], command: str, request: dict[str, Any]
     ) -> None:
         self.process = subprocess.Popen(
             [*ssh, f"orion-rental {command}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-            env=environment, cwd="/", user=account[0], group=account[1], extra_groups=[], start_new_session=True,
+            env=environment, cwd="/", user=uid, group=uid, extra_groups=[], start_new_session=True,
         )  # fmt: skip
         assert self.process.stdin  # noqa: S101 - it is a pipe
         with suppress(BrokenPipeError):
@@ -116,9 +113,11 @@ class WorkerCommand:
             raise SnapshotError("unreachable", f"the worker cannot be asked: {reason}") from error
         if answer.get("ok") is not True:
             code, restored = str(answer.get("code")), str(answer.get("restored", ""))
-            known = code if _CODE.fullmatch(code) else "refused"
-            snapshot = restored if SnapshotId.parse(restored) else ""
-            raise SnapshotError(known, plain(str(answer.get("error", "it was refused"))), snapshot)
+            raise SnapshotError(
+                code if _CODE.fullmatch(code) else "refused",
+                plain(str(answer.get("error", "it was refused")))[:MAX_MESSAGE],
+                restored if SnapshotId.parse(restored) else "",
+            )
         return answer
 
     def _line(self, lifetime: Lifetime, within_s: float = float("inf")) -> bytes:
@@ -138,9 +137,4 @@ class WorkerCommand:
         assert self.process.stderr  # noqa: S101
         lifetime.wait_for(self.process.stderr.fileno())
         text = os.read(self.process.stderr.fileno(), MAX_TEXT_BYTES).decode(errors="replace")
-        return plain((text.strip().splitlines() or ["it said nothing"])[-1])
-
-
-def plain(text: str) -> str:
-    """Return one line without control characters: a worker may have written it, and a person reads it."""
-    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", text).strip()[:300]
+        return plain((text.strip().splitlines() or ["it said nothing"])[-1])[:MAX_MESSAGE]

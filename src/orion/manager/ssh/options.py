@@ -70,6 +70,11 @@ def explained(complaint: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return a short line without control characters: a worker may have written it, and a person reads it."""
-    line = re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", message).strip()
+    """Return `plain` text of MAX_MESSAGE characters or fewer."""
+    line = plain(message)
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 3]}..."
+
+
+def plain(text: str) -> str:
+    """Return one line without control characters: a worker may have written it, and a person reads it."""
+    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", text).strip()
