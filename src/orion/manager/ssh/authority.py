@@ -52,8 +52,10 @@ class Authority:
     def host_certificate(
         self, serial: int, worker_id: str, host_keys: Sequence[str], rental_ids: Collection[str]
     ) -> Issued:
-        """Return a certificate for an hour that names the worker as the host of these rentals. Raise NothingToSign if
-        it has no rental or no key of the right kind."""
+        """Return a certificate for an hour that names the worker as the host of these rentals.
+
+        Raise NothingToSign if the worker has no rental or no key of the right kind.
+        """
         named = sorted(rental_ids)[:MAX_NAMES]
         if not named:
             raise NothingToSign(f"nothing is placed on worker {worker_id}")
@@ -65,13 +67,9 @@ class Authority:
         except asyncssh.KeyImportError as error:
             raise NothingToSign(f"the host key of worker {worker_id} is not valid: {error}") from error
         now = self._wall()
+        names = [host_name(rental_id) for rental_id in named]
         made = self._hosts.generate_host_certificate(
-            public_key,
-            worker_id,
-            serial=serial,
-            principals=[host_name(rental_id) for rental_id in named],
-            valid_after=int(now - BACKDATED_S),
-            valid_before=int(now + LIFETIME_S),
+            public_key, worker_id, serial=serial, principals=names, **_validity(now, LIFETIME_S)
         )
         return Issued(
             serial=serial,
@@ -85,20 +83,23 @@ class Authority:
         self, public_key: str, rental_id: str, epoch: int, who: str, source: str, lasts_s: float
     ) -> tuple[str, float]:
         """Return the certificate, and when it expires in UTC seconds. `source`: the only address it is valid from."""
-        now = self._wall()
+        validity = _validity(self._wall(), lasts_s)
         made = self._users.generate_user_certificate(
             asyncssh.import_public_key(public_key),
             f"{who} of {rental_id}",
             serial=self.next_serial(),
             principals=[principal_of(rental_id, epoch)],
-            valid_after=int(now - BACKDATED_S),
-            valid_before=int(now + lasts_s),
             source_address=[source],
             permit_x11_forwarding=False,
             permit_agent_forwarding=False,
             permit_user_rc=False,
+            **validity,
         )
-        return _line(made), float(int(now + lasts_s))
+        return _line(made), float(validity["valid_before"])
+
+
+def _validity(now: float, lasts_s: float) -> dict[str, int]:
+    return {"valid_after": int(now - BACKDATED_S), "valid_before": int(now + lasts_s)}
 
 
 def _public(key: Any) -> str:

@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import asyncssh
 
@@ -102,7 +103,7 @@ def closed_by_peer(ended: Exception | None) -> bool:
 
 @dataclass(eq=False)
 class _Channel:
-    """One connection, its channel to the agent, and the future of its end."""
+    """A connection, its channel to the agent, and the future of its end."""
 
     connection: asyncssh.SSHClientConnection
     process: asyncssh.SSHClientProcess[bytes]
@@ -172,71 +173,76 @@ class SshLiveness:
         try:
             while time.monotonic() - closed_at < PROBE_AT_MOST_S:
                 attempts.add(asyncio.create_task(_attempt(host, silence)))
-                silence.begun()
-                began = time.monotonic()
-                await asyncio.sleep(silence.pause_s(began))
-                if time.monotonic() - began > ATTEMPT_EVERY_S + LATE_S:
-                    silence.broken(time.monotonic())
-                taken = any(task.done() and task.result() for task in attempts)
-                attempts = {task for task in attempts if not task.done()}
-                if taken and handshake is None:
+                await _pause(silence)
+                ended = {task for task in attempts if task.done()}
+                attempts -= ended
+                if handshake is None and any(task.result() for task in ended):
                     handshake = asyncio.create_task(self._connect(host))
-                if handshake is not None and handshake.done():
+                if handshake and handshake.done():
                     found, handshake = handshake.result(), None
-                    if isinstance(found, _Channel):
-                        return found
                     if found is End.REPLACED:
                         await asyncio.sleep(max(0.0, closed_at + SILENCE_S - time.monotonic()))
+                    if found is not End.NOT_HELD:
                         return found
                 if silence.proves(time.monotonic()):
                     return End.GONE
             return End.NOT_HELD
         finally:
-            left = [*attempts, *([handshake] if handshake else [])]
-            for task in left:
-                task.cancel()
-            for result in await asyncio.gather(*left, return_exceptions=True):
-                if isinstance(result, _Channel):
-                    result.connection.abort()
+            await _cancel(*attempts, *([handshake] if handshake else []))
 
     async def _connect(self, host: Host) -> _Channel | End:
-        async with self._handshakes:
-            client = _Client()
-            channel: _Channel | None = None
-            connection: asyncssh.SSHClientConnection | None = None
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    connection = await self.reach.connect(host, lambda: client)
+        """Return a new channel to the worker, or why there is none: End.REPLACED or End.NOT_HELD."""
+        client = _Client()
+        try:
+            async with self._handshakes, asyncio.timeout(CONNECT_TIMEOUT_S):
+                connection = await self.reach.connect(host, lambda: client)
+                try:
                     process = await connection.create_process(COMMAND, encoding=None, stderr=asyncssh.DEVNULL)
                     boot_id = (await process.stdout.read(MAX_BOOT_ID_BYTES)).decode(errors="replace").strip()
-                channel = _Channel(connection, process, boot_id, client.lost)
-            except asyncssh.HostKeyNotVerifiable:
-                return End.REPLACED
-            except (OSError, asyncssh.Error, ValueError):
-                return End.NOT_HELD
-            finally:
-                if channel is None and connection is not None:
+                except BaseException:
                     connection.abort()
-            return channel
+                    raise
+                return _Channel(connection, process, boot_id, client.lost)
+        except asyncssh.HostKeyNotVerifiable:
+            return End.REPLACED
+        except (OSError, asyncssh.Error, ValueError):
+            return End.NOT_HELD
+
+
+async def _pause(silence: Silence) -> None:
+    """Wait until the next attempt, and restart the silence if the manager wakes late."""
+    silence.begun()
+    began = time.monotonic()
+    await asyncio.sleep(silence.pause_s(began))
+    if time.monotonic() - began > ATTEMPT_EVERY_S + LATE_S:
+        silence.broken(time.monotonic())
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel these tasks, and abort the connection if one of them has made a channel."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, _Channel):
+            result.connection.abort()
 
 
 async def _attempt(host: Host, silence: Silence) -> bool:
     """Open a connection and close it at once; return whether it was accepted, and record the outcome in `silence`."""
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as place:
-        place.setblocking(False)
-        outcome: OSError | None = None
+    outcome: OSError | None = None
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
         try:
-            await loop.sock_connect(place, (host.address, host.port))
+            await asyncio.get_running_loop().sock_connect(connection, (host.address, host.port))
         except OSError as error:
             outcome = error
-        if breaks_silence(outcome):
-            silence.broken(time.monotonic())
-        return outcome is None
+    if breaks_silence(outcome):
+        silence.broken(time.monotonic())
+    return outcome is None
 
 
 async def _close_with_last_message(channel: _Channel | End) -> None:
-    """Send the last message and close, so that the agent does not take the end for a proof."""
+    """Send the last message and close, so that the agent does not take the end for a failure."""
     if isinstance(channel, _Channel):
         # The program ends when the agent has read the message. The connection must stay open until then.
         with suppress(OSError, asyncssh.Error, TimeoutError):

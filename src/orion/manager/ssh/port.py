@@ -1,6 +1,7 @@
-"""The ports to workers by SSH: whether one can be reached, when one is gone, and a renter's shell.
+"""The ports to workers by SSH: whether a worker can be reached, when it is gone, and a renter's shell.
 
-`SshReach`, `SshLiveness` and `SshShells` are the real ones; fakes/workers.py and fakes/shell.py the shipped fakes."""
+`SshReach`, `SshLiveness` and `SshShells` are the real ones; fakes/workers.py and fakes/shell.py the shipped fakes.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +20,21 @@ class Host:
     host_keys: tuple[str, ...]
     port: int = 22
     boot_id: str = ""
-    """The boot id that the orders in OF_ONE_BOOT name; empty if they name none. See Worker.ordered_boot_id."""
+    """The boot id that the orders in OF_ONE_BOOT name; empty if they name none. See `Worker.ordered_boot_id`."""
 
 
 class Reached(StrEnum):
     YES = "yes"
     """The worker answered with its pinned host key and took the manager's key."""
     NO = "no"
-    """Nothing answered, or it did not take our key."""
+    """Nothing answered, or the worker did not take the manager's key."""
     IMPOSTOR = "impostor"
     """Something answered there with another host key."""
 
 
 class Reach(Protocol):
     async def reach(self, host: Host, timeout_s: float) -> Reached:
-        """Open one SSH connection as root with the manager's key, verify the pinned host key, close it."""
-        ...
+        """Open one SSH connection as root with the manager's key, verify the pinned host key, close the connection."""
 
 
 class Sign(StrEnum):
@@ -49,11 +49,11 @@ class End(StrEnum):
     """How a liveness connection ended."""
 
     GONE = "gone"
-    """The worker's kernel closed it, and nothing has answered at the address since: a proof of death."""
+    """The worker's kernel closed the connection, and nothing has answered at the address since: a proof of death."""
     REPLACED = "replaced"
-    """The worker's kernel closed it, and another host key answers at the address: a proof of death too."""
+    """The worker's kernel closed the connection, and another host key answers there: a proof of death too."""
     NOT_HELD = "not held"
-    """It could not be opened, or ended in a way that proves nothing."""
+    """The connection could not be opened, or ended in a way that proves nothing."""
 
 
 class Liveness(Protocol):
@@ -63,7 +63,6 @@ class Liveness(Protocol):
         `on_sign` is called with each change. A cancelled call sends a last message first, so that the worker's agent
         does not take the end for a failure.
         """
-        ...
 
 
 class ShellUnreachable(Exception):
@@ -84,7 +83,7 @@ class Shell(Protocol):
     """A renter's shell in a terminal of its own."""
 
     async def read(self) -> bytes:
-        """Return its next output; empty when it has ended or is lost. A shell whose output is not read stops."""
+        """Return the next output; empty when the shell has ended or is lost. A shell stops while nothing reads it."""
 
     async def write(self, data: bytes) -> None:
         """Write input, and return when the worker has room for more. Input of a shell that has ended is dropped."""
@@ -92,7 +91,7 @@ class Shell(Protocol):
     def resize(self, columns: int, rows: int) -> None: ...
 
     async def how_it_ended(self) -> str | None:
-        """Return how it ended, in words, after the last read; None if its connection was lost."""
+        """Return how the shell ended, in words, after the last read; None if its connection was lost."""
 
     def close(self) -> None: ...
 

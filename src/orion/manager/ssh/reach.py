@@ -16,7 +16,7 @@ class SshReach:
     """Implements `port.Reach`, without an SSH agent, a configuration file, other keys, or unknown host keys."""
 
     def __init__(self, private_key: str) -> None:
-        """`private_key`: in OpenSSH's format. Raises asyncssh.KeyImportError."""
+        """Take a key in OpenSSH's format. Raise asyncssh.KeyImportError if it is not valid."""
         self._key = asyncssh.import_private_key(private_key)
 
     async def reach(self, host: Host, timeout_s: float) -> Reached:
@@ -37,31 +37,19 @@ class SshReach:
         self, host: Host, client: Callable[[], asyncssh.SSHClient] = asyncssh.SSHClient
     ) -> asyncssh.SSHClientConnection:
         """Return a connection without keep-alive messages. Raise OSError or asyncssh.Error."""
-        connection, _ = await asyncssh.create_connection(
-            client,
-            host.address,
-            host.port,
-            username="root",
-            client_keys=[self._key],
-            tcp_keepalive=False,
-            **pinned(host),
-        )
-        return connection
+        more = {"client_keys": [self._key], "client_factory": client, "tcp_keepalive": False}
+        return await asyncssh.connect(host.address, host.port, username="root", **more, **pinned(host))
 
 
 def pinned(host: Host) -> dict[str, Any]:
     """Return the arguments of every connection to a worker: its pinned host keys, and nothing of this machine's own."""
+    kinds = dict.fromkeys(key.split()[0] for key in host.host_keys)
     return {
         "known_hosts": ([asyncssh.import_public_key(key) for key in host.host_keys], [], []),
         "preferred_auth": "publickey",
         "disable_trivial_auth": True,
         "agent_path": None,
         "config": None,
-        "server_host_key_algs": _algorithms(host),
+        # Algorithms of the pinned keys alone, so that an honest worker shows one of these keys.
+        "server_host_key_algs": [name for kind in kinds for name in host_key_algorithms(kind)],
     }
-
-
-def _algorithms(host: Host) -> list[str]:
-    """Return the algorithms of the pinned keys alone, so that an honest worker shows one of them."""
-    kinds = dict.fromkeys(key.split()[0] for key in host.host_keys)
-    return [name for kind in kinds for name in host_key_algorithms(kind)]

@@ -43,23 +43,17 @@ class SshShells:
         except asyncssh.HostKeyNotVerifiable as error:
             raise ShellUnreachable("another machine answers in the worker's place") from error
         except asyncssh.PermissionDenied as error:
-            raise ShellUnreachable("the worker lets nobody into the rental at present") from error
+            raise ShellUnreachable("the worker refuses every log-in to the rental at present") from error
         except asyncssh.ChannelOpenError as error:
-            raise ShellUnreachable("it starts no shell: has the rental as many processes as it may?") from error
+            raise ShellUnreachable("the worker starts no shell: has the rental as many processes as it may?") from error
         except (OSError, asyncssh.Error, ValueError) as error:
             raise ShellUnreachable("the worker does not answer") from error
 
     async def _open(self, host: Host, login: ShellLogin, size: tuple[int, int]) -> Shell:
-        connection, _ = await asyncssh.create_connection(
-            asyncssh.SSHClient,
-            host.address,
-            host.port,
-            username=login.username,
-            client_keys=[self._credentials(login)],
-            keepalive_interval=ALIVE_EVERY_S,
-            keepalive_count_max=ALIVE_MISSED,
-            encryption_algs=CIPHERS,
-            **pinned(host),
+        keys = [self._credentials(login)]
+        more = {"keepalive_interval": ALIVE_EVERY_S, "keepalive_count_max": ALIVE_MISSED, "encryption_algs": CIPHERS}
+        connection = await asyncssh.connect(
+            host.address, host.port, username=login.username, client_keys=keys, **more, **pinned(host)
         )
         try:
             process = await connection.create_process(
@@ -72,13 +66,9 @@ class SshShells:
 
     def _credentials(self, login: ShellLogin) -> tuple[Any, Any]:
         key: Any = asyncssh.generate_private_key(ED25519)
+        public_key, who = key.export_public_key("openssh").decode(), f"{login.who}, in a browser,"
         line, _ = self._authority.user_certificate(
-            key.export_public_key("openssh").decode(),
-            login.rental_id,
-            login.epoch,
-            f"{login.who}, in a browser,",
-            self._source,
-            CERTIFICATE_S,
+            public_key, login.rental_id, login.epoch, who, self._source, CERTIFICATE_S
         )
         return key, asyncssh.import_certificate(line)
 
@@ -101,7 +91,7 @@ class SshShell:
             self._process.stdin.write(data)
             await self._process.stdin.drain()
         except (OSError, asyncssh.Error):
-            return  # reading ends as well, and says how
+            return  # reading ends too, and `how_it_ended` gives the reason
 
     def resize(self, columns: int, rows: int) -> None:
         if not self._process.is_closing():
@@ -115,9 +105,8 @@ class SshShell:
             return None
         if self._process.exit_signal is not None:
             return f"the shell was ended by the signal {self._process.exit_signal[0]}"
-        if self._process.exit_status is None:
-            return None
-        return "the shell has ended" + (f" with status {self._process.exit_status}" * bool(self._process.exit_status))
+        status = self._process.exit_status
+        return None if status is None else "the shell has ended" + (f" with status {status}" if status else "")
 
     def close(self) -> None:
         self._connection.abort()
