@@ -7,6 +7,7 @@ import resource
 import select
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orion_worker.freezer.marks import Freezer
@@ -24,7 +25,6 @@ from orion_worker.snapshots.scan import (
     mapped_inodes,
     parse_entry,
     path_of,
-    removed_paths,
     scan,
     size_of,
     topmost,
@@ -49,7 +49,7 @@ COPIED_A_SECOND = 300e6
 
 
 class RentalOperations(Protocol):
-    """The part of rental.commands.Rentals that a transfer uses."""
+    """The part of `rental.commands.Rentals` that a transfer uses."""
 
     records: RentalRecords
     freezer: Freezer
@@ -60,90 +60,78 @@ class RentalOperations(Protocol):
     def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool: ...
 
 
+@dataclass(eq=False)
 class SnapshotMaker:
-    """The making of one snapshot; `make` returns the report for the manager."""
+    """The making of one snapshot."""
 
-    def __init__(
-        self,
-        operations: RentalOperations,
-        record: RentalRecord,
-        request: TransferRequest,
-        staging: StagingTree,
-        home: int,
-        is_salvage: bool,
-        requested_at: float,
-    ) -> None:
-        """`requested_at`: when the request had been read, in monotonic seconds."""
-        self._requested_at = requested_at
-        self._operations = operations
-        self._record = record
-        self._request = request
-        self._staging = staging
-        self._home = home
-        self._is_salvage = is_salvage
+    operations: RentalOperations
+    record: RentalRecord
+    request: TransferRequest
+    staging: StagingTree
+    home: int
+    is_salvage: bool
+    requested_at: float
+    """The monotonic seconds at which the request had been read."""
+
+    def __post_init__(self) -> None:
+        operations, record, request = self.operations, self.record, self.request
         self._deadline = monotonic_of(request.deadline)
         self._base = operations.manifests.read(request.rental_id, request.base) if request.base else None
         self._known = self._base or Manifest(Scan(frozenset(), 0.0))
         self._missing: dict[bytes, str] = {}
         self._folders: dict[str, int] = {}
         self._scan_s = 0.0
-        self._is_stopped = is_salvage or operations.freezer.is_frozen(record.rental_id)
+        self._is_stopped = self.is_salvage or operations.freezer.is_frozen(record.rental_id)
         """Whether nothing of the rental runs already: its home is scanned once only then."""
         self._pause_most_s = PAUSE_MOST_S if request.for_migration else min(PAUSE_MOST_S, request.pause_s)
 
     @property
     def is_scheduled(self) -> bool:
         """Whether the snapshot is one of those that are made at an interval."""
-        return not (self._is_salvage or self._request.for_migration)
+        return not (self.is_salvage or self.request.for_migration)
 
     def make(self) -> dict[str, Any]:
-        """Stage what changed and write the manifest; return the report. Raise RequestRefused where that is refused."""
+        """Stage what changed and write the manifest; return the report for the manager. Raise RequestRefused."""
         began, copied, mapped = time.monotonic(), Scan(self._known.scan.lines, 0.0), frozenset[int]()
         if not self._is_stopped:
-            mapped = self._mapped()
+            mapped = mapped_inodes(self.record.uid)
             now = self._scan()
             self._check_size(now)
             if self._base and self._is_same(now):
-                return self._same(now, began)
+                return self._report(began, now, same=True, whole=False)
             copied = self._stage_while_running(now, mapped)
-        with self._operations.records.locked(self._record.rental_id, LOCK_WAIT_S):
-            check_unlock(
-                self._operations.records.find(self._record.rental_id),
-                self._operations.records.purged_epoch(self._record.rental_id),
-                self._record.epoch,
-            )
+        records, rental_id = self.operations.records, self.record.rental_id
+        with records.locked(rental_id, LOCK_WAIT_S):
+            check_unlock(records.find(rental_id), records.purged_epoch(rental_id), self.record.epoch)
             began = time.monotonic()
             last, pause_s, mapped = self._stage_while_stopped(copied, mapped)
         if self._is_stopped and self._base and self._is_same(last):
-            return self._same(last, began)
+            return self._report(began, last, same=True, whole=False)
         manifest = self._settle(last, mapped)
-        self._operations.manifests.write(self._record.rental_id, self._request.mark, manifest, self._request.base)
-        return {
-            "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4), "folders": self._folders,
-        } | self._times_of(began) | self._figures(last)  # fmt: skip
+        self.operations.manifests.write(self.record.rental_id, self.request.mark, manifest, self.request.base)
+        is_whole, paused = self._base is None, {"pause_s": round(pause_s, 4), "folders": self._folders}
+        return self._report(began, last, same=False, whole=is_whole) | paused
 
-    def _same(self, now: Scan, began: float) -> dict[str, Any]:
-        return {"same": True, "whole": False} | self._times_of(began) | self._figures(now)
+    def _report(self, began: float, found: Scan, same: bool, whole: bool) -> dict[str, Any]:
+        """Return the report for the manager of a snapshot that began at `began`, in monotonic seconds.
 
-    def _times_of(self, began: float) -> dict[str, Any]:
-        """Return the seconds from the request to the beginning of the snapshot, and those since the beginning.
-
-        All that was written before the beginning is in the snapshot. Managers use `after_s`; those of earlier versions
-        subtract `age_s` from the time at which they read the report.
+        All that was written before that is in the snapshot. Managers use `after_s`; those of earlier versions subtract
+        `age_s` from the time at which they read the report.
         """
-        return {"after_s": began - self._requested_at, "age_s": time.monotonic() - began}
+        names = [_shown(path) for path in sorted(self._missing)[:NAMES_SHOWN]]
+        times = {"after_s": began - self.requested_at, "age_s": time.monotonic() - began}
+        return times | {"same": same, "whole": whole, "files": len(found.lines), "skipped": names}
 
     def _stage_while_running(self, now: Scan, mapped: frozenset[int]) -> Scan:
         """Copy what changed while programs go on; return the scan up to which all is copied."""
         waiting = changed_entries(now, self._known.scan)
-        copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
-        keeping_s = 0.0
+        copied, before, keeping_s = Scan(self._known.scan.lines, 0.0), float("inf"), 0.0
         for _ in range(MOST_ROUNDS):
             left = _bytes_of(waiting)
             if (left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER) or left > HELPS * before:
                 break
             began, number = _processor_s(), len(waiting)
-            self._staging.stage(waiting.values(), self._look)
+            self.staging.stage(waiting.values(), self._look)
             took_s = _processor_s() - began
             before, copied = left, now
             now = self._scan()
@@ -162,7 +150,7 @@ class SnapshotMaker:
         Its elapsed time depends on the renter's programs, which use the processors meanwhile.
         """
         began = _processor_s()
-        found = scan(self._request.max_files, self._deadline, strict=False)
+        found = scan(self.request.max_files, self._deadline, strict=False)
         self._scan_s = _processor_s() - began
         return found
 
@@ -178,25 +166,25 @@ class SnapshotMaker:
 
     def _stage_while_stopped(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
         """Stop the programs and copy the rest; return the scan of that moment, the pause in seconds, mapped inodes."""
-        freezer, record = self._operations.freezer, self._record
+        freezer, record = self.operations.freezer, self.record
         for _ in range(PAUSE_TRIES):
             began = time.monotonic()
             until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
-            tasks = frozenset() if self._is_salvage else freezer.pause(record, until)
-            is_pause = tasks is not None and not self._is_salvage
-            ends_at = monotonic_of(self._request.deadline)
+            tasks = frozenset() if self.is_salvage else freezer.pause(record, until)
+            is_pause = tasks is not None and not self.is_salvage
+            ends_at = monotonic_of(self.request.deadline)
             self._deadline = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
                 if is_pause and self._is_stopped:
                     raise RequestRefused("restless", "it was frozen, and was thawed as its snapshot began")
-                mapped = mapped | self._mapped()
+                mapped |= mapped_inodes(record.uid)
                 before = tasks_of(record.uid) if tasks is None else tasks
-                last = scan(self._request.max_files, self._deadline, strict=True)
+                last = scan(self.request.max_files, self._deadline, strict=True)
                 if self._is_stopped:
                     self._check_size(last)
-                self._staging.stage(self._entries_left(last, copied, mapped), self._look)
+                self.staging.stage(self._entries_left(last, copied, mapped), self._look)
                 self._look()
-                if not has_run(before, tasks_of(record.uid)) and not self._staging.vanished:
+                if not has_run(before, tasks_of(record.uid)) and not self.staging.vanished:
                     return last, time.monotonic() - began if is_pause else 0.0, mapped
             except RequestRefused as refusal:
                 if refusal.code == "timed_out" and self._deadline < ends_at:
@@ -206,19 +194,18 @@ class SnapshotMaker:
             finally:
                 if is_pause:
                     freezer.resume(record.rental_id)
-            self._deadline = monotonic_of(self._request.deadline)
-        raise RequestRefused(
-            "restless", "something ran, or came in, each time that its programs were stopped for a snapshot"
-        )
+            self._deadline = monotonic_of(self.request.deadline)
+        problem = "something ran, or came in, each time that its programs were stopped for a snapshot"
+        raise RequestRefused("restless", problem)
 
     def _entries_left(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[HomeEntry]:
         """Return the entries to copy while nothing runs: those that changed since `copied`, or may have."""
         rest = changed_entries(last, copied)
         for path, found in changed_entries(last, self._known.scan).items():
-            if is_racy(found, copied.at) or found.path in self._staging.vanished:
+            if is_racy(found, copied.at) or found.path in self.staging.vanished:
                 rest[path] = found
         rest |= self._entries_in_doubt(last, mapped)
-        self._staging.vanished.clear()
+        self.staging.vanished.clear()
         return list(rest.values())
 
     def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
@@ -226,14 +213,14 @@ class SnapshotMaker:
         changed = changed_entries(last, self._known.scan)
         doubtful = {path: found for path, found in changed.items() if is_racy(found, last.at)}
         doubtful |= self._entries_in_doubt(last, mapped)
-        removed = removed_paths(last, self._known.scan)
+        removed = {path_of(line) for line in self._known.scan.lines - last.lines} - changed.keys()
         others = [found.path for found in changed.values() if found.kind != b"d"]
         sent = [*(changed.keys() | doubtful.keys()), b"."]
-        self._staging.keep_only(sent)
+        self.staging.keep_only(sent)
         listed = [*sent, *topmost(removed, others)]
-        self._staging.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
+        self.staging.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
         missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
-        missing |= self._staging.incomplete | self._staging.missing
+        missing |= self.staging.incomplete | self.staging.missing
         self._folders, room = {}, MOST_ODD_BYTES
         for path, mode in sorted(closed_folders(last).items()):
             room -= len(path)
@@ -241,11 +228,11 @@ class SnapshotMaker:
                 self._folders[path.hex()] = mode
             else:
                 missing[path] = f"its mode {mode:o} comes back as {mode | 0o700:o}"
-        if missing and self._request.for_migration:
+        if missing and self.request.for_migration:
             names = ", ".join(f"{_shown(path)} ({why})" for path, why in sorted(missing.items())[:3])
             raise RequestRefused("cannot_carry", f"{len(missing)} of its files cannot be carried whole: {names}")
         self._missing = missing
-        hashes = {path: self._staging.digest(path) for path in doubtful if doubtful[path].kind == b"f"}
+        hashes = {path: self.staging.digest(path) for path in doubtful if doubtful[path].kind == b"f"}
         return Manifest(last, hashes, missing)
 
     def _is_same(self, now: Scan) -> bool:
@@ -253,21 +240,14 @@ class SnapshotMaker:
         self._missing = self._known.missing
         if now.lines != self._known.scan.lines:
             return False
-        uid = self._record.uid
-        return all(found and digest_at(self._home, path, uid) == found for path, found in self._known.doubtful.items())
+        uid = self.record.uid
+        return all(found and digest_at(self.home, path, uid) == found for path, found in self._known.doubtful.items())
 
     def _check_size(self, now: Scan) -> None:
-        if size_of(now) > self._request.max_bytes:
-            most = self._request.max_bytes >> 20
+        if size_of(now) > self.request.max_bytes:
+            most = self.request.max_bytes >> 20
             counted = "each directory and small file counts as 4 KiB, and holes count"
             raise RequestRefused("over_limit", f"its home holds more than {most} MiB ({counted})")
-
-    def _figures(self, of: Scan) -> dict[str, Any]:
-        names = [_shown(path) for path in sorted(self._missing)[:NAMES_SHOWN]]
-        return {"files": len(of.lines), "skipped": names}
-
-    def _mapped(self) -> frozenset[int]:
-        return mapped_inodes(self._record.uid)
 
     def _look(self) -> None:
         """Raise RequestRefused if the deadline has passed or the manager has closed the connection."""

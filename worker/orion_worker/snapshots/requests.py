@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orion_worker.records import RequestRefused
 
-SNAPSHOT_MARK = re.compile(r"[0-9a-f]{0,32}")
+_ID, _SNAPSHOT_ID = re.compile(r"[a-z0-9-]{1,64}"), re.compile(r"[0-9-]{0,64}")
+_MARK = re.compile(r"[0-9a-f]{0,32}")
+_FOLDER = re.compile(r"2e(2f([0-9a-f]{2})+)?")
 MAX_REQUEST_BYTES = 1 << 16
 PAUSE_MOST_S = 10.0
 
@@ -25,9 +27,9 @@ class TransferRequest:
     max_files: int = 0
     max_bytes: int = 0
     snapshot_id: str = ""
-    """The snapshot that the home is filled from, which the rental's record keeps."""
+    """The id of the snapshot that the home is filled with, which the rental's record keeps."""
     base: str = ""
-    """The mark of the snapshot that the other side has; only changes since then are sent. Empty: it has none."""
+    """The mark of the snapshot that the other side has; only changes since then are sent. Empty if it has none."""
     mark: str = ""
     """The mark of the snapshot that is sent or received."""
     folders: Mapping[str, int] = field(default_factory=dict)
@@ -40,6 +42,18 @@ class TransferRequest:
 
 RELEASED_NAMES = {"snapshot_id": "generation", "for_migration": "moving"}
 """The names of fields in the line of JSON where they differ from ours: managers of released versions send them."""
+_RULES: tuple[tuple[Callable[[TransferRequest], object], str], ...] = (
+    (lambda it: isinstance(it.rental_id, str) and _ID.fullmatch(it.rental_id), "rental_id is not an id"),
+    (lambda it: type(it.epoch) is int and it.epoch >= 1, "epoch must be a whole number from 1"),
+    (lambda it: _SNAPSHOT_ID.fullmatch(it.snapshot_id), "generation is not the id of a snapshot"),
+    (lambda it: _MARK.fullmatch(it.base) and _MARK.fullmatch(it.mark), "base and mark must be marks"),
+    (
+        lambda it: all(_FOLDER.fullmatch(path) and 0 <= mode < 0o10000 for path, mode in it.folders.items()),
+        "folders must be modes by path",
+    ),
+    (lambda it: it.pause_s > 0, "pause_s must be a number over 0"),
+)
+"""The rules for a request, and the error of a request that breaks one."""
 
 
 def parse_request(line: bytes, now: float) -> TransferRequest:
@@ -52,19 +66,9 @@ def parse_request(line: bytes, now: float) -> TransferRequest:
     if not isinstance(payload, dict) or payload.keys() - ours.keys():
         raise ValueError("it is no object, or has fields that are not known")
     request = TransferRequest(**{ours[released]: value for released, value in payload.items()})
-    if not isinstance(request.rental_id, str) or not re.fullmatch(r"[a-z0-9-]{1,64}", request.rental_id):
-        raise ValueError("rental_id is not an id")
-    if type(request.epoch) is not int or request.epoch < 1:
-        raise ValueError("epoch must be a whole number from 1")
-    if not re.fullmatch(r"[0-9-]{0,64}", request.snapshot_id):
-        raise ValueError("generation is not the id of a snapshot")
-    if not (SNAPSHOT_MARK.fullmatch(request.base) and SNAPSHOT_MARK.fullmatch(request.mark)):
-        raise ValueError("base and mark must be marks")
-    for path, mode in request.folders.items():
-        if not (re.fullmatch(r"2e(2f([0-9a-f]{2})+)?", path) and 0 <= mode < 0o10000):
-            raise ValueError("folders must be modes by path")
-    if not request.pause_s > 0:
-        raise ValueError("pause_s must be a number over 0")
+    for holds, problem in _RULES:
+        if not holds(request):
+            raise ValueError(problem)
     if request.deadline <= now + 1:
         raise RequestRefused("deadline_passed", "its deadline has passed: the manager no longer waits for it")
     return request

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,13 +74,11 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
     for entries that cannot be looked at.
     """
     at = time.time()
-    find = subprocess.Popen(
-        FIND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C"}
-    )
-    assert find.stdout and find.stderr  # noqa: S101, PT018 - they were asked for
+    pipe = subprocess.PIPE
+    find = subprocess.Popen(FIND, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env={"LC_ALL": "C"})
+    assert find.stdout and find.stderr  # noqa: S101, PT018 - they are pipes
     os.set_blocking(find.stderr.fileno(), False)
-    content = bytearray()
-    records = 0
+    content, records = bytearray(), 0
     try:
         while part := _read_by(deadline, find.stdout.fileno()):
             content += part
@@ -104,8 +102,7 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
 
 
 def _read_by(deadline: float, descriptor: int) -> bytes:
-    """Return the next bytes, empty at the end. Raise RequestRefused if none come before the deadline (monotonic
-    seconds)."""
+    """Return the next bytes, empty at the end. Raise RequestRefused if none come by `deadline`, monotonic seconds."""
     left_s = deadline - time.monotonic()
     if left_s < 0 or not select.select([descriptor], [], [], left_s)[0]:
         raise RequestRefused("timed_out", "scanning its home took longer than it may")
@@ -138,17 +135,24 @@ def closed_folders(of: Scan) -> dict[bytes, int]:
 def restore_modes(home: int, folders: Mapping[bytes, int], uid: int) -> None:
     """Give these directories of a home their modes, deeper ones first. Those that are missing are passed over."""
     for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
-        with suppress(OSError):
-            folder = open_below(home, path.split(b"/")[1:])
-            try:
-                if os.fstat(folder).st_uid == uid:
-                    os.fchmod(folder, mode)
-            finally:
-                os.close(folder)
+        with suppress(OSError), _opened_below(home, path.split(b"/")[1:]) as folder:
+            if os.fstat(folder).st_uid == uid:
+                os.fchmod(folder, mode)
 
 
-def open_below(home: int, names: Iterable[bytes]) -> int:
-    """Open the directory that these names lead to, one below the other, without following a link."""
+@contextmanager
+def opened(path: bytes | Path, flags: int, dir_fd: int | None = None, mode: int = 0o777) -> Iterator[int]:
+    """Give the descriptor of an opened file or directory, and close it at the end."""
+    descriptor = os.open(path, flags, mode, dir_fd=dir_fd)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _opened_below(home: int, names: Iterable[bytes]) -> Iterator[int]:
+    """Give the directory that these names lead to, one below the other, opened without following a link."""
     folder = os.dup(home)
     try:
         for name in names:
@@ -157,23 +161,14 @@ def open_below(home: int, names: Iterable[bytes]) -> int:
             inner = os.open(name, trees.OPEN_FOLDER, dir_fd=folder)
             os.close(folder)
             folder = inner
-    except BaseException:
+        yield folder
+    finally:
         os.close(folder)
-        raise
-    return folder
 
 
 def changed_entries(now: Scan, before: Scan) -> dict[bytes, HomeEntry]:
     """Return by path the entries that are new or differ from before."""
     return {found.path: found for found in map(parse_entry, now.lines - before.lines)}
-
-
-def removed_paths(now: Scan, before: Scan) -> set[bytes]:
-    """Return the paths that were in the scan before and are not in this one."""
-    others = before.lines - now.lines
-    if not others:
-        return set()
-    return {path_of(line) for line in others} - {path_of(line) for line in now.lines - before.lines}
 
 
 def is_racy(found: HomeEntry, at: float) -> bool:
@@ -184,11 +179,8 @@ def is_racy(found: HomeEntry, at: float) -> bool:
 def racy_entries(of: Scan) -> list[HomeEntry]:
     """Return the entries of a scan that are racy at its own time."""
     since = of.at - RACY_S
-    return [
-        found
-        for line in of.lines
-        if float(line.split(b" ", 6)[5]) > since and is_racy(found := parse_entry(line), of.at)
-    ]
+    young = [parse_entry(line) for line in of.lines if float(line.split(b" ", 6)[5]) > since]
+    return [found for found in young if is_racy(found, of.at)]
 
 
 def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:
@@ -214,13 +206,13 @@ def mapped_inodes(uid: int) -> frozenset[int]:
     os.setegid(uid)
     os.seteuid(uid)
     try:
-        return frozenset(_mapped(uid))
+        return _mapped(uid)
     finally:
         os.seteuid(before[0])
         os.setegid(before[1])
 
 
-def _mapped(uid: int) -> set[int]:
+def _mapped(uid: int) -> frozenset[int]:
     found = set()
     for place in Path("/proc").iterdir():
         if not place.name.isdigit():
@@ -232,15 +224,14 @@ def _mapped(uid: int) -> set[int]:
                 fields = line.split(None, 5)
                 if len(fields) > 5 and fields[1][1:2] == b"w" and fields[1][3:4] == b"s":
                     found.add(int(fields[4]))
-    return found
+    return frozenset(found)
 
 
 def digest(descriptor: int) -> str:
     """Return the SHA-256 of an open file, from its beginning; empty for one that is too large to be compared."""
     if os.fstat(descriptor).st_size > LARGEST_HASHED:
         return ""
-    found = hashlib.sha256()
-    position = 0
+    found, position = hashlib.sha256(), 0
     while part := os.pread(descriptor, CHUNK, position):
         found.update(part)
         position += len(part)
@@ -250,16 +241,9 @@ def digest(descriptor: int) -> str:
 def digest_at(home: int, path: bytes, uid: int) -> str:
     """Return the SHA-256 of a file in a home; empty if it cannot be compared."""
     *folders, name = path.split(b"/")[1:]
-    try:
-        folder = open_below(home, folders)
-        try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME, dir_fd=folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        return ""
-    try:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME
+    with suppress(OSError), _opened_below(home, folders) as folder, opened(name, flags, folder) as descriptor:
         status = os.fstat(descriptor)
-        return digest(descriptor) if stat.S_ISREG(status.st_mode) and status.st_uid == uid else ""
-    finally:
-        os.close(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == uid:
+            return digest(descriptor)
+    return ""

@@ -21,11 +21,11 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from orion_worker.records import RequestRefused
-from orion_worker.snapshots.scan import CHUNK, HomeEntry, digest, folders_above
+from orion_worker.snapshots.scan import CHUNK, HomeEntry, digest, folders_above, opened
 from orion_worker.system import trees
 from orion_worker.system.trees import remove_tree
 
@@ -101,9 +101,8 @@ class StagingTree:
                     if error.errno == errno.ELOOP:
                         self.vanished.add(each.path)
                     elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                        raise RequestRefused(
-                            "no_room", "the worker's disk has no room to stage the files that changed"
-                        ) from error
+                        problem = "the worker's disk has no room to stage the files that changed"
+                        raise RequestRefused("no_room", problem) from error
                     else:
                         self._cannot(each.path, error.strerror or str(error))
         finally:
@@ -123,14 +122,10 @@ class StagingTree:
 
     def digest(self, path: bytes) -> str:
         """Return the SHA-256 of a copied file; empty for one that is too large to be compared."""
-        try:
-            descriptor = os.open(_relative(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.top)
-        except OSError:
-            return ""
-        try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with suppress(OSError), opened(_relative(path), flags, self.top) as descriptor:
             return digest(descriptor)
-        finally:
-            os.close(descriptor)
+        return ""
 
     def _stage(self, each: HomeEntry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
         parts = each.path.split(b"/")[1:]
@@ -181,57 +176,34 @@ class StagingTree:
             name = folders[depth]
             inner = os.open(name, trees.OPEN_FOLDER, dir_fd=in_home)
             try:
-                made = self._folder(name, in_tree)
-                if made[1]:
-                    self._attributes(inner, made[0], os.fstat(inner), b"/".join((b".", *folders[: depth + 1])))
+                is_new = _make_folder(name, in_tree)
+                made = os.open(name, trees.OPEN_FOLDER, dir_fd=in_tree)
             except BaseException:
                 os.close(inner)
                 raise
-            chain.append((name, inner, made[0]))
+            chain.append((name, inner, made))
+            if is_new:
+                self._attributes(inner, made, os.fstat(inner), b"/".join((b".", *folders[: depth + 1])))
         return chain[-1][1:] if chain else (self._home, self.top)
 
-    def _folder(self, name: bytes, in_tree: int) -> tuple[int, bool]:
-        """Return the open directory of that name, and whether it was made just now."""
-        try:
-            os.mkdir(name, 0o700, dir_fd=in_tree)
-            made = True
-        except FileExistsError:
-            made = False
-            if not stat.S_ISDIR(os.stat(name, dir_fd=in_tree, follow_symlinks=False).st_mode):
-                os.unlink(name, dir_fd=in_tree)
-                os.mkdir(name, 0o700, dir_fd=in_tree)
-                made = True
-        return os.open(name, trees.OPEN_FOLDER, dir_fd=in_tree), made
-
     def _stage_folder(self, path: bytes, name: bytes, in_home: int, in_tree: int) -> None:
-        inner = os.open(name, trees.OPEN_FOLDER, dir_fd=in_home)
-        try:
-            made, _ = self._folder(name, in_tree)
-            try:
+        with opened(name, trees.OPEN_FOLDER, in_home) as inner:
+            _make_folder(name, in_tree)
+            with opened(name, trees.OPEN_FOLDER, in_tree) as made:
                 self._attributes(inner, made, os.fstat(inner), path)
-            finally:
-                os.close(made)
             self._staged.add(path)
-        finally:
-            os.close(inner)
 
     def _stage_file(self, path: bytes, name: bytes, in_home: int, in_tree: int, expected: os.stat_result) -> int:
         special = _is_special(expected.st_mode)
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_PATH if special else os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME)
-        source = os.open(name, flags, dir_fd=in_home)
-        try:
+        with opened(name, flags, in_home) as source:
             status = os.fstat(source)
             if status.st_uid != self._uid or stat.S_IFMT(status.st_mode) != stat.S_IFMT(expected.st_mode):
                 raise FileNotFoundError(name)  # something else has taken its place
-            target = _open_file(name, in_tree)
-            try:
+            with _opened_file(name, in_tree) as target:
                 copied = 0 if special else self._copy(source, target, status)
                 self._attributes(source, target, status, path, plain=not special)
                 os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-            finally:
-                os.close(target)
-        finally:
-            os.close(source)
         return copied
 
     def _copy(self, source: int, target: int, status: os.stat_result) -> int:
@@ -299,12 +271,8 @@ class StagingTree:
         self._staged.discard(path)
         self._times.pop(path, None)
         folder, _, name = _relative(path).rpartition(b"/")
-        with suppress(OSError):
-            parent = os.open(folder or b".", trees.OPEN_FOLDER, dir_fd=self.top)
-            try:
-                _clear(parent, name)
-            finally:
-                os.close(parent)
+        with suppress(OSError), opened(folder or b".", trees.OPEN_FOLDER, self.top) as parent:
+            _clear(parent, name)
 
 
 def access_list(kept: bytes, default: bool = False) -> bytes:
@@ -317,9 +285,8 @@ def access_list(kept: bytes, default: bool = False) -> bytes:
     (version,) = struct.unpack_from("<I", kept)
     if version != 2:
         raise ValueError("its access list is of an unknown form")
-    base = {0x01: 0x80, 0x04: 0x80, 0x10: 0x80, 0x20: 0x80}
-    users: list[tuple[int, int]] = []
-    groups: list[tuple[int, int]] = []
+    base = dict.fromkeys((0x01, 0x04, 0x10, 0x20), 0x80)
+    users, groups = list[tuple[int, int]](), list[tuple[int, int]]()
     for tag, rights, number in struct.iter_unpack("<HHI", kept[4:]):
         if tag in base:
             base[tag] = rights
@@ -342,14 +309,24 @@ def _relative(path: bytes) -> bytes:
     return path[2:] if path.startswith(b"./") else path
 
 
-def _open_file(name: bytes, in_tree: int) -> int:
-    """Return the open file of that name. Make it where there is none, and in place of anything but a file."""
+def _make_folder(name: bytes, in_tree: int) -> bool:
+    """Make a directory, also in place of anything but a directory; return False if there is one already."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(name, dir_fd=in_tree, follow_symlinks=False).st_mode):
+            return False
+        os.unlink(name, dir_fd=in_tree)
+    os.mkdir(name, 0o700, dir_fd=in_tree)
+    return True
+
+
+def _opened_file(name: bytes, in_tree: int) -> AbstractContextManager[int]:
+    """Give the open file of that name. Make it if there is none, and in place of anything but a file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(FileNotFoundError):
         status = os.stat(name, dir_fd=in_tree, follow_symlinks=False)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             _clear(in_tree, name)
-    return os.open(name, flags, 0o600, dir_fd=in_tree)
+    return opened(name, flags, in_tree, mode=0o600)
 
 
 def _make_link(to: bytes, name: bytes, in_tree: int, owner: int, status: os.stat_result) -> None:

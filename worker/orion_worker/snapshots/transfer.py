@@ -33,7 +33,7 @@ import select
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +49,7 @@ from orion_worker.records import (
 from orion_worker.snapshots.maker import LOCK_WAIT_S, RentalOperations, SnapshotMaker, monotonic_of
 from orion_worker.snapshots.manifests import Manifest
 from orion_worker.snapshots.requests import MAX_REQUEST_BYTES, TransferRequest, parse_request
-from orion_worker.snapshots.scan import Scan, racy_entries, restore_modes, scan
+from orion_worker.snapshots.scan import racy_entries, restore_modes, scan
 from orion_worker.snapshots.staging import StagingTree
 from orion_worker.system import trees
 from orion_worker.system.locks import got_lock, open_lock
@@ -137,13 +137,10 @@ def _receive(operations: RentalOperations, request: TransferRequest, homes: Path
         os.close(home)
         if status == 0 and request.mark and not is_same:
             looked = scan(sys.maxsize, monotonic_of(request.deadline), strict=True)
-            operations.manifests.write(request.rental_id, request.mark, Manifest(looked, _doubtful_now(looked)))
+            # Racy files need no hashes: the renter was not activated, so the files are as received.
+            doubtful = {found.path: "" for found in racy_entries(looked)}
+            operations.manifests.write(request.rental_id, request.mark, Manifest(looked, doubtful))
     return status
-
-
-def _doubtful_now(looked: Scan) -> dict[bytes, str]:
-    """Return the racy files of a filled home, without hashes: no renter was activated, so they are as received."""
-    return {found.path: "" for found in racy_entries(looked)}
 
 
 def _send(
@@ -154,8 +151,7 @@ def _send(
     homes: Path,
     requested_at: float,
 ) -> int:
-    records = operations.records
-    place = staging_root / request.rental_id
+    records, is_salvage = operations.records, direction == "salvage"
     staging_root.mkdir(mode=0o711, parents=True, exist_ok=True)
     with _lock_of(staging_root, request.rental_id) as alone:
         if not got_lock(alone.fileno(), LOCK_WAIT_S):
@@ -164,35 +160,27 @@ def _send(
         alone.write(f"{os.getpid()}\n")
         alone.flush()
         record = record_for(direction, records, request)
-        if direction == "salvage":
+        if is_salvage:
             with records.locked(request.rental_id, LOCK_WAIT_S):
                 record = record_for(direction, records, request)
                 operations.retire(record)
         elif not request.for_migration and (what := operations.freezer.over_limit_reason(record.rental_id)):
             raise RequestRefused("over_limit", f"{what}; {WAY_OUT}")  # a frozen home cannot have become smaller
-        home = open_home(homes / record.username, record.uid)
-        try:
-            staging = StagingTree(home, place, record.uid, sender_uid(record.uid))
+        with ExitStack() as stack:
+            home = open_home(homes / record.username, record.uid)
+            stack.callback(os.close, home)
+            staging = StagingTree(home, staging_root / request.rental_id, record.uid, sender_uid(record.uid))
+            stack.callback(staging.remove)
             if not request.for_migration:
                 os.nice(NICENESS)
-            try:
-                is_salvage = direction == "salvage"
-                payload = make_snapshot(
-                    operations,
-                    record,
-                    SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at),
-                )
-                _answer(0, {"ok": True} | payload)
-                if payload["same"]:
-                    return 0
-                os.fchdir(staging.top)
-                return run_rsync(
-                    "whole" if payload["whole"] else "send", staging.sender, request.deadline, not request.for_migration
-                )
-            finally:
-                staging.remove()
-        finally:
-            os.close(home)
+            snapshot = SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at)
+            report = make_snapshot(operations, record, snapshot)
+            _answer(0, {"ok": True} | report)
+            if report["same"]:
+                return 0
+            os.fchdir(staging.top)
+            kind = "whole" if report["whole"] else "send"
+            return run_rsync(kind, staging.sender, request.deadline, gently=not request.for_migration)
 
 
 def _lock_of(staging_root: Path, rental_id: str) -> IO[str]:
