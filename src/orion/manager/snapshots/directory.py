@@ -21,7 +21,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,8 @@ def describe(
     if files > limits[0] or size > limits[1]:
         raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
     generation = SnapshotId(epoch, next_number([each.generation for each in found(folder)], epoch))
-    about = written(
-        Snapshot(generation=generation, at=made.at, bytes=size, files=files, skipped=made.skipped, salvage=made.salvage)
-    )
-    about |= {"mark": made.mark, "base": "", "folders": made.folders}
-    about |= {"made_from": base, "whole": whole, "own": own}
+    about = asdict(made) | {"generation": str(generation), "bytes": size, "files": files}
+    about |= {"base": "", "made_from": base, "whole": whole, "own": own}
     if base and changed is not None and all(_is_inside(path) for path in changed):
         about["base"] = base
         (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))

@@ -1,4 +1,4 @@
-"""The use of the disk that holds the snapshots: in all, and by rental.
+"""The use of the disk that holds the snapshots: in all, by rental, and by owner.
 
 A disk is full when it has no bytes or no inodes left: 40,000 empty directories use few bytes but 40,000 inodes.
 """
@@ -10,8 +10,16 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
+
+from orion.manager.snapshots.port import OVER_SHARE, SnapshotError
+from orion.manager.snapshots.protocol import SnapshotRequest
+
+MAX_DISK_SHARE = 0.9
+"""The used share of the disk's bytes or inodes above which a snapshot that is being received is given up. The snapshot
+controller starts none from a lower share on."""
 
 
 class Usage(NamedTuple):
@@ -143,3 +151,38 @@ class Usages:
             partial.touch(mode=0o600)
             partial.write_text(json.dumps(entries))
             partial.replace(self._file)
+
+
+@dataclass(frozen=True)
+class OwnerShare:
+    """The share of the disk for the snapshots of all rentals of one owner, as a job for one of them sees it."""
+
+    snapshots: Path
+    """The directory of all snapshots."""
+    usages: Usages
+    request: SnapshotRequest
+    """The request of the job, which names the rental, its owner, and the share from 0 to 1."""
+
+    def check_disk(self) -> None:
+        """Raise SnapshotError if the disk is nearly full."""
+        used, name = Disk.of(self.snapshots).scarcest
+        if used > MAX_DISK_SHARE:
+            raise SnapshotError("disk_full", f"the manager's disk is nearly full: it has hardly any {name} left")
+
+    def check_room(self) -> None:
+        """Raise SnapshotError if the owner's other rentals use the whole share, so that nothing need be received."""
+        if not self.usages.is_room(self.request.rental_id, self.request.owner, self._limit()):
+            raise self.refusal()
+
+    def choose(self, choices: Sequence[Usage]) -> int | None:
+        """Return the index of the choice of snapshots that fits into the share, as `Usages.choose` does."""
+        return self.usages.choose(self.request.rental_id, self.request.owner, choices, self._limit())
+
+    def refusal(self) -> SnapshotError:
+        """Return the error for a snapshot that does not fit into the share."""
+        what = f"the copies of all that its owner rents would take more than {self.request.owner_share:.0%}"
+        way_out = "release rentals, or remove files"
+        return SnapshotError(OVER_SHARE, f"{what} of the manager's disk, of its bytes or of its inodes: {way_out}")
+
+    def _limit(self) -> Usage:
+        return Disk.of(self.snapshots).share(self.request.owner_share)

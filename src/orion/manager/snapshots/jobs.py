@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.snapshots import directory
-from orion.manager.snapshots.disk import Usage, Usages
+from orion.manager.snapshots.disk import OwnerShare, Usage, Usages
 from orion.manager.snapshots.lifetime import Lifetime
-from orion.manager.snapshots.owner_share import OwnerShare
 from orion.manager.snapshots.port import NO_BASE, NO_SUCH_SNAPSHOT, SnapshotError
 from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest, written
 from orion.manager.snapshots.rental_process import kill_all_of, run_as
@@ -35,7 +34,7 @@ from orion.manager.snapshots.transfer import (
     STALL_S,
     RsyncResult,
     Transfer,
-    check,
+    checked,
 )
 from orion.manager.snapshots.worker_command import SnapshotAnswer, WorkerCommand
 from orion.manager.ssh.options import worker_ssh
@@ -82,10 +81,7 @@ class SnapshotJob:
         self._folder = directories.copies / request.rental_id
         self._leftovers = ""
         """The pattern of what the job leaves in the rental's directory; empty if it leaves nothing."""
-        self._room = OwnerShare(
-            snapshots=directories.copies, usages=directories.usages,
-            rental_id=request.rental_id, owner=request.owner, share=request.owner_share,
-        )  # fmt: skip
+        self._room = OwnerShare(directories.copies, directories.usages, request)
 
     def run(self) -> SnapshotReply:
         """Return the reply. Raise SnapshotError if the job fails, and Abandoned if the client disconnects."""
@@ -120,7 +116,8 @@ class SnapshotJob:
     def _copy(self) -> SnapshotReply:
         """Take a snapshot: hard links to the last one, brought up to date with what has changed on the worker."""
         request = self._request
-        self._make_folder()
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._own_folder()
         self._leftovers = directory.INCOMING
         recovers = request.action is SnapshotAction.SALVAGE
         base = self._as_rental(lambda: directory.begin(self._folder, request.epoch, recovers))
@@ -205,9 +202,7 @@ class SnapshotJob:
         low_priority = not request.for_migration
         transfer = Transfer(worker, request.uid, self._lifetime, *most, low_priority, stalled_s)
         arguments = (*OPTIONS[kind], *before, *listing, "worker:.", target)
-        result = transfer.run(arguments, self._room.check_disk, request.max_bytes, answer_was_read=True)
-        check(result, "receiver")
-        return result
+        return checked(transfer.run(arguments, self._room.check_disk, request.max_bytes, True), "receiver")
 
     def _restore(self) -> SnapshotReply:
         complete = self._found()
@@ -245,9 +240,7 @@ class SnapshotJob:
         with self._worker_command("receive", generation=wanted, **marks) as worker:
             transfer = Transfer(worker, self._request.uid, self._lifetime, LISTS_BYTES, float("inf"))
             arguments = (*OPTIONS[kind], *more, source, "worker:.")
-            result = transfer.run(arguments, lambda: None, None, answer_was_read=False)
-        check(result, "sender")
-        return result
+            return checked(transfer.run(arguments, lambda: None), "sender")
 
     def _connect(self) -> SnapshotReply:
         """Open a connection to the worker, which stays open for the next job (ControlPersist)."""
@@ -292,7 +285,10 @@ class SnapshotJob:
         with (self._directories.locks / self._request.rental_id).open("w") as lock:
             wait_s = RECOVER_LOCK_WAIT_S if self._request.action is SnapshotAction.SALVAGE else LOCK_WAIT_S
             last_moment = time.monotonic() + min(wait_s, self._lifetime.left_s)
-            while not _try_lock(lock.fileno()):
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 if time.monotonic() >= last_moment:
                     raise SnapshotError("busy", "another job for this rental is still at work")
                 time.sleep(0.02)
@@ -301,14 +297,8 @@ class SnapshotJob:
             finally:
                 kill_all_of(self._request.uid)
 
-    def _make_folder(self) -> None:
-        with suppress(FileExistsError):
-            self._folder.mkdir(mode=0o700)
-            os.chown(self._folder, self._request.uid, self._request.uid)
-        self._own_folder()
-
     def _own_folder(self) -> None:
-        """Make the rental's uid the owner of the directory, which is root if a job was killed right after making it."""
+        """Make the rental's uid the owner of a directory that this job or a killed one has made as root."""
         status = self._folder.lstat()
         if status.st_uid == os.geteuid() != self._request.uid:
             os.chown(self._folder, self._request.uid, self._request.uid, follow_symlinks=False)
@@ -330,11 +320,3 @@ class SnapshotJob:
 
     def _as_rental(self, work: Callable[[], T]) -> T:
         return run_as(self._request.uid, work, self._lifetime)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -53,16 +53,12 @@ def serve(listening: socket.socket, directories: Directories) -> None:
         jobs = {job for job in jobs if not os.waitpid(job, os.WNOHANG)[0]}
         if listening in ready:
             with suppress(BlockingIOError):
-                jobs.add(_fork(listening, directories))
-
-
-def _fork(listening: socket.socket, directories: Directories) -> int:
-    client, _ = listening.accept()
-    with client:
-        job = os.fork()
-        if job == 0:
-            _run_job(listening, client, directories)
-    return job
+                client, _ = listening.accept()
+                with client:
+                    job = os.fork()
+                    if job == 0:
+                        _run_job(listening, client, directories)
+                    jobs.add(job)
 
 
 def _run_job(listening: socket.socket, client: socket.socket, directories: Directories) -> None:
@@ -124,7 +120,13 @@ def bind(path: Path, group: int) -> socket.socket:
 
 
 def main() -> None:
-    arguments = _arguments()
+    usual = Directories()
+    parser = argparse.ArgumentParser(description="Orion-Sec's snapshot service: takes and restores snapshots of homes.")
+    parser.add_argument("--copies", type=Path, default=usual.copies)
+    parser.add_argument("--run", type=Path, default=usual.run)
+    parser.add_argument("--ssh-uid", type=int, default=usual.ssh_uid, help="uid of ssh, with its key in RUN/ssh")
+    parser.add_argument("--group", type=int, default=900, help="the group that may connect")
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     directories = Directories(arguments.copies, arguments.run, arguments.ssh_uid)
     directories.locks.mkdir(mode=0o700, exist_ok=True)
@@ -135,16 +137,6 @@ def main() -> None:
         serve(listening, directories)
     finally:
         socket_path.unlink(missing_ok=True)
-
-
-def _arguments() -> argparse.Namespace:
-    usual = Directories()
-    parser = argparse.ArgumentParser(description="Orion-Sec's snapshot service: takes and restores snapshots of homes.")
-    parser.add_argument("--copies", type=Path, default=usual.copies)
-    parser.add_argument("--run", type=Path, default=usual.run)
-    parser.add_argument("--ssh-uid", type=int, default=usual.ssh_uid, help="uid of ssh, with its key in RUN/ssh")
-    parser.add_argument("--group", type=int, default=900, help="the group that may connect")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

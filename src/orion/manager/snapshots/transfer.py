@@ -145,7 +145,11 @@ class Transfer:
     """Bytes of the worker's stderr: it writes a line in each second in which its rsync works."""
 
     def run(
-        self, arguments: Sequence[str], check_disk: Callable[[], None], largest_file: int | None, answer_was_read: bool
+        self,
+        arguments: Sequence[str],
+        check_disk: Callable[[], None],
+        largest_file: int | None = None,
+        answer_was_read: bool = False,
     ) -> RsyncResult:
         """Run rsync with these arguments, paths last. `check_disk` is called about once a second, and may raise.
 
@@ -277,14 +281,14 @@ class Transfer:
         return part
 
 
-def check(result: RsyncResult, here: str) -> None:
-    """Raise SnapshotError if rsync failed. `here`: the local side, receiver or sender.
+def checked(result: RsyncResult, here: str) -> RsyncResult:
+    """Return the result. Raise SnapshotError if rsync failed. `here`: the local side, receiver or sender.
 
     A snapshot must be complete. A home may lack files that cannot be written there, which the reply names.
     """
     has_no_room = _NO_ROOM.search(result.errors)
     if result.status == 0 or (result.status == PARTIAL and here == "sender" and not has_no_room):
-        return
+        return result
     if result.status == -signal.SIGXFSZ:
         raise SnapshotError("over_limit", "a file is larger than all that a copy may hold")
     if has_no_room:
@@ -317,11 +321,8 @@ def _confine(largest_file: int | None, low_priority: bool) -> None:
     """Set the limits of rsync. This runs in the child before exec."""
     if low_priority:
         os.nice(NICENESS)
-    for kind, most in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_FSIZE, largest_file),
-    ):
-        if most is not None:
-            resource.setrlimit(kind, (most, most))
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_NOFILE: 256}
+    if largest_file is not None:
+        limits[resource.RLIMIT_FSIZE] = largest_file
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
