@@ -103,7 +103,7 @@ class HomeBench:
             made = SnapshotMaker(
                 self.operations, RECORD, request, staging_tree, home, is_salvage=False, requested_at=asked_at
             )
-            report = transfer.make_snapshot(self.operations, RECORD, made)
+            report = transfer.make_snapshot(made)
             self.sent = {} if report["same"] else tree(staging_tree.tree)
             if not report["same"]:
                 self.listed = {os.fsdecode(name) for name in (staging_tree.place / "list").read_bytes().split(b"\0")}

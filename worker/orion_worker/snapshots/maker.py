@@ -45,7 +45,7 @@ PAUSE_TRIES = 3
 """The number of pauses that are tried where something ran in one, such as a log-in that came just then."""
 SO_MUCH = "so much changes in its home at once"
 COPIED_A_SECOND = 300e6
-"""Bytes per second, a guess for files that were not copied in this snapshot yet."""
+"""Bytes per second at which files are expected to be copied."""
 
 
 class RentalOperations(Protocol):
@@ -80,9 +80,11 @@ class SnapshotMaker:
         self._known = self._base or Manifest(Scan(frozenset(), 0.0))
         self._missing: dict[bytes, str] = {}
         self._folders: dict[str, int] = {}
+        self._mapped = frozenset[int]()
+        """The inodes of files that were mapped for writing at any time of this snapshot."""
         self._scan_s = 0.0
         self._is_stopped = self.is_salvage or operations.freezer.is_frozen(record.rental_id)
-        """Whether nothing of the rental runs already: its home is scanned once only then."""
+        """Whether nothing of the rental runs, so that its home is scanned only once."""
         self._pause_most_s = PAUSE_MOST_S if request.for_migration else min(PAUSE_MOST_S, request.pause_s)
 
     @property
@@ -92,23 +94,22 @@ class SnapshotMaker:
 
     def make(self) -> dict[str, Any]:
         """Stage what changed and write the manifest; return the report for the manager. Raise RequestRefused."""
-        began, copied, mapped = time.monotonic(), Scan(self._known.scan.lines, 0.0), frozenset[int]()
+        began, copied = time.monotonic(), Scan(self._known.scan.lines, 0.0)
         if not self._is_stopped:
-            mapped = mapped_inodes(self.record.uid)
+            self._mapped = mapped_inodes(self.record.uid)
             now = self._scan()
             self._check_size(now)
             if self._base and self._is_same(now):
                 return self._report(began, now, same=True, whole=False)
-            copied = self._stage_while_running(now, mapped)
+            copied = self._stage_while_running(now)
         records, rental_id = self.operations.records, self.record.rental_id
         with records.locked(rental_id, LOCK_WAIT_S):
             check_unlock(records.find(rental_id), records.purged_epoch(rental_id), self.record.epoch)
             began = time.monotonic()
-            last, pause_s, mapped = self._stage_while_stopped(copied, mapped)
+            last, pause_s = self._stage_while_stopped(copied)
         if self._is_stopped and self._base and self._is_same(last):
             return self._report(began, last, same=True, whole=False)
-        manifest = self._settle(last, mapped)
-        self.operations.manifests.write(self.record.rental_id, self.request.mark, manifest, self.request.base)
+        self.operations.manifests.write(rental_id, self.request.mark, self._settle(last), self.request.base)
         is_whole, paused = self._base is None, {"pause_s": round(pause_s, 4), "folders": self._folders}
         return self._report(began, last, same=False, whole=is_whole) | paused
 
@@ -122,8 +123,8 @@ class SnapshotMaker:
         times = {"after_s": began - self.requested_at, "age_s": time.monotonic() - began}
         return times | {"same": same, "whole": whole, "files": len(found.lines), "skipped": names}
 
-    def _stage_while_running(self, now: Scan, mapped: frozenset[int]) -> Scan:
-        """Copy what changed while programs go on; return the scan up to which all is copied."""
+    def _stage_while_running(self, now: Scan) -> Scan:
+        """Copy what changed while programs run; return the scan up to which all is copied."""
         waiting = changed_entries(now, self._known.scan)
         copied, before, keeping_s = Scan(self._known.scan.lines, 0.0), float("inf"), 0.0
         for _ in range(MOST_ROUNDS):
@@ -138,7 +139,7 @@ class SnapshotMaker:
             waiting = changed_entries(now, copied)
             more = max(_bytes_of(waiting) / max(SMALL_BYTES, left), len(waiting) / max(SMALL_NUMBER, number))
             keeping_s = took_s * more
-        pause_s = self._scan_s + keeping_s + _bytes_of(self._entries_in_doubt(now, mapped)) / COPIED_A_SECOND
+        pause_s = self._scan_s + keeping_s + _bytes_of(self._entries_in_doubt(now)) / COPIED_A_SECOND
         if self.is_scheduled and pause_s > self._pause_most_s:
             what = f"would have to be stopped for about {pause_s:.1f} s"
             raise RequestRefused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
@@ -154,9 +155,9 @@ class SnapshotMaker:
         self._scan_s = _processor_s() - began
         return found
 
-    def _entries_in_doubt(self, of: Scan, mapped: frozenset[int]) -> dict[bytes, HomeEntry]:
-        """Return by path the files that are mapped for writing, or were doubtful in the snapshot before."""
-        doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in mapped}
+    def _entries_in_doubt(self, of: Scan) -> dict[bytes, HomeEntry]:
+        """Return by path the files that are mapped for writing, or were doubtful in the base snapshot."""
+        doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in self._mapped}
         lines = of.lines if doubtful or inodes else ()
         return {
             path_of(line): parse_entry(line)
@@ -164,8 +165,8 @@ class SnapshotMaker:
             if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful)
         }
 
-    def _stage_while_stopped(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
-        """Stop the programs and copy the rest; return the scan of that moment, the pause in seconds, mapped inodes."""
+    def _stage_while_stopped(self, copied: Scan) -> tuple[Scan, float]:
+        """Stop the programs and copy the rest; return the scan of that moment, and the seconds of the pause."""
         freezer, record = self.operations.freezer, self.record
         for _ in range(PAUSE_TRIES):
             began = time.monotonic()
@@ -177,15 +178,15 @@ class SnapshotMaker:
             try:
                 if is_pause and self._is_stopped:
                     raise RequestRefused("restless", "it was frozen, and was thawed as its snapshot began")
-                mapped |= mapped_inodes(record.uid)
+                self._mapped |= mapped_inodes(record.uid)
                 before = tasks_of(record.uid) if tasks is None else tasks
                 last = scan(self.request.max_files, self._deadline, strict=True)
                 if self._is_stopped:
                     self._check_size(last)
-                self.staging.stage(self._entries_left(last, copied, mapped), self._look)
+                self.staging.stage(self._entries_left(last, copied), self._look)
                 self._look()
                 if not has_run(before, tasks_of(record.uid)) and not self.staging.vanished:
-                    return last, time.monotonic() - began if is_pause else 0.0, mapped
+                    return last, time.monotonic() - began if is_pause else 0.0
             except RequestRefused as refusal:
                 if refusal.code == "timed_out" and self._deadline < ends_at:
                     what = f"were stopped for {time.monotonic() - began:.1f} s in vain"
@@ -194,31 +195,29 @@ class SnapshotMaker:
             finally:
                 if is_pause:
                     freezer.resume(record.rental_id)
-            self._deadline = monotonic_of(self.request.deadline)
         problem = "something ran, or came in, each time that its programs were stopped for a snapshot"
         raise RequestRefused("restless", problem)
 
-    def _entries_left(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[HomeEntry]:
+    def _entries_left(self, last: Scan, copied: Scan) -> list[HomeEntry]:
         """Return the entries to copy while nothing runs: those that changed since `copied`, or may have."""
         rest = changed_entries(last, copied)
         for path, found in changed_entries(last, self._known.scan).items():
             if is_racy(found, copied.at) or found.path in self.staging.vanished:
                 rest[path] = found
-        rest |= self._entries_in_doubt(last, mapped)
+        rest |= self._entries_in_doubt(last)
         self.staging.vanished.clear()
         return list(rest.values())
 
-    def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
+    def _settle(self, last: Scan) -> Manifest:
         """Write the list of paths to send; return the manifest of the snapshot. The rental's programs run meanwhile."""
         changed = changed_entries(last, self._known.scan)
         doubtful = {path: found for path, found in changed.items() if is_racy(found, last.at)}
-        doubtful |= self._entries_in_doubt(last, mapped)
+        doubtful |= self._entries_in_doubt(last)
         removed = {path_of(line) for line in self._known.scan.lines - last.lines} - changed.keys()
         others = [found.path for found in changed.values() if found.kind != b"d"]
         sent = [*(changed.keys() | doubtful.keys()), b"."]
         self.staging.keep_only(sent)
-        listed = [*sent, *topmost(removed, others)]
-        self.staging.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
+        self.staging.write_list(path.removeprefix(b"./") for path in (*sent, *topmost(removed, others)))
         missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
         missing |= self.staging.incomplete | self.staging.missing
         self._folders, room = {}, MOST_ODD_BYTES
@@ -275,7 +274,7 @@ def hung_up() -> bool:
 
 
 def _shown(path: bytes) -> str:
-    return os.fsdecode(path[2:] if path.startswith(b"./") else path).encode(errors="backslashreplace").decode()[:200]
+    return os.fsdecode(path.removeprefix(b"./")).encode(errors="backslashreplace").decode()[:200]
 
 
 def monotonic_of(deadline: float) -> float:

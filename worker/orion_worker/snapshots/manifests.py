@@ -1,4 +1,4 @@
-"""Manifests: files on the worker that say what the last snapshots of each rental hold."""
+"""Manifests: files on the worker that list what the last snapshots of each rental hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Manifest:
 
 
 class Manifests:
-    """The manifests of all rentals here, owned by root, each under the mark that the manager gave its snapshot."""
+    """The manifests of all rentals on this worker, each under the mark that the manager gave its snapshot."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "var/lib/orion/manifests"
@@ -65,5 +65,4 @@ class Manifests:
         new.replace(folder / mark)
 
     def forget(self, rental_id: str) -> None:
-        """Remove all manifests of a rental."""
         shutil.rmtree(self._folder / rental_id, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Scans of a home: its entries at one time, what changed between two scans, and which files a scan cannot vouch for."""
+"""Scans of a home: its entries at one time, what changed between two scans, and which files are doubtful in one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from orion_worker.records import RequestRefused
 from orion_worker.system import trees
 
 FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0%i %b %s\0")
-"""The command of a scan, which writes two records for each entry. The first record has no number of blocks, because
-that may change without a change of the entry, as when the kernel writes to the disk."""
+"""The command of a scan, which writes two records for each entry. The number of blocks is not in the first, because it
+may change without a change of the entry, as when the kernel writes to the disk."""
 BLOCK_BYTES = 4096
 """The least bytes that an entry counts for, as in the manager's domain/snapshots.py."""
 RACY_S = 0.02
@@ -33,13 +33,14 @@ CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class Scan:
-    """The entries of a home, one line each, as FIND writes its first records."""
+    """The entries of a home at one time."""
 
     lines: frozenset[bytes]
+    """The first record of each entry, as FIND writes it."""
     at: float
     """The Unix time at which the scan began."""
     sizes: bytes = b""
-    """The inode, the blocks of 512 bytes and the size of each entry, one line each."""
+    """The second records, one line each: the inode, the blocks of 512 bytes, and the size."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,11 @@ class HomeEntry:
 
 
 def parse_entry(line: bytes) -> HomeEntry:
-    """Return the entry in a line of a scan."""
     inode, _, size, _, _, changed_at, kind, _, path = line.split(b" ", 8)
     return HomeEntry(int(inode), int(size), float(changed_at), kind, path)
 
 
 def path_of(line: bytes) -> bytes:
-    """Return the path in a line of a scan."""
     return line.split(b" ", 8)[8]
 
 
@@ -71,7 +70,7 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
     """Return a scan of the current directory. `deadline`: monotonic seconds. `strict`: no process runs in it.
 
     Raise RequestRefused for more than `most_entries` entries, for names that are too long altogether, and, if strict,
-    for entries that cannot be looked at.
+    for entries that cannot be read.
     """
     at = time.time()
     pipe = subprocess.PIPE
@@ -122,7 +121,7 @@ def size_of(of: Scan) -> int:
 def closed_folders(of: Scan) -> dict[bytes, int]:
     """Return by path the modes of directories that their owner may write to but not list or enter.
 
-    rsync adds rights to such a directory to fill it, and does not take them away again.
+    rsync adds rights to such a directory to fill it, and leaves them there.
     """
     found = {}
     for line in of.lines:
@@ -133,7 +132,7 @@ def closed_folders(of: Scan) -> dict[bytes, int]:
 
 
 def restore_modes(home: int, folders: Mapping[bytes, int], uid: int) -> None:
-    """Give these directories of a home their modes, deeper ones first. Those that are missing are passed over."""
+    """Give these directories of a home their modes, deeper ones first. Skip those that are missing."""
     for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
         with suppress(OSError), _opened_below(home, path.split(b"/")[1:]) as folder:
             if os.fstat(folder).st_uid == uid:
@@ -184,7 +183,7 @@ def racy_entries(of: Scan) -> list[HomeEntry]:
 
 
 def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:
-    """Return those paths that lie below no other of them, and below no path that has been replaced by a file."""
+    """Return the paths that are below no other of them, and below no path that has been replaced by a file."""
     covers = {*paths, *replaced}
     return [path for path in paths if not any(above in covers for above in folders_above(path))]
 
@@ -199,8 +198,8 @@ def folders_above(path: bytes) -> Iterator[bytes]:
 def mapped_inodes(uid: int) -> frozenset[int]:
     """Return the inodes of files that a process of this uid has mapped shared and writable.
 
-    The kernel shows the maps of a process to its own uid. So this process takes that uid as its effective one
-    meanwhile; its real uid stays root's, so the renter cannot signal it.
+    The kernel shows the maps of a process to its own uid, so that becomes the effective uid of this process meanwhile.
+    Its real uid stays root's, so the renter cannot signal it.
     """
     before = os.geteuid(), os.getegid()
     os.setegid(uid)

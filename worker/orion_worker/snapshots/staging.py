@@ -1,13 +1,13 @@
 """The staging tree: entries of a home that changed since its last snapshot, copied on the worker as they were at once.
 
-A scan lists every entry of a home with its inode, size, mode and times. The kernel sets the time of change of an inode
-(ctime) at each write, and no program can set it, so two scans tell what changed between them. Two kinds of files may
-change without a new ctime, and count as doubtful: one whose ctime is as young as the scan (the kernel's clock has a
-granularity), and one that a program has mapped for writing. A doubtful file is copied again, or its content compared.
+Two scans tell what changed between them, because the kernel sets an inode's time of change (ctime) at each write, and
+no program can set it. Two kinds of files may change without a new ctime, and count as doubtful: a file whose ctime is
+as young as the scan (the kernel's clock has a granularity), and a file that a program has mapped for writing. A
+doubtful file is copied again, or its content compared.
 
-Changed entries are copied into a tree outside the homes, which no renter reaches. The tree has the form that `rsync
---fake-super` writes: attributes of an entry hold its owner, mode and access list. So an unprivileged rsync with an
-account of its own can send the tree, and the renter can neither stop that rsync nor deny it a file.
+The tree is outside the homes, where no renter reaches it, in the form that `rsync --fake-super` writes: attributes of
+an entry hold its owner, mode and access list. So an unprivileged rsync with an account of its own can send the tree,
+and the renter can neither stop that rsync nor deny it a file.
 
 Root does everything here, and can open what the renter's modes forbid. So every step goes from an open directory to an
 entry in it without following a link, and the content of a file is read only after its owner has been checked.
@@ -38,13 +38,14 @@ LISTS = {"system.posix_acl_access": "user.rsync.%aacl", "system.posix_acl_defaul
 RESERVED = "user.rsync.%"
 """The prefix of attributes that rsync keeps for itself."""
 NAMES_SHOWN = 20
+SPECIAL = (stat.S_IFIFO, stat.S_IFSOCK)
 
 
 class StagingTree:
-    """Copies of entries of a home in a tree of their own, under the names that they have at home."""
+    """Copies of entries of a home in a tree of their own, under the same paths."""
 
     def __init__(self, home: int, place: Path, uid: int, sender: int) -> None:
-        """Make the tree anew at `place`, readable by the uid `sender`; `home` is the open home of the renter `uid`."""
+        """Make an empty tree at `place`, readable by the uid `sender`, for the open home of the renter `uid`."""
         self._home = home
         self._uid = uid
         self.sender = sender
@@ -57,12 +58,12 @@ class StagingTree:
         self.vanished: set[bytes] = set()
         """The paths of entries that were gone when they were to be copied."""
         self._times: dict[bytes, tuple[int, int]] = {}
-        """The times of the directories by path, set at the end: each entry that is made in one changes them."""
+        """The times of directories by path, set at the end, because each entry that is made in one changes them."""
         self._staged: set[bytes] = set()
         """The paths of the entries that were copied."""
         self._can_clone = True
         self._look: Callable[[], None] = lambda: None
-        """A function that is called between two parts of a file, and may raise."""
+        """The function that is called between two parts of a file, and may raise."""
         remove_tree(place)
         self.tree.mkdir(mode=0o700, parents=True)
         for made in (place, self.tree):
@@ -70,7 +71,6 @@ class StagingTree:
         self.top = os.open(self.tree, trees.OPEN_FOLDER)
 
     def remove(self) -> None:
-        """Remove the tree."""
         os.close(self.top)
         remove_tree(self.place)
 
@@ -90,8 +90,8 @@ class StagingTree:
         try:
             for each in sorted(entries, key=lambda one: one.path.split(b"/")):
                 look()
-                for noted in (self.missing, self.incomplete):
-                    noted.pop(each.path, None)
+                self.missing.pop(each.path, None)
+                self.incomplete.pop(each.path, None)
                 self.vanished.discard(each.path)
                 try:
                     copied += self._stage(each, chain, written)
@@ -104,11 +104,10 @@ class StagingTree:
                         problem = "the worker's disk has no room to stage the files that changed"
                         raise RequestRefused("no_room", problem) from error
                     else:
-                        self._cannot(each.path, error.strerror or str(error))
+                        self.missing[each.path] = error.strerror or str(error)
+                        self._clear_path(each.path)
         finally:
-            for _, in_home, in_tree in chain:
-                os.close(in_home)
-                os.close(in_tree)
+            _close_from(0, chain)
         return copied
 
     def keep_only(self, wanted: Collection[bytes]) -> None:
@@ -118,59 +117,54 @@ class StagingTree:
             self._clear_path(path)
         for path in sorted(self._times, key=len, reverse=True):
             with suppress(FileNotFoundError, NotADirectoryError):
-                os.utime(_relative(path), ns=self._times[path], dir_fd=self.top, follow_symlinks=False)
+                os.utime(path.removeprefix(b"./"), ns=self._times[path], dir_fd=self.top, follow_symlinks=False)
 
     def digest(self, path: bytes) -> str:
         """Return the SHA-256 of a copied file; empty for one that is too large to be compared."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        with suppress(OSError), opened(_relative(path), flags, self.top) as descriptor:
+        with suppress(OSError), opened(path.removeprefix(b"./"), flags, self.top) as descriptor:
             return digest(descriptor)
         return ""
 
     def _stage(self, each: HomeEntry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
-        parts = each.path.split(b"/")[1:]
+        """Copy one entry; return the bytes of a file. Raise OSError with the reason if it cannot be carried.
+
+        `chain`: the directories above the last entry, open in the home and in the tree. `written`: the path at which
+        each inode was copied.
+        """
         if len(each.path) > LONGEST_PATH:
-            self._cannot(each.path, "its path is too long")
+            raise OSError(errno.ENAMETOOLONG, "its path is too long")
+        if each.path == b".":
             return 0
-        if not parts:
-            return 0
-        in_home, in_tree = self._enter(parts[:-1], chain)
-        name = parts[-1]
+        *folders, name = each.path.split(b"/")[1:]
+        in_home, in_tree = self._enter(folders, chain)
         status = os.stat(name, dir_fd=in_home, follow_symlinks=False)
+        kind, copied = stat.S_IFMT(status.st_mode), 0
         if status.st_uid != self._uid:
-            self._cannot(each.path, "it belongs to somebody else")
-            return 0
-        if stat.S_ISDIR(status.st_mode):
+            raise OSError(errno.EPERM, "it belongs to somebody else")
+        if kind not in {stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, *SPECIAL}:
+            raise OSError(errno.ENOTSUP, "it is a device")
+        if kind == stat.S_IFDIR:
             self._stage_folder(each.path, name, in_home, in_tree)
             return 0
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or _is_special(status.st_mode)):
-            self._cannot(each.path, "it is a device")
-            return 0
         self._times.pop(each.path, None)
-        if status.st_ino in written:
-            self._link(each.path, name, in_tree, written[status.st_ino])
-            return 0
         self._staged.add(each.path)
-        if stat.S_ISLNK(status.st_mode):
+        if first := written.get(status.st_ino):
+            _clear(in_tree, name)
+            os.link(first.removeprefix(b"./"), name, src_dir_fd=self.top, dst_dir_fd=in_tree, follow_symlinks=False)
+        elif kind == stat.S_IFLNK:
             _make_link(os.readlink(name, dir_fd=in_home), name, in_tree, self.sender, status)
-            written[status.st_ino] = each.path
-            return 0
-        copied = self._stage_file(each.path, name, in_home, in_tree, status)
-        written[status.st_ino] = each.path
+        else:
+            copied = self._stage_file(each.path, name, in_home, in_tree, status)
+        written.setdefault(status.st_ino, each.path)
         return copied
 
     def _enter(self, folders: list[bytes], chain: list[tuple[bytes, int, int]]) -> tuple[int, int]:
-        """Open these directories in the home and in the tree, one below the other; return the last two.
-
-        `chain` holds those that are open already.
-        """
+        """Open these directories in the home and in the tree, one below the other; return the last two."""
         same = 0
         while same < min(len(chain), len(folders)) and chain[same][0] == folders[same]:
             same += 1
-        while len(chain) > same:
-            _, in_home, in_tree = chain.pop()
-            os.close(in_home)
-            os.close(in_tree)
+        _close_from(same, chain)
         for depth in range(same, len(folders)):
             in_home, in_tree = chain[-1][1:] if chain else (self._home, self.top)
             name = folders[depth]
@@ -194,7 +188,7 @@ class StagingTree:
             self._staged.add(path)
 
     def _stage_file(self, path: bytes, name: bytes, in_home: int, in_tree: int, expected: os.stat_result) -> int:
-        special = _is_special(expected.st_mode)
+        special = stat.S_IFMT(expected.st_mode) in SPECIAL
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_PATH if special else os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME)
         with opened(name, flags, in_home) as source:
             status = os.fstat(source)
@@ -256,21 +250,11 @@ class StagingTree:
         if stat.S_ISDIR(status.st_mode):
             self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
 
-    def _link(self, path: bytes, name: bytes, in_tree: int, first: bytes) -> None:
-        """Make the path another name of the file that was copied under the path `first`."""
-        _clear(in_tree, name)
-        os.link(_relative(first), name, src_dir_fd=self.top, dst_dir_fd=in_tree, follow_symlinks=False)
-        self._staged.add(path)
-
-    def _cannot(self, path: bytes, why: str) -> None:
-        self.missing[path] = why
-        self._clear_path(path)
-
     def _clear_path(self, path: bytes) -> None:
         """Remove an entry from the tree, with all below it."""
         self._staged.discard(path)
         self._times.pop(path, None)
-        folder, _, name = _relative(path).rpartition(b"/")
+        folder, _, name = path.removeprefix(b"./").rpartition(b"/")
         with suppress(OSError), opened(folder or b".", trees.OPEN_FOLDER, self.top) as parent:
             _clear(parent, name)
 
@@ -301,12 +285,10 @@ def access_list(kept: bytes, default: bool = False) -> bytes:
     return struct.pack("<4I", *base.values()) + b"".join(struct.pack("<2I", *pair) for pair in named)
 
 
-def _is_special(mode: int) -> bool:
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _relative(path: bytes) -> bytes:
-    return path[2:] if path.startswith(b"./") else path
+def _close_from(depth: int, chain: list[tuple[bytes, int, int]]) -> None:
+    while len(chain) > depth:
+        for descriptor in chain.pop()[1:]:
+            os.close(descriptor)
 
 
 def _make_folder(name: bytes, in_tree: int) -> bool:

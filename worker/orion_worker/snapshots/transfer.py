@@ -2,25 +2,20 @@
 
 One line of JSON comes in and one goes out; then an rsync takes over the connection, which is never root.
 
-`send` makes a snapshot of a home: a state that existed at one moment. The manager names the snapshot that it has, by
-its mark; only entries that changed since then are sent. The order of the steps:
+`send` makes a snapshot of a home, a state that existed at one moment. The manager names the snapshot that it has by its
+mark, and only entries that changed since then are sent. The order of the steps:
 1. Scan the home while its programs run, and stage what changed (snapshots/staging.py); repeat while that helps.
 2. Take the rental's lock, stop its programs, scan once more, stage what changed since step 1, resume the programs.
    Where that takes longer than the manager allows, resume and refuse; where it is expected to, refuse before.
 3. Write the scan as the manifest of the new snapshot, answer, and send the staging tree.
-Where nothing changed, nothing is stopped. A rental that is frozen already is scanned in step 2 alone, and is neither
-stopped nor resumed. A process that dies between stop and resume leaves a mark, and the fence resumes the rental after
-PAUSE_ENDS_S.
+If nothing changed, nothing is stopped. A rental that is frozen already is scanned in step 2 alone, and is neither
+stopped nor resumed. The fence resumes a rental whose snapshot died between stop and resume (PAUSE_ENDS_S).
 
-Nothing of a transfer outlives its deadline, even if a part of it is stopped: at the deadline rsync is killed with all
-that it has started, and TIDIES_S later root's own process. rsync also ends when root's process ends before it.
-
-`salvage` (the released name) recovers a home of a lost epoch, before that is purged: the same as `send`, but the
-rental's processes are ended first.
-
-`receive` fills a home, under the renter's own uid. It holds the rental's lock until it ends, so the rental is neither
-activated nor purged while files still arrive. It never fills a home that was activated at this epoch: such a home is
-newer than any snapshot.
+At the deadline rsync is killed with all that it has started, and TIDIES_S later root's own process, even if a part of
+them is stopped. `salvage` (the released name) recovers a home of a lost epoch before it is purged: it is the same as
+`send`, but first ends the rental's processes. `receive` fills a home under the renter's own uid. It holds the rental's
+lock until it ends, so the rental is neither activated nor purged while files arrive, and it never fills a home that was
+activated at this epoch: such a home is newer than any snapshot.
 """
 
 from __future__ import annotations
@@ -78,8 +73,7 @@ ARGUMENTS = {
 }
 """The arguments of rsync: to send changes, to send a whole home, to fill a home, and to bring one up to date.
 
-They are fixed and never come from the other side, whose rsync has the matching options of the manager's
-snapshots/transfer.py.
+They never come from the other side, whose rsync has the matching options of the manager's snapshots/transfer.py.
 """
 TRANSFERS = ("send", "salvage", "receive")
 ACCOUNT_WITHIN_S = 1.0
@@ -96,15 +90,12 @@ NO_NEW_PRIVILEGES = 38
 
 
 def sender_uid(uid: int) -> int:
-    """Return the uid that sends a rental's files. It does nothing else, and the renter cannot signal its processes."""
+    """Return the uid that sends a rental's files and does nothing else. The renter cannot signal its processes."""
     return uid + FIRST_SENDER
 
 
 def run_transfer(direction: str, operations: RentalOperations, staging_root: Path, homes: Path) -> int:
-    """Do one transfer over standard input and output; return the exit status.
-
-    `staging_root`: the directory in which files are staged. `homes`: the directory of the homes.
-    """
+    """Do one transfer over standard input and output, for a home in `homes`; return the exit status."""
     try:
         line, requested_at = _read_line(), time.monotonic()
         request = parse_request(line, time.time())
@@ -174,7 +165,7 @@ def _send(
             if not request.for_migration:
                 os.nice(NICENESS)
             snapshot = SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at)
-            report = make_snapshot(operations, record, snapshot)
+            report = make_snapshot(snapshot)
             _answer(0, {"ok": True} | report)
             if report["same"]:
                 return 0
@@ -184,15 +175,14 @@ def _send(
 
 
 def _lock_of(staging_root: Path, rental_id: str) -> IO[str]:
-    """Return the open file whose lock each transfer that stages files holds; the file has its process number."""
+    """Return the open file whose lock each transfer that stages files holds. The file holds its process number."""
     return os.fdopen(open_lock(staging_root / f".{rental_id}"), "r+")
 
 
 def remove_staging(staging_root: Path, rental_id: str) -> None:
-    """Remove the staging tree of a purged rental, and end its transfer if there is one. No other transfer can begin.
+    """Remove the staging tree of a purged rental, after ending its transfer. Raise RequestRefused if it does not end.
 
-    Two processes that remove one tree at a time leave parts of it behind (seen), so the transfer is ended first. Raise
-    RequestRefused if it does not end.
+    Two processes that remove one tree at a time leave parts of it behind. No other transfer can begin after a purge.
     """
     if not staging_root.is_dir():
         return
@@ -208,23 +198,20 @@ def remove_staging(staging_root: Path, rental_id: str) -> None:
         (staging_root / f".{rental_id}").unlink(missing_ok=True)
 
 
-def make_snapshot(operations: RentalOperations, record: RentalRecord, snapshot: SnapshotMaker) -> dict[str, Any]:
+def make_snapshot(snapshot: SnapshotMaker) -> dict[str, Any]:
     """Make the snapshot and return the report for the manager. Freeze a running rental whose home is over the limit."""
     try:
         return snapshot.make()
     except RequestRefused as refusal:
         if refusal.code != "over_limit" or not snapshot.is_scheduled:
             raise
-        frozen = operations.freeze_over_limit(record, str(refusal))
+        frozen = snapshot.operations.freeze_over_limit(snapshot.record, str(refusal))
         details = {"held": frozen}  # the released name
         raise RequestRefused("over_limit", f"{refusal}; {WAY_OUT if frozen else SPARED}", details) from refusal
 
 
 def await_account(records: RentalRecords, request: TransferRequest) -> None:
-    """Wait up to ACCOUNT_WITHIN_S for the account: a request to fill a home may come just before that is made.
-
-    Whether the home may be filled is checked afterwards.
-    """
+    """Wait up to ACCOUNT_WITHIN_S for an account that is being made. The caller checks that its home may be filled."""
     deadline = time.monotonic() + ACCOUNT_WITHIN_S
     while records.purged_epoch(request.rental_id) < request.epoch and time.monotonic() < deadline:
         record = records.find(request.rental_id)
@@ -250,10 +237,7 @@ def record_for(direction: str, records: RentalRecords, request: TransferRequest)
 
 
 def open_home(home: Path, uid: int) -> int:
-    """Make a home the current directory and return it opened.
-
-    Raise RequestRefused if it is not a directory of the renter's own.
-    """
+    """Make a home the current directory and return it opened. Raise RequestRefused if it is not the renter's."""
     try:
         folder = os.open(home, trees.OPEN_FOLDER)
     except OSError as error:
@@ -295,11 +279,11 @@ def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
 
 
 def _await_rsync(child: int, deadline: float) -> None:
-    """Wait for the end of rsync or its deadline; write one byte for each second in which rsync used the processor.
+    """Wait for the end of rsync or its deadline; write a byte for each second in which rsync used the processor.
 
-    The other side gives up a transfer in which nothing moves, and rsync may read gigabytes to find that hardly anything
-    has changed. The byte goes to standard error, because standard output is rsync's. Where standard error is full, the
-    byte is left out, so that this process never waits to write it.
+    The other side gives up a transfer in which nothing moves, but rsync may read gigabytes to find that hardly anything
+    has changed. The byte goes to standard error, because standard output is rsync's, and is left out if that is full,
+    so that this process never waits to write it.
     """
     used = 0
     while (left_s := deadline - time.time()) > 0 and not has_ended(child, min(1.0, left_s)):
@@ -310,7 +294,7 @@ def _await_rsync(child: int, deadline: float) -> None:
 
 
 def _read_line() -> bytes:
-    """Read a line from standard input byte by byte: the bytes behind it are rsync's. Raise ValueError if it is cut."""
+    """Read a line from standard input byte by byte: the bytes after it are rsync's. Raise ValueError if it is cut."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)

@@ -35,11 +35,11 @@ class Lifetime:
         self._check(self._client.fileno() in ready)
         return descriptor in ready
 
-    def events(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return the next events of a selector, after `register` has added the client to it."""
-        found = selector.select(max(0.0, min(self.left_s, 1.0)))
-        self._check(any(key.fileobj is self._client for key, _ in found))
-        return [(key, ready) for key, ready in found if key.fileobj is not self._client]
+    def ready_keys(self, selector: selectors.BaseSelector) -> list[selectors.SelectorKey]:
+        """Wait for a second at most; return the keys that are ready. `register` must have added the client before."""
+        found = [key for key, _ in selector.select(max(0.0, min(self.left_s, 1.0)))]
+        self._check(any(key.fileobj is self._client for key in found))
+        return found
 
     def register(self, selector: selectors.BaseSelector) -> None:
         selector.register(self._client, selectors.EVENT_READ)

@@ -189,17 +189,21 @@ class Transfer:
         worker.stdin.close()
         self.lifetime.register(self._selector)
         self._open = {rsync.stdout.fileno(), rsync.stderr.fileno()}
-        self._register(rsync.stdout.fileno(), self._read_output)
-        self._register(rsync.stderr.fileno(), self._read_errors)
-        self._register(worker.stderr.fileno(), self._read_worker_errors)
+        for descriptor, take in (
+            (rsync.stdout.fileno(), self._read_output),
+            (rsync.stderr.fileno(), self._read_errors),
+            (worker.stderr.fileno(), self._read_worker_errors),
+        ):
+            os.set_blocking(descriptor, False)
+            self._selector.register(descriptor, selectors.EVENT_READ, take)
         for stream in (inward, outward):
             os.set_blocking(stream.source, False)
             os.set_blocking(stream.target, False)
             self._update_events(stream)
         looked_at, idle = time.monotonic(), StallClock(self.stalled_s)
         while self._open:
-            for key, ready in self.lifetime.events(self._selector):
-                key.data(key.fd, ready)
+            for key in self.lifetime.ready_keys(self._selector):
+                key.data(key.fd)
             if inward.done or not self._open:
                 control.close()  # this ends the bridge, which is rsync's remote shell
                 if not outward.done:
@@ -211,10 +215,6 @@ class Transfer:
                 done = inward.moved + outward.moved + self._worker_error_bytes + ticks(rsync.pid)
                 if idle.is_too_long(done, looked_at):
                     raise SnapshotError("stalled", f"nothing of its files has come or gone for {self.stalled_s:.0f} s")
-
-    def _register(self, descriptor: int, take: Callable[[int, int], None]) -> None:
-        os.set_blocking(descriptor, False)
-        self._selector.register(descriptor, selectors.EVENT_READ, take)
 
     def _update_events(self, stream: ByteStream) -> None:
         """Register what the stream waits for: its source to be readable, its target to be writable, or both."""
@@ -233,7 +233,7 @@ class Transfer:
             if stream.closes_source:
                 os.close(stream.source)
 
-    def _move(self, stream: ByteStream, descriptor: int, _ready: int) -> None:
+    def _move(self, stream: ByteStream, descriptor: int) -> None:
         try:
             if descriptor == stream.source:
                 part = os.read(stream.source, BUFFER_BYTES)
@@ -247,13 +247,13 @@ class Transfer:
                 del stream.waiting[:written]
         except BlockingIOError:
             return
-        except OSError:  # the other end is gone; rsync or ssh will report why
+        except OSError:  # the other end is gone, and rsync or ssh reports why
             stream.end()
         if stream.carried > stream.most:
             raise SnapshotError("over_limit", "more was sent than a copy may hold")
         self._update_events(stream)
 
-    def _read_output(self, descriptor: int, _ready: int) -> None:
+    def _read_output(self, descriptor: int) -> None:
         *lines, rest = (self._line + self._part(descriptor)).split(b"\n")
         self._line = bytearray(rest[-MAX_TEXT_BYTES:])
         for line in lines:
@@ -262,11 +262,11 @@ class Transfer:
         if len(self._result.names) > self.most_items:
             raise SnapshotError("over_limit", "more files were sent than a copy may hold")
 
-    def _read_errors(self, descriptor: int, _ready: int) -> None:
+    def _read_errors(self, descriptor: int) -> None:
         self._errors += self._part(descriptor)
         del self._errors[MAX_TEXT_BYTES:]
 
-    def _read_worker_errors(self, descriptor: int, _ready: int) -> None:
+    def _read_worker_errors(self, descriptor: int) -> None:
         """Read the stderr of ssh and of the worker's programs, so that they never block. Only its length is used."""
         self._worker_error_bytes += len(self._part(descriptor))
 
