@@ -27,7 +27,6 @@ from pathlib import Path
 from orion_worker.records import RequestRefused
 from orion_worker.snapshots.scan import CHUNK, HomeEntry, digest, folders_above, opened
 from orion_worker.system import trees
-from orion_worker.system.trees import remove_tree
 
 LONGEST_PATH = 4000
 """Bytes of the longest path that rsync carries."""
@@ -64,7 +63,7 @@ class StagingTree:
         self._can_clone = True
         self._look: Callable[[], None] = lambda: None
         """The function that is called between two parts of a file, and may raise."""
-        remove_tree(place)
+        trees.remove_tree(place)
         self.tree.mkdir(mode=0o700, parents=True)
         for made in (place, self.tree):
             os.chown(made, sender, sender)
@@ -72,7 +71,7 @@ class StagingTree:
 
     def remove(self) -> None:
         os.close(self.top)
-        remove_tree(self.place)
+        trees.remove_tree(self.place)
 
     def write_list(self, paths: Iterable[bytes]) -> None:
         """Write the list of paths that rsync sends; a path that is not in the tree is removed on the other side."""

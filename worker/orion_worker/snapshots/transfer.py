@@ -46,18 +46,8 @@ from orion_worker.snapshots.manifests import Manifest
 from orion_worker.snapshots.requests import MAX_REQUEST_BYTES, TransferRequest, parse_request
 from orion_worker.snapshots.scan import racy_entries, restore_modes, scan
 from orion_worker.snapshots.staging import StagingTree
-from orion_worker.system import trees
+from orion_worker.system import processes, trees
 from orion_worker.system.locks import got_lock, open_lock
-from orion_worker.system.processes import (
-    FIRST_SENDER,
-    be_killed_after,
-    begin_child,
-    die_with,
-    has_ended,
-    kill_group,
-    ticks,
-)
-from orion_worker.system.trees import remove_tree
 
 RSYNC = "/usr/bin/rsync"
 _SEND = ("--server", "--sender")
@@ -91,7 +81,7 @@ NO_NEW_PRIVILEGES = 38
 
 def sender_uid(uid: int) -> int:
     """Return the uid that sends a rental's files and does nothing else. The renter cannot signal its processes."""
-    return uid + FIRST_SENDER
+    return uid + processes.FIRST_SENDER
 
 
 def run_transfer(direction: str, operations: RentalOperations, staging_root: Path, homes: Path) -> int:
@@ -99,7 +89,7 @@ def run_transfer(direction: str, operations: RentalOperations, staging_root: Pat
     try:
         line, requested_at = _read_line(), time.monotonic()
         request = parse_request(line, time.time())
-        be_killed_after(request.deadline - time.time() + TIDIES_S)
+        processes.be_killed_after(request.deadline - time.time() + TIDIES_S)
         if direction == "receive":
             return _receive(operations, request, homes)
         return _send(direction, operations, request, staging_root, homes, requested_at)
@@ -194,7 +184,7 @@ def remove_staging(staging_root: Path, rental_id: str) -> None:
                 os.kill(int(alone.read()), signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise RequestRefused("busy", "a transfer of its files does not end")
-        remove_tree(staging_root / rental_id)
+        trees.remove_tree(staging_root / rental_id)
         (staging_root / f".{rental_id}").unlink(missing_ok=True)
 
 
@@ -267,14 +257,14 @@ def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
         if gently:
             os.nice(NICENESS)
         drop_privileges(uid)
-        die_with(parent)
+        processes.die_with(parent)
         os.execve(RSYNC, ("rsync", *ARGUMENTS[kind]), {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})  # noqa: S606
 
-    child = begin_child(be_rsync)
+    child = processes.begin_child(be_rsync)
     try:
         _await_rsync(child, deadline)
     finally:
-        status = kill_group(child)
+        status = processes.kill_group(child)
     return status & 0xFF
 
 
@@ -286,8 +276,8 @@ def _await_rsync(child: int, deadline: float) -> None:
     so that this process never waits to write it.
     """
     used = 0
-    while (left_s := deadline - time.time()) > 0 and not has_ended(child, min(1.0, left_s)):
-        before, used = used, ticks(child)
+    while (left_s := deadline - time.time()) > 0 and not processes.has_ended(child, min(1.0, left_s)):
+        before, used = used, processes.ticks(child)
         if used != before and select.select([], [2], [], 0)[1]:
             with suppress(OSError):
                 os.write(2, b".")

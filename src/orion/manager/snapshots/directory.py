@@ -7,8 +7,8 @@
     E-N/about.json     its time, sizes, missing files and mark, and the snapshot that it was made from
     E-N/changes        the paths that differ from the snapshot that it was made from, each followed by a zero byte
 
-One rename makes a snapshot complete, after all of it was written to the disk, so that a crash leaves the whole snapshot
-or none. Unchanged files are hard links to the snapshot before. A mark names one state of a home, also on the worker.
+One rename makes a snapshot complete, after all of it was written to the disk, so a crash leaves all of it or nothing.
+Unchanged files are hard links to the snapshot before. A mark names one state of a home, also on the worker.
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ class NewSnapshot:
 
 def found(folder: Path) -> list[Snapshot]:
     """Return the complete snapshots, oldest first."""
-    copies = [_about(place) for place in folder.iterdir() if SnapshotId.parse(place.name)]
-    return sorted((copy for copy in copies if copy), key=lambda copy: copy.generation)
+    complete = []
+    for place in folder.iterdir():
+        if SnapshotId.parse(place.name):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                complete.append(read(_read(place) | {"generation": place.name}))
+    return sorted(complete, key=lambda copy: copy.generation)
 
 
 def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
@@ -59,20 +63,19 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     """
     complete = found(folder)
     base = base_of(complete, epoch, salvage)
-    _sweep(folder, complete, str(base.generation) if base else "")
+    name = str(base.generation) if base else ""
+    _sweep(folder, complete, name)
     (folder / INCOMING).mkdir(mode=0o700)
-    if base is None:
-        return {"generation": "", "mark": "", "same_epoch": False, "folders": {}, "prepared": False}
-    about = _read(folder / str(base.generation))
+    about = _read(folder / name) if base else {}
     return {
-        "generation": str(base.generation), "mark": str(about.get("mark", "")),
-        "same_epoch": base.generation.epoch == epoch, "folders": about.get("folders", {}),
-        "prepared": (folder / f"{NEXT}{base.generation}").exists(),
+        "generation": name, "mark": str(about.get("mark", "")), "folders": about.get("folders", {}),
+        "same_epoch": base is not None and base.generation.epoch == epoch,
+        "prepared": base is not None and (folder / f"{NEXT}{name}").exists(),
     }  # fmt: skip
 
 
 def prepare(folder: Path, generation: str) -> None:
-    """Do in advance, for a snapshot that has this base, the work that grows with the number of files."""
+    """Do the work that grows with the number of files in advance, for a snapshot that has this base."""
     _sweep(folder, found(folder), generation)
     prepared = folder / f"{NEXT}{generation}"
     if not prepared.exists():
@@ -117,7 +120,8 @@ def describe(
     generation = SnapshotId(epoch, next_number([each.generation for each in found(folder)], epoch))
     about = asdict(made) | {"generation": str(generation), "bytes": size, "files": files}
     about |= {"base": "", "made_from": base, "whole": whole, "own": own}
-    if base and changed is not None and all(_is_inside(path) for path in changed):
+    inside = (not path.startswith(b"/") and b".." not in path.split(b"/") for path in changed or ())
+    if base and changed is not None and all(inside):
         about["base"] = base
         (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))
     _write(folder / INCOMING, about)
@@ -175,7 +179,7 @@ def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
 
 
 def remove(folder: Path, pattern: str) -> None:
-    """Remove all whose names match a shell pattern."""
+    """Remove everything in the directory whose name matches a shell pattern."""
     for place in folder.glob(pattern):
         _remove(place)
 
@@ -211,17 +215,6 @@ def _taken(abouts: Mapping[str, Mapping[str, Any]], staying: Collection[str]) ->
         part = "own" if about.get("made_from") in staying else "whole"
         total = total.plus(Usage(*about.get(part, (about["files"], about["bytes"]))))
     return total
-
-
-def _is_inside(path: bytes) -> bool:
-    return not path.startswith(b"/") and b".." not in path.split(b"/")
-
-
-def _about(place: Path) -> Snapshot | None:
-    try:
-        return read(_read(place) | {"generation": place.name})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 def _read(place: Path) -> dict[str, Any]:

@@ -26,16 +26,7 @@ from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import NO_BASE, NO_SUCH_SNAPSHOT, SnapshotError
 from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest, written
 from orion.manager.snapshots.rental_process import kill_all_of, run_as
-from orion.manager.snapshots.transfer import (
-    LISTS_BYTES,
-    LISTS_BYTES_A_FILE,
-    LONG_STALL_S,
-    OPTIONS,
-    STALL_S,
-    RsyncResult,
-    Transfer,
-    checked,
-)
+from orion.manager.snapshots.transfer import LONG_STALL_S, OPTIONS, STALL_S, RsyncResult, Transfer, checked
 from orion.manager.snapshots.worker_command import SnapshotAnswer, WorkerCommand
 from orion.manager.ssh.options import worker_ssh
 
@@ -195,32 +186,29 @@ class SnapshotJob:
         before = (f"--link-dest={self._folder / base / 'home'}",) if answer.whole and base else ()
         listing = ("-ii", "--out-format=%i %n", "--info=nonreg0")
         target = f"{self._folder / directory.INCOMING / 'home'}/"
-        # rsync lists removed entries too, so each entry may be listed twice.
-        lists = LISTS_BYTES + LISTS_BYTES_A_FILE * request.max_files
-        most = request.max_bytes + lists, 2 * request.max_files + 2
+        limits = request.max_files, request.max_bytes
         stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.SALVAGE else STALL_S
         low_priority = not request.for_migration
-        transfer = Transfer(worker, request.uid, self._lifetime, *most, low_priority, stalled_s)
+        transfer = Transfer(worker, request.uid, self._lifetime, *limits, low_priority, stalled_s)
         arguments = (*OPTIONS[kind], *before, *listing, "worker:.", target)
-        return checked(transfer.run(arguments, self._room.check_disk, request.max_bytes, True), "receiver")
+        return checked(transfer.run(arguments, self._room.check_disk, answer_was_read=True), "receiver")
 
     def _restore(self) -> SnapshotReply:
-        complete = self._found()
-        newest = next((each["generation"] for each in reversed(complete) if not each["salvage"]), "")
+        complete = {each["generation"]: each for each in self._found()}
+        newest = next((name for name, each in reversed(complete.items()) if not each["salvage"]), "")
         wanted = self._request.generation or newest
         if not complete or not wanted:
             return SnapshotReply(ok=True)
-        copy = next((each for each in complete if each["generation"] == wanted), None)
-        if copy is None:
-            there = ", ".join(each["generation"] for each in complete)
-            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}; there are {there}")
+        if wanted not in complete:
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}; there are {', '.join(complete)}")
         result = self._fill(wanted)
         if self._request.precopy:
             with suppress(SnapshotError):  # the home is filled; the next snapshot makes up for what was not prepared
                 self._as_rental(lambda: directory.prepare(self._folder, wanted))
         else:
             self._leftovers = f"{directory.OLD}*"
-        return SnapshotReply(ok=True, done=copy | {"skipped": [*copy["skipped"], *result.skipped()]}, copies=complete)
+        done = complete[wanted] | {"skipped": [*complete[wanted]["skipped"], *result.skipped()]}
+        return SnapshotReply(ok=True, done=done, copies=list(complete.values()))
 
     def _fill(self, wanted: str) -> RsyncResult:
         """Fill the home with a snapshot. If the home holds the previous one, send only what has changed since."""
@@ -238,9 +226,8 @@ class SnapshotJob:
     def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> RsyncResult:
         source = f"{self._folder / wanted / 'home'}/"
         with self._worker_command("receive", generation=wanted, **marks) as worker:
-            transfer = Transfer(worker, self._request.uid, self._lifetime, LISTS_BYTES, float("inf"))
-            arguments = (*OPTIONS[kind], *more, source, "worker:.")
-            return checked(transfer.run(arguments, lambda: None), "sender")
+            transfer = Transfer(worker, self._request.uid, self._lifetime)
+            return checked(transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None), "sender")
 
     def _connect(self) -> SnapshotReply:
         """Open a connection to the worker, which stays open for the next job (ControlPersist)."""

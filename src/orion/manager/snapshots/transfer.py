@@ -130,8 +130,9 @@ class Transfer:
     worker: WorkerCommand
     uid: int
     lifetime: Lifetime
-    most_bytes: float
-    most_items: float
+    max_files: int = 0
+    max_bytes: int = 0
+    """The limit of a received snapshot in bytes; 0 if the home of a rental is filled."""
     low_priority: bool = False
     stalled_s: float = STALL_S
     """Seconds without progress after which the transfer is given up."""
@@ -145,11 +146,7 @@ class Transfer:
     """Bytes of the worker's stderr: it writes a line in each second in which its rsync works."""
 
     def run(
-        self,
-        arguments: Sequence[str],
-        check_disk: Callable[[], None],
-        largest_file: int | None = None,
-        answer_was_read: bool = False,
+        self, arguments: Sequence[str], check_disk: Callable[[], None], answer_was_read: bool = False
     ) -> RsyncResult:
         """Run rsync with these arguments, paths last. `check_disk` is called about once a second, and may raise.
 
@@ -161,7 +158,7 @@ class Transfer:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
             user=self.uid, group=self.uid, extra_groups=[], start_new_session=True,
-            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self.low_priority),  # noqa: PLW1509 - one thread
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, self.max_bytes, self.low_priority),  # noqa: PLW1509 - one thread
         )  # fmt: skip
         theirs.close()
         try:
@@ -184,7 +181,8 @@ class Transfer:
         assert worker.stdin and worker.stdout and worker.stderr and rsync.stdout and rsync.stderr  # noqa: S101, PT018
         self.lifetime.wait_for(control.fileno())
         from_rsync, to_rsync = _receive_pipe_ends(control)
-        inward = ByteStream(worker.stdout.fileno(), to_rsync, self.most_bytes)
+        most = self.max_bytes + LISTS_BYTES + LISTS_BYTES_A_FILE * self.max_files
+        inward = ByteStream(worker.stdout.fileno(), to_rsync, most)
         outward = ByteStream(from_rsync, os.dup(worker.stdin.fileno()), float("inf"), closes_source=True)
         worker.stdin.close()
         self.lifetime.register(self._selector)
@@ -259,7 +257,7 @@ class Transfer:
         for line in lines:
             if item := _ITEM.fullmatch(line):
                 self._result.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
-        if len(self._result.names) > self.most_items:
+        if len(self._result.names) > 2 * self.max_files + 2:  # rsync lists removed entries too, so each one twice
             raise SnapshotError("over_limit", "more files were sent than a copy may hold")
 
     def _read_errors(self, descriptor: int) -> None:
@@ -317,12 +315,12 @@ def _receive_pipe_ends(control: socket.socket) -> list[int]:
     return descriptors
 
 
-def _confine(largest_file: int | None, low_priority: bool) -> None:
-    """Set the limits of rsync. This runs in the child before exec."""
+def _confine(largest_file: int, low_priority: bool) -> None:
+    """Set the limits of rsync; `largest_file` 0: files of any size. This runs in the child before exec."""
     if low_priority:
         os.nice(NICENESS)
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_NOFILE: 256}
-    if largest_file is not None:
+    if largest_file:
         limits[resource.RLIMIT_FSIZE] = largest_file
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))

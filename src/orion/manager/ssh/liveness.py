@@ -2,22 +2,21 @@
 
 What ends the connection, and what follows:
 
-* The container was killed. Its kernel closes the connection (FIN or RST), and nothing answers there any more: attempts
-  to connect get no answer, after perhaps one refusal during the teardown. That is the proof of death.
+* The container was killed. Its kernel closes the connection (FIN or RST), and nothing answers at its address any more,
+  after perhaps one refusal during the teardown. That is the proof of death.
 * sshd, or its process for this connection, was killed or restarted (a renter who uses all memory can cause that). The
-  connection is closed too, but the port still answers, if only by refusals, and a new connection is made.
-* The network was cut (docker network disconnect, a firewall that drops). Nothing arrives, so there is no end and no
-  proof, and the lease decides. The refusals of a firewall that rejects are no proof either. The manager never causes
-  such an end itself: it sends no keep-alive and never sends first, so no other kernel has anything to answer with RST.
+  port still answers, if only by refusals, and a new connection is made.
+* The network was cut. Nothing arrives, so there is no end and no proof, and the lease decides. The refusals of a
+  firewall are no proof either. The manager never causes such an end itself: it sends no keep-alive and never sends
+  first, so no other kernel has anything to answer with RST.
 * A process was stopped (SIGSTOP, docker pause). Its kernel still accepts connections: no end, no proof.
-* The manager itself is cut off or late. Then its attempts fail locally or come too late. That is not silence of the
-  worker, and the time starts again.
+* The manager itself is cut off or late, so its attempts fail locally or come too late. Then the time starts again.
 * The connection was closed and *then* the network was cut. That looks like a death, but the worker lives. Its agent has
   seen the same end (orion_worker/rpc/liveness.py). If a call that it sent at least 0.25 s later was acknowledged, the
   manager has heard it since the end, which voids the proof (domain/health.py). If no call was, all its rentals are
   frozen 1 s after the end, half a second before the proof is complete.
-* Another machine answers at the address, with another host key, so the worker has lost the address. It may be alive
-  and cut off, so this counts as a proof only after a real end, and after the same time.
+* Another machine answers at the address, with another host key. The worker may be alive and cut off, so this counts as
+  a proof only after a real end, and after the same time.
 * The same machine answers with another boot id: its container was restarted. Its processes are dead, but its files are
   there. It registers by itself and keeps its rentals, so nothing is taken over.
 
@@ -42,17 +41,17 @@ from orion.manager.ssh.port import End, Host, Sign
 from orion.manager.ssh.reach import SshReach
 
 COMMAND = "orion-watched"
-"""On the worker: orion_worker/rpc/liveness.py."""
+"""The program on the worker: orion_worker/rpc/liveness.py."""
 LAST_MESSAGE = b"end\n"
 MAX_BOOT_ID_BYTES = 100
-"""The most bytes of a boot id. No more is read, because another machine may answer at the address."""
+"""Bytes of a boot id that are read at most, because another machine may answer at the address."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
-"""Seconds without an answer after the end that prove a death. They exceed the agent's LIVENESS_GRACE_S
-(orion_worker/agent/decisions.py) by the time that it takes to stop a renter's processes."""
+"""Seconds without an answer after the end that prove a death: the agent's LIVENESS_GRACE_S
+(orion_worker/agent/decisions.py), and the time that it takes to stop a renter's processes."""
 ATTEMPT_EVERY_S = 0.25
 LATE_S = 0.25
-"""Seconds by which a pause may be longer than planned. After a longer one, the manager was late."""
+"""Seconds by which a pause may be longer than planned. After a longer pause, the manager was late."""
 PROBE_AT_MOST_S = 15.0
 CHANNEL_S = 0.1
 LAST_MESSAGE_TIMEOUT_S = 2.0
@@ -147,7 +146,7 @@ class SshLiveness:
             channel = found
 
     async def _until_closed(self, channel: _Channel) -> Exception | None:
-        """Return what ended the connection; None if the manager did, because the program ended or sent too much."""
+        """Return what ended the connection; None if the manager ended it, because the program ended or sent more."""
         speaking = asyncio.ensure_future(channel.process.stdout.read(1))
         try:
             await asyncio.wait((channel.lost, speaking), return_when=asyncio.FIRST_COMPLETED)
