@@ -339,13 +339,12 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     monkeypatch.setattr(maker, "_processor_s", lambda: used[0])
     keep = StagingTree.stage
 
-    def slowly(staging_tree: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> int:
-        copied = keep(staging_tree, entries, look)
+    def slowly(staging_tree: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> None:
+        keep(staging_tree, entries, look)
         if not bench.operations.freezer.paused:
             used[0] += 30.0
             for number in range(written):
                 (bench.home / f"m{number}").write_text("y")
-        return copied
 
     monkeypatch.setattr(StagingTree, "stage", slowly)
     for number in range(200):

@@ -45,13 +45,11 @@ class Scan:
 
 @dataclass(frozen=True)
 class HomeEntry:
-    """An entry of a home as a scan found it."""
+    """An entry of a home as a scan found it: `size` in bytes, its ctime `changed_at` in Unix seconds."""
 
     inode: int
     size: int
-    """Bytes."""
     changed_at: float
-    """The ctime, in Unix seconds."""
     kind: bytes
     """The letter of find's %y: f, d, l, p, s, b or c."""
     path: bytes

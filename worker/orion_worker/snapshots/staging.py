@@ -79,11 +79,10 @@ class StagingTree:
             file.write(b"\0".join(paths))
             os.fchown(file.fileno(), self.sender, self.sender)
 
-    def stage(self, entries: Iterable[HomeEntry], look: Callable[[], None]) -> int:
-        """Copy these entries as they are now, over earlier copies; return the bytes of the files. `look` may raise."""
+    def stage(self, entries: Iterable[HomeEntry], look: Callable[[], None]) -> None:
+        """Copy these entries as they are now, over earlier copies. `look` is called in between, and may raise."""
         self._attributes(self._home, self.top, os.fstat(self._home), b".")
         self._look = look
-        copied = 0
         chain: list[tuple[bytes, int, int]] = []
         written: dict[int, bytes] = {}
         try:
@@ -93,7 +92,7 @@ class StagingTree:
                 self.incomplete.pop(each.path, None)
                 self.vanished.discard(each.path)
                 try:
-                    copied += self._stage(each, chain, written)
+                    self._stage(each.path, chain, written)
                 except (FileNotFoundError, NotADirectoryError):
                     self.vanished.add(each.path)
                 except OSError as error:
@@ -107,7 +106,6 @@ class StagingTree:
                         self._clear_path(each.path)
         finally:
             _close_from(0, chain)
-        return copied
 
     def keep_only(self, wanted: Collection[bytes]) -> None:
         """Leave in the tree only these paths and the directories above them, with their times in the home."""
@@ -125,38 +123,37 @@ class StagingTree:
             return digest(descriptor)
         return ""
 
-    def _stage(self, each: HomeEntry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
-        """Copy one entry; return the bytes of a file. Raise OSError with the reason if it cannot be carried.
+    def _stage(self, path: bytes, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> None:
+        """Copy one entry. Raise OSError with the reason if it cannot be carried.
 
         `chain`: the directories above the last entry, open in the home and in the tree. `written`: the path at which
         each inode was copied.
         """
-        if len(each.path) > LONGEST_PATH:
+        if len(path) > LONGEST_PATH:
             raise OSError(errno.ENAMETOOLONG, "its path is too long")
-        if each.path == b".":
-            return 0
-        *folders, name = each.path.split(b"/")[1:]
+        if path == b".":
+            return
+        *folders, name = path.split(b"/")[1:]
         in_home, in_tree = self._enter(folders, chain)
         status = os.stat(name, dir_fd=in_home, follow_symlinks=False)
-        kind, copied = stat.S_IFMT(status.st_mode), 0
+        kind = stat.S_IFMT(status.st_mode)
         if status.st_uid != self._uid:
             raise OSError(errno.EPERM, "it belongs to somebody else")
         if kind not in {stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, *SPECIAL}:
             raise OSError(errno.ENOTSUP, "it is a device")
         if kind == stat.S_IFDIR:
-            self._stage_folder(each.path, name, in_home, in_tree)
-            return 0
-        self._times.pop(each.path, None)
-        self._staged.add(each.path)
+            self._stage_folder(path, name, in_home, in_tree)
+            return
+        self._times.pop(path, None)
+        self._staged.add(path)
         if first := written.get(status.st_ino):
             _clear(in_tree, name)
             os.link(first.removeprefix(b"./"), name, src_dir_fd=self.top, dst_dir_fd=in_tree, follow_symlinks=False)
         elif kind == stat.S_IFLNK:
             _make_link(os.readlink(name, dir_fd=in_home), name, in_tree, self.sender, status)
         else:
-            copied = self._stage_file(each.path, name, in_home, in_tree, status)
-        written.setdefault(status.st_ino, each.path)
-        return copied
+            self._stage_file(path, name, in_home, in_tree, status)
+        written.setdefault(status.st_ino, path)
 
     def _enter(self, folders: list[bytes], chain: list[tuple[bytes, int, int]]) -> tuple[int, int]:
         """Open these directories in the home and in the tree, one below the other; return the last two."""
@@ -186,7 +183,7 @@ class StagingTree:
                 self._attributes(inner, made, os.fstat(inner), path)
             self._staged.add(path)
 
-    def _stage_file(self, path: bytes, name: bytes, in_home: int, in_tree: int, expected: os.stat_result) -> int:
+    def _stage_file(self, path: bytes, name: bytes, in_home: int, in_tree: int, expected: os.stat_result) -> None:
         special = stat.S_IFMT(expected.st_mode) in SPECIAL
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_PATH if special else os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME)
         with opened(name, flags, in_home) as source:
@@ -194,21 +191,21 @@ class StagingTree:
             if status.st_uid != self._uid or stat.S_IFMT(status.st_mode) != stat.S_IFMT(expected.st_mode):
                 raise FileNotFoundError(name)  # something else has taken its place
             with _opened_file(name, in_tree) as target:
-                copied = 0 if special else self._copy(source, target, status)
+                if not special:
+                    self._copy(source, target, status)
                 self._attributes(source, target, status, path, plain=not special)
                 os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-        return copied
 
-    def _copy(self, source: int, target: int, status: os.stat_result) -> int:
+    def _copy(self, source: int, target: int, status: os.stat_result) -> None:
         if self._can_clone and status.st_size:
             try:
                 fcntl.ioctl(target, FICLONE, source)
-                return status.st_size
+                return
             except OSError:
                 self._can_clone = False
         if status.st_blocks * 512 < status.st_size:
             os.ftruncate(target, 0)
-        position = copied = 0
+        position = 0
         while position < status.st_size:
             try:
                 begin = os.lseek(source, position, os.SEEK_DATA)
@@ -223,10 +220,8 @@ class StagingTree:
                 if not moved:
                     break  # the file became shorter meanwhile, so it changed and is copied again
                 begin += moved
-                copied += moved
             position = max(end, begin)
         os.ftruncate(target, os.fstat(source).st_size)
-        return copied
 
     def _attributes(self, source: int, target: int, status: os.stat_result, path: bytes, plain: bool = True) -> None:
         """Write owner, mode, access lists and attributes as rsync --fake-super reads them; note a directory's times."""

@@ -42,10 +42,9 @@ MAX_REMEMBERED = 1000
 class SnapshotClient:
     """Implements `port.SnapshotService`."""
 
-    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, max_transfers: int = MAX_TRANSFERS) -> None:
+    def __init__(self, socket_path: Path, max_transfers: int = MAX_TRANSFERS) -> None:
         """`max_transfers`: snapshots and restores at a time, of which an owner has half at most."""
         self._socket_path = socket_path
-        self._margin_s = margin_s
         self._shares = FairQueue(max_transfers)
         self._without_progress: dict[tuple[str, str], None] = {}
         """The rental and worker of each transfer that made no progress and was the last of its kind, in their order."""
@@ -171,7 +170,7 @@ class SnapshotClient:
         except (OSError, TimeoutError) as error:
             raise SnapshotError("vault_away", "the snapshot service does not answer") from error
         try:
-            async with asyncio.timeout(request.deadline_s + self._margin_s):
+            async with asyncio.timeout(request.deadline_s + MARGIN_S):
                 await channel.send(request)
                 answer = await channel.receive()
             reply = decode_as(SnapshotReply, answer or b"")

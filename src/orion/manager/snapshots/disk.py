@@ -112,7 +112,6 @@ class Usages:
             return chosen
 
     def forget(self, rental_id: str) -> None:
-        """Remove the rental from the file."""
         with self._locked():
             entries = self._read()
             self._write(entries, {name: each for name, each in entries.items() if name != rental_id})

@@ -43,10 +43,10 @@ class Directories:
     """The directories of the snapshot service."""
 
     copies: Path = Path("/var/lib/orion/copies")
-    """Owned by root, 0711. It holds one directory for each rental, owned by the rental's uid, 0700, and the file of
-    usages, owned by root, 0600."""
+    """The directory of all snapshots, owned by root, 0711. It holds one directory for each rental, owned by the
+    rental's uid, 0700, and the file of usages, owned by root, 0600."""
     run: Path = Path("/run/orion-vault")
-    """Owned by root, 0711. It holds the socket, the locks, and `ssh` with the key, owned by the account `ssh_uid`."""
+    """The directory of the socket, the locks, and `ssh` with the key, owned by root, 0711; `ssh` is `ssh_uid`'s."""
     ssh_uid: int = 902
 
     @property
@@ -295,7 +295,8 @@ class SnapshotJob:
     def _worker_command(self, direction: str, **more: Any) -> WorkerCommand:
         request = self._request
         command, environment = self._ssh()
-        identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._lifetime.unix_deadline()}
+        deadline = time.time() + self._lifetime.left_s
+        identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": deadline}
         return WorkerCommand(command, self._directories.ssh_uid, environment, direction, identity | more)
 
     def _ssh(self) -> tuple[list[str], dict[str, str]]:

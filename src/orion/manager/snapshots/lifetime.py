@@ -25,9 +25,6 @@ class Lifetime:
     def left_s(self) -> float:
         return self._ends_at - time.monotonic()
 
-    def unix_deadline(self) -> float:
-        return time.time() + self.left_s
-
     def wait_for(self, descriptor: int, within_s: float = float("inf")) -> bool:
         """Wait until the descriptor is readable; return False if it is not within `within_s` seconds."""
         waits_s = max(0.0, min(self.left_s, within_s))

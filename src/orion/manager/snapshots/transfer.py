@@ -56,7 +56,7 @@ LISTS_BYTES_A_FILE = 1200
 STALL_S = 10.0
 """Seconds without progress after which a transfer is given up, so that it does not use up one of MAX_TRANSFERS."""
 LONG_STALL_S = 60.0
-"""The same for migrations and recoveries, which are tried only once or twice."""
+"""Seconds without progress for migrations and recoveries, which are tried only once or twice."""
 PARTIAL = 23
 """rsync's exit status if some files could not be transferred completely."""
 _ITEM = re.compile(rb"(?:[<>ch.][fdLDS][ .+?a-zA-Z]{9}|\*deleting  ) (.*)", re.DOTALL)
@@ -107,7 +107,7 @@ class ByteStream:
 
 @dataclass
 class StallClock:
-    """Measures for how long a transfer has made no progress. Time in which this process did not run does not count."""
+    """A clock of the time without progress. Time in which this process did not run does not count."""
 
     longest_s: float
     _idle_s: float = 0.0
