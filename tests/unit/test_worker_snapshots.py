@@ -130,7 +130,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomeBench:
     records = RentalRecords(tmp_path / "ledger")
     records.save(RECORD)
     here = HomeBench(tmp_path, Operations(records, programs, Manifests(tmp_path)))
-    monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset())
+    monkeypatch.setattr(scanning, "mapped_inodes", lambda uid: frozenset())
     monkeypatch.setattr(maker, "tasks_of", lambda uid: list(programs.tasks))
     monkeypatch.setattr(maker, "hung_up", programs.run)
     monkeypatch.setattr(os, "nice", lambda by: 0)
@@ -214,7 +214,7 @@ def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it
     assert set(known.doubtful) == {b"./file"}
     file.write_text("new")
     now = known.scan.lines
-    monkeypatch.setattr(maker, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
+    monkeypatch.setattr(scanning, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
     assert not bench.snapshot(base=BASE)["same"]
     assert bench.sent["file"] == b"new"
 
@@ -229,7 +229,7 @@ def test_a_file_mapped_for_writing_is_copied_again_during_the_pause(
     inode = file.stat().st_ino
     known = bench.operations.manifests.read("one", BASE)
     assert known
-    monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset({inode}))
+    monkeypatch.setattr(scanning, "mapped_inodes", lambda uid: frozenset({inode}))
     (bench.home / "other").write_text("x")
     aged(bench.home)
     bench.snapshot(base=BASE)
@@ -308,12 +308,12 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (bench.home / "file").write_text("x")
-    look = maker.scan
+    look = scanning.scan
 
     def slow(most_entries: int, last_moment: float, strict: bool) -> scanning.Scan:
         return look(most_entries, 0.0 if strict else last_moment, strict)
 
-    monkeypatch.setattr(maker, "scan", slow)
+    monkeypatch.setattr(scanning, "scan", slow)
     with pytest.raises(RequestRefused) as refused:
         bench.snapshot(pause_s=9)
     assert refused.value.code == "pause_in_vain"
@@ -372,7 +372,7 @@ def test_a_frozen_home_is_scanned_once_whether_or_not_it_changed(
     aged(bench.home)
     bench.snapshot(mark=BASE)
     scans: list[bool] = []
-    monkeypatch.setattr(maker, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
+    monkeypatch.setattr(scanning, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
     bench.operations.freezer.mark(RECORD, frozenset())
     assert bench.snapshot(base=BASE, for_migration=True)["same"]
     (bench.home / "other").write_text("y")
@@ -627,7 +627,7 @@ def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, mon
         "mark": MARK,
     }
     monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(request).encode())
-    monkeypatch.setattr(maker, "scan", lambda *_, **__: pytest.fail("it was looked through"))
+    monkeypatch.setattr(scanning, "scan", lambda *_, **__: pytest.fail("it was looked through"))
     assert transfer.run_transfer("send", bench.operations, bench.root / "aside", bench.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 

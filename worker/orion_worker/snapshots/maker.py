@@ -13,22 +13,10 @@ from typing import Any, Protocol
 from orion_worker.freezer.marks import Freezer
 from orion_worker.freezer.stopper import has_run, tasks_of
 from orion_worker.records import RentalRecord, RentalRecords, RequestRefused, check_unlock
+from orion_worker.snapshots import scan
 from orion_worker.snapshots.manifests import Manifest, Manifests
 from orion_worker.snapshots.requests import PAUSE_MOST_S, TransferRequest
-from orion_worker.snapshots.scan import (
-    HomeEntry,
-    Scan,
-    changed_entries,
-    closed_folders,
-    digest_at,
-    is_racy,
-    mapped_inodes,
-    parse_entry,
-    path_of,
-    scan,
-    size_of,
-    topmost,
-)
+from orion_worker.snapshots.scan import HomeEntry, Scan
 from orion_worker.snapshots.staging import NAMES_SHOWN, StagingTree
 
 MOST_ODD_BYTES = 4000
@@ -96,7 +84,7 @@ class SnapshotMaker:
         """Stage what changed and write the manifest; return the report for the manager. Raise RequestRefused."""
         began, copied = time.monotonic(), Scan(self._known.scan.lines, 0.0)
         if not self._is_stopped:
-            self._mapped = mapped_inodes(self.record.uid)
+            self._mapped = scan.mapped_inodes(self.record.uid)
             now = self._scan()
             self._check_size(now)
             if self._base and self._is_same(now):
@@ -125,7 +113,7 @@ class SnapshotMaker:
 
     def _stage_while_running(self, now: Scan) -> Scan:
         """Copy what changed while programs run; return the scan up to which all is copied."""
-        waiting = changed_entries(now, self._known.scan)
+        waiting = scan.changed_entries(now, self._known.scan)
         copied, before, keeping_s = Scan(self._known.scan.lines, 0.0), float("inf"), 0.0
         for _ in range(MOST_ROUNDS):
             left = _bytes_of(waiting)
@@ -136,7 +124,7 @@ class SnapshotMaker:
             took_s = _processor_s() - began
             before, copied = left, now
             now = self._scan()
-            waiting = changed_entries(now, copied)
+            waiting = scan.changed_entries(now, copied)
             more = max(_bytes_of(waiting) / max(SMALL_BYTES, left), len(waiting) / max(SMALL_NUMBER, number))
             keeping_s = took_s * more
         pause_s = self._scan_s + keeping_s + _bytes_of(self._entries_in_doubt(now)) / COPIED_A_SECOND
@@ -151,7 +139,7 @@ class SnapshotMaker:
         Its elapsed time depends on the renter's programs, which use the processors meanwhile.
         """
         began = _processor_s()
-        found = scan(self.request.max_files, self._deadline, strict=False)
+        found = scan.scan(self.request.max_files, self._deadline, strict=False)
         self._scan_s = _processor_s() - began
         return found
 
@@ -160,9 +148,9 @@ class SnapshotMaker:
         doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in self._mapped}
         lines = of.lines if doubtful or inodes else ()
         return {
-            path_of(line): parse_entry(line)
+            scan.path_of(line): scan.parse_entry(line)
             for line in lines
-            if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful)
+            if line.split(b" ", 1)[0] in inodes or (doubtful and scan.path_of(line) in doubtful)
         }
 
     def _stage_while_stopped(self, copied: Scan) -> tuple[Scan, float]:
@@ -178,9 +166,9 @@ class SnapshotMaker:
             try:
                 if is_pause and self._is_stopped:
                     raise RequestRefused("restless", "it was frozen, and was thawed as its snapshot began")
-                self._mapped |= mapped_inodes(record.uid)
+                self._mapped |= scan.mapped_inodes(record.uid)
                 before = tasks_of(record.uid) if tasks is None else tasks
-                last = scan(self.request.max_files, self._deadline, strict=True)
+                last = scan.scan(self.request.max_files, self._deadline, strict=True)
                 if self._is_stopped:
                     self._check_size(last)
                 self.staging.stage(self._entries_left(last, copied), self._look)
@@ -200,9 +188,9 @@ class SnapshotMaker:
 
     def _entries_left(self, last: Scan, copied: Scan) -> list[HomeEntry]:
         """Return the entries to copy while nothing runs: those that changed since `copied`, or may have."""
-        rest = changed_entries(last, copied)
-        for path, found in changed_entries(last, self._known.scan).items():
-            if is_racy(found, copied.at) or found.path in self.staging.vanished:
+        rest = scan.changed_entries(last, copied)
+        for path, found in scan.changed_entries(last, self._known.scan).items():
+            if scan.is_racy(found, copied.at) or found.path in self.staging.vanished:
                 rest[path] = found
         rest |= self._entries_in_doubt(last)
         self.staging.vanished.clear()
@@ -210,18 +198,18 @@ class SnapshotMaker:
 
     def _settle(self, last: Scan) -> Manifest:
         """Write the list of paths to send; return the manifest of the snapshot. The rental's programs run meanwhile."""
-        changed = changed_entries(last, self._known.scan)
-        doubtful = {path: found for path, found in changed.items() if is_racy(found, last.at)}
+        changed = scan.changed_entries(last, self._known.scan)
+        doubtful = {path: found for path, found in changed.items() if scan.is_racy(found, last.at)}
         doubtful |= self._entries_in_doubt(last)
-        removed = {path_of(line) for line in self._known.scan.lines - last.lines} - changed.keys()
+        removed = {scan.path_of(line) for line in self._known.scan.lines - last.lines} - changed.keys()
         others = [found.path for found in changed.values() if found.kind != b"d"]
         sent = [*(changed.keys() | doubtful.keys()), b"."]
         self.staging.keep_only(sent)
-        self.staging.write_list(path.removeprefix(b"./") for path in (*sent, *topmost(removed, others)))
+        self.staging.write_list(path.removeprefix(b"./") for path in (*sent, *scan.topmost(removed, others)))
         missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
         missing |= self.staging.incomplete | self.staging.missing
         self._folders, room = {}, MOST_ODD_BYTES
-        for path, mode in sorted(closed_folders(last).items()):
+        for path, mode in sorted(scan.closed_folders(last).items()):
             room -= len(path)
             if room >= 0:
                 self._folders[path.hex()] = mode
@@ -239,11 +227,11 @@ class SnapshotMaker:
         self._missing = self._known.missing
         if now.lines != self._known.scan.lines:
             return False
-        uid = self.record.uid
-        return all(found and digest_at(self.home, path, uid) == found for path, found in self._known.doubtful.items())
+        home, uid, doubtful = self.home, self.record.uid, self._known.doubtful
+        return all(found and scan.digest_at(home, path, uid) == found for path, found in doubtful.items())
 
     def _check_size(self, now: Scan) -> None:
-        if size_of(now) > self.request.max_bytes:
+        if scan.size_of(now) > self.request.max_bytes:
             most = self.request.max_bytes >> 20
             counted = "each directory and small file counts as 4 KiB, and holes count"
             raise RequestRefused("over_limit", f"its home holds more than {most} MiB ({counted})")

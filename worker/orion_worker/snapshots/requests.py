@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from orion_worker.records import RequestRefused
 
 _ID, _SNAPSHOT_ID = re.compile(r"[a-z0-9-]{1,64}"), re.compile(r"[0-9-]{0,64}")
-_MARK = re.compile(r"[0-9a-f]{0,32}")
-_FOLDER = re.compile(r"2e(2f([0-9a-f]{2})+)?")
+_MARK, _FOLDER = re.compile(r"[0-9a-f]{0,32}"), re.compile(r"2e(2f([0-9a-f]{2})+)?")
 MAX_REQUEST_BYTES = 1 << 16
 PAUSE_MOST_S = 10.0
 
@@ -47,10 +46,8 @@ _RULES: tuple[tuple[Callable[[TransferRequest], object], str], ...] = (
     (lambda it: type(it.epoch) is int and it.epoch >= 1, "epoch must be a whole number from 1"),
     (lambda it: _SNAPSHOT_ID.fullmatch(it.snapshot_id), "generation is not the id of a snapshot"),
     (lambda it: _MARK.fullmatch(it.base) and _MARK.fullmatch(it.mark), "base and mark must be marks"),
-    (
-        lambda it: all(_FOLDER.fullmatch(path) and 0 <= mode < 0o10000 for path, mode in it.folders.items()),
-        "folders must be modes by path",
-    ),
+    (lambda it: all(_FOLDER.fullmatch(path) for path in it.folders), "folders must be modes by path"),
+    (lambda it: all(0 <= mode < 0o10000 for mode in it.folders.values()), "folders must be modes by path"),
     (lambda it: it.pause_s > 0, "pause_s must be a number over 0"),
 )
 """The rules for a request, and the error of a request that breaks one."""

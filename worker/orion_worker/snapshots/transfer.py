@@ -134,7 +134,7 @@ def _send(
 ) -> int:
     records, is_salvage = operations.records, direction == "salvage"
     staging_root.mkdir(mode=0o711, parents=True, exist_ok=True)
-    with _lock_of(staging_root, request.rental_id) as alone:
+    with _lock_of(staging_root, request.rental_id) as alone, ExitStack() as stack:
         if not got_lock(alone.fileno(), LOCK_WAIT_S):
             raise RequestRefused("busy", "another transfer of this rental's files is still at work")
         alone.truncate(0)
@@ -147,21 +147,19 @@ def _send(
                 operations.retire(record)
         elif not request.for_migration and (what := operations.freezer.over_limit_reason(record.rental_id)):
             raise RequestRefused("over_limit", f"{what}; {WAY_OUT}")  # a frozen home cannot have become smaller
-        with ExitStack() as stack:
-            home = open_home(homes / record.username, record.uid)
-            stack.callback(os.close, home)
-            staging = StagingTree(home, staging_root / request.rental_id, record.uid, sender_uid(record.uid))
-            stack.callback(staging.remove)
-            if not request.for_migration:
-                os.nice(NICENESS)
-            snapshot = SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at)
-            report = make_snapshot(snapshot)
-            _answer(0, {"ok": True} | report)
-            if report["same"]:
-                return 0
-            os.fchdir(staging.top)
-            kind = "whole" if report["whole"] else "send"
-            return run_rsync(kind, staging.sender, request.deadline, gently=not request.for_migration)
+        home = open_home(homes / record.username, record.uid)
+        stack.callback(os.close, home)
+        staging = StagingTree(home, staging_root / request.rental_id, record.uid, sender_uid(record.uid))
+        stack.callback(staging.remove)
+        if not request.for_migration:
+            os.nice(NICENESS)
+        report = make_snapshot(SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at))
+        _answer(0, {"ok": True} | report)
+        if report["same"]:
+            return 0
+        os.fchdir(staging.top)
+        kind = "whole" if report["whole"] else "send"
+        return run_rsync(kind, staging.sender, request.deadline, gently=not request.for_migration)
 
 
 def _lock_of(staging_root: Path, rental_id: str) -> IO[str]:
