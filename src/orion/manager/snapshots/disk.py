@@ -86,8 +86,7 @@ class Usages:
 
     def is_room(self, rental_id: str, owner: str, most: Usage) -> bool:
         """Return whether the owner's other rentals leave any of `most`; if not, mark this rental as refused."""
-        with self._locked():
-            entries = self._read()
+        with self._changing() as entries:
             found = self._others(entries, rental_id, owner).plus(Usage(1, 1)).fits_in(most)
             if not found:
                 self._refuse(entries, rental_id, owner)
@@ -99,8 +98,7 @@ class Usages:
         Return None if none fits, and mark this rental as refused. If another rental of the owner is marked as refused,
         the last choice that fits is returned, so that it gets room.
         """
-        with self._locked():
-            entries = self._read()
+        with self._changing() as entries:
             others = self._others(entries, rental_id, owner)
             fitting = [number for number, choice in enumerate(choices) if others.plus(choice).fits_in(most)]
             if not fitting:
@@ -108,13 +106,12 @@ class Usages:
                 return None
             refused = {each.owner for name, each in entries.items() if each.was_refused and name != rental_id}
             chosen = fitting[-1 if owner in refused else 0]
-            self._write(entries, entries | {rental_id: _Entry(owner, choices[chosen], False)})
+            entries[rental_id] = _Entry(owner, choices[chosen], False)
             return chosen
 
     def forget(self, rental_id: str) -> None:
-        with self._locked():
-            entries = self._read()
-            self._write(entries, {name: each for name, each in entries.items() if name != rental_id})
+        with self._changing() as entries:
+            entries.pop(rental_id, None)
 
     def refused(self) -> list[str]:
         """Return the owners of rentals that are marked as refused."""
@@ -126,30 +123,30 @@ class Usages:
 
     def _refuse(self, entries: dict[str, _Entry], rental_id: str, owner: str) -> None:
         """Mark the rental as refused, and keep its recorded use, because none of its snapshots was removed."""
-        before = entries.get(rental_id, _Entry(owner, Usage(), True))
-        self._write(entries, entries | {rental_id: _Entry(owner, before.usage, True)})
+        usage = entries[rental_id].usage if rental_id in entries else Usage()
+        entries[rental_id] = _Entry(owner, usage, True)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _changing(self) -> Iterator[dict[str, _Entry]]:
+        """Give the entries under the lock, and write them at the end if they were changed."""
         with self._lock.open("w") as lock:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-            yield
+            entries = self._read()
+            yield entries
+            if entries != self._read():
+                partial = self._file.with_name(f"{self._file.name}.partial")
+                partial.touch(mode=0o600)
+                partial.write_text(json.dumps(entries))
+                partial.replace(self._file)
 
     def _read(self) -> dict[str, _Entry]:
         try:
-            found = json.loads(self._file.read_text()).items()
             return {
-                name: _Entry(str(owner), Usage(*map(int, usage)), bool(flag)) for name, (owner, usage, flag) in found
+                name: _Entry(str(owner), Usage(*map(int, usage)), bool(was_refused))
+                for name, (owner, usage, was_refused) in json.loads(self._file.read_text()).items()
             }
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
-
-    def _write(self, before: dict[str, _Entry], entries: dict[str, _Entry]) -> None:
-        if entries != before:
-            partial = self._file.with_name(f"{self._file.name}.partial")
-            partial.touch(mode=0o600)
-            partial.write_text(json.dumps(entries))
-            partial.replace(self._file)
 
 
 @dataclass(frozen=True)

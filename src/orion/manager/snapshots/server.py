@@ -71,7 +71,7 @@ def _run_job(listening: socket.socket, client: socket.socket, directories: Direc
             signal.signal(number, signal.SIG_DFL)
         listening.close()
         client.setblocking(True)
-        with suppress(Abandoned, BrokenPipeError):
+        with suppress(Abandoned, BrokenPipeError, ChannelError):
             reply, job = _answer(client, directories)
             BlockingChannel(client).send(reply)
             if job:
@@ -85,12 +85,9 @@ def _run_job(listening: socket.socket, client: socket.socket, directories: Direc
 
 
 def _answer(client: socket.socket, directories: Directories) -> tuple[SnapshotReply, SnapshotJob | None]:
-    """Return the answer, and the job if there was one."""
+    """Return the reply and its job, which is None if the request is not valid. Raise Abandoned or ChannelError."""
     client.settimeout(REQUEST_WITHIN_S)
-    try:
-        line = BlockingChannel(client, MAX_REQUEST_BYTES).receive()
-    except ChannelError as error:
-        raise Abandoned from error
+    line = BlockingChannel(client, MAX_REQUEST_BYTES).receive()
     if line is None:
         raise Abandoned
     client.settimeout(None)

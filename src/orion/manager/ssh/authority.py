@@ -71,13 +71,8 @@ class Authority:
         made = self._hosts.generate_host_certificate(
             public_key, worker_id, serial=serial, principals=names, **_validity(now, LIFETIME_S)
         )
-        return Issued(
-            serial=serial,
-            line=_line(made),
-            rental_ids=frozenset(named),
-            host_keys=tuple(host_keys),
-            valid_until=now + LIFETIME_S,
-        )
+        line, ids, until = _line(made), frozenset(named), now + LIFETIME_S
+        return Issued(serial=serial, line=line, rental_ids=ids, host_keys=tuple(host_keys), valid_until=until)
 
     def user_certificate(
         self, public_key: str, rental_id: str, epoch: int, who: str, source: str, lasts_s: float
