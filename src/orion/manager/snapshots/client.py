@@ -40,7 +40,7 @@ MAX_REMEMBERED = 1000
 
 
 class SnapshotClient:
-    """Implements `port.SnapshotService`."""
+    """The real `port.SnapshotService`."""
 
     def __init__(self, socket_path: Path, max_transfers: int = MAX_TRANSFERS) -> None:
         """`max_transfers`: snapshots and restores at a time, of which an owner has half at most."""
@@ -59,8 +59,8 @@ class SnapshotClient:
         protected: SnapshotId | None = None,
         for_migration: bool = False,
     ) -> Taken:
-        more = {"for_migration": for_migration, "pause_s": limits.pause_s}
-        return await self._take(SnapshotAction.COPY, home, limits, deadline_s, protected, **more)
+        more = _limit_fields(limits, protected) | {"for_migration": for_migration, "pause_s": limits.pause_s}
+        return await self._take(_request(SnapshotAction.COPY, home, deadline_s, **more), home)
 
     async def salvage(
         self,
@@ -69,7 +69,8 @@ class SnapshotClient:
         deadline_s: float = RECOVER_DEADLINE_S,
         protected: SnapshotId | None = None,
     ) -> Taken:
-        return await self._take(SnapshotAction.SALVAGE, home, limits, deadline_s, protected)
+        more = _limit_fields(limits, protected)
+        return await self._take(_request(SnapshotAction.SALVAGE, home, deadline_s, **more), home)
 
     async def restore(
         self,
@@ -103,17 +104,7 @@ class SnapshotClient:
     async def short_of_room(self) -> list[str]:
         return (await self._ask_quickly(SnapshotAction.SHORT_OF_ROOM)).owners
 
-    async def _take(
-        self,
-        action: SnapshotAction,
-        home: Home,
-        limits: SnapshotLimits,
-        deadline_s: float,
-        protected: SnapshotId | None,
-        **more: Any,
-    ) -> Taken:
-        more |= {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
-        request = _request(action, home, deadline_s, generation=str(protected or ""), **more)
+    async def _take(self, request: SnapshotRequest, home: Home) -> Taken:
         if request.for_migration:
             await self._end_all_of(home.rental_id)
         reply = await self._begin(request, home)
@@ -147,7 +138,7 @@ class SnapshotClient:
                 reply = await self._ask(request)
             except SnapshotError as error:
                 if error.code in NO_PROGRESS_CODES:
-                    self._without_progress = self._without_progress | {key: None}
+                    self._without_progress[key] = None
                     while len(self._without_progress) > MAX_REMEMBERED:
                         del self._without_progress[next(iter(self._without_progress))]
                 raise
@@ -184,6 +175,11 @@ class SnapshotClient:
         if not reply.ok:
             raise SnapshotError(reply.code, reply.message, reply.restored)
         return reply
+
+
+def _limit_fields(limits: SnapshotLimits, protected: SnapshotId | None) -> dict[str, Any]:
+    most = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
+    return most | {"generation": str(protected or "")}
 
 
 def _request(action: SnapshotAction, home: Home, deadline_s: float, **more: Any) -> SnapshotRequest:

@@ -22,14 +22,13 @@ CONNECT_DEADLINE_S = 10.0
 
 @dataclass(frozen=True)
 class Home:
-    """A rental's home on a worker, at one epoch."""
+    """A rental's home on a worker, at one epoch. `owner` has a share of the transfers and of the disk."""
 
     rental_id: str
     uid: int
     epoch: int
     host: Host
     owner: str = ""
-    """The owner of the rental, for its share of the transfers and of the disk."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class _Client(asyncssh.SSHClient):
 
 @dataclass
 class SshLiveness:
-    """Implements `port.Liveness`."""
+    """The real `port.Liveness`."""
 
     reach: SshReach
     _handshakes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_HANDSHAKES))

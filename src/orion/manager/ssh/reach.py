@@ -13,7 +13,7 @@ from orion.ssh_command import host_key_algorithms
 
 
 class SshReach:
-    """Implements `port.Reach`, without an SSH agent, a configuration file, other keys, or unknown host keys."""
+    """The real `port.Reach`, without an SSH agent, a configuration file, other keys, or unknown host keys."""
 
     def __init__(self, private_key: str) -> None:
         """Take a key in OpenSSH's format. Raise asyncssh.KeyImportError if it is not valid."""

@@ -30,7 +30,7 @@ ALIVE_EVERY_S, ALIVE_MISSED = 30, 4
 
 
 class SshShells:
-    """Implements `port.Shells`. `source`: the address from which the manager reaches workers."""
+    """The real `port.Shells`. `source`: the address from which the manager reaches workers."""
 
     def __init__(self, authority: Authority, source: str) -> None:
         self._authority = authority
@@ -74,7 +74,7 @@ class SshShells:
 
 
 class SshShell:
-    """Implements `port.Shell`."""
+    """The real `port.Shell`."""
 
     def __init__(self, connection: asyncssh.SSHClientConnection, process: asyncssh.SSHClientProcess[bytes]) -> None:
         self._connection = connection
