@@ -70,28 +70,24 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
     Raise RequestRefused for more than `most_entries` entries, for names that are too long altogether, and, if strict,
     for entries that cannot be read.
     """
-    at = time.time()
-    pipe = subprocess.PIPE
-    find = subprocess.Popen(FIND, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env={"LC_ALL": "C"})
-    assert find.stdout and find.stderr  # noqa: S101, PT018 - they are pipes
-    os.set_blocking(find.stderr.fileno(), False)
+    at, pipe = time.time(), subprocess.PIPE
     content, records = bytearray(), 0
-    try:
-        while part := _read_by(deadline, find.stdout.fileno()):
-            content += part
-            records += part.count(b"\0")
-            if records > 2 * most_entries:
-                raise RequestRefused("over_limit", f"its home holds more than {most_entries} files and directories")
-            if len(content) > LINE_BYTES * most_entries + (1 << 20):
-                raise RequestRefused("over_limit", "the names of the files in its home are too long altogether")
-            with suppress(BlockingIOError):
-                os.read(find.stderr.fileno(), 1 << 16)  # so that find never blocks on a full pipe
-        status = find.wait()
-    finally:
-        find.kill()
-        find.wait()
-        find.stdout.close()
-        find.stderr.close()
+    with subprocess.Popen(FIND, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env={"LC_ALL": "C"}) as find:
+        assert find.stdout and find.stderr  # noqa: S101, PT018 - they are pipes
+        os.set_blocking(find.stderr.fileno(), False)
+        try:
+            while part := _read_by(deadline, find.stdout.fileno()):
+                content += part
+                records += part.count(b"\0")
+                if records > 2 * most_entries:
+                    raise RequestRefused("over_limit", f"its home holds more than {most_entries} files and directories")
+                if len(content) > LINE_BYTES * most_entries + (1 << 20):
+                    raise RequestRefused("over_limit", "the names of the files in its home are too long altogether")
+                with suppress(BlockingIOError):
+                    os.read(find.stderr.fileno(), 1 << 16)  # so that find never blocks on a full pipe
+            status = find.wait()
+        finally:
+            find.kill()
     if strict and status:
         raise RequestRefused("failed", "its home cannot be scanned")
     found = bytes(content).split(b"\0")[:-1]
