@@ -211,7 +211,7 @@ async def test_empty_directories_count_for_what_they_take_though_a_worker_says_n
     folders(copied)
     few, enough = SnapshotLimits(max_files=1000, max_bytes=3 << 20), SnapshotLimits(max_files=1000, max_bytes=4 << 20)
     refused = await refusal(copied.client.copy(copied.of, few))
-    assert (refused.code, "more than a copy may" in str(refused)) == (OVER_LIMIT, True)
+    assert (refused.code, "more than a snapshot may" in str(refused)) == (OVER_LIMIT, True)
     copy = (await copied.client.copy(copied.of, enough)).copy
     assert (copy.files, copy.bytes >= 902 * BLOCK_BYTES) == (902, True)
 

@@ -156,7 +156,7 @@ def check_refusal(folder: Path, limits: tuple[int, int], is_refused: bool) -> No
     if not is_refused:
         brought(folder, many, limits)
         return
-    with pytest.raises(OSError, match="more than a copy may") as error:
+    with pytest.raises(OSError, match="more than a snapshot may") as error:
         brought(folder, many, limits)
     assert error.value.errno == errno.EFBIG
     assert directory.found(folder) == []

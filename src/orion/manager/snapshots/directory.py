@@ -116,7 +116,7 @@ def describe(
     files, whole, own = _measure(folder / INCOMING / "home")
     size = whole.bytes
     if files > limits[0] or size > limits[1]:
-        raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
+        raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a snapshot may")
     generation = SnapshotId(epoch, next_number([each.generation for each in found(folder)], epoch))
     about = asdict(made) | {"generation": str(generation), "bytes": size, "files": files}
     about |= {"base": "", "made_from": base, "whole": whole, "own": own}

@@ -176,7 +176,7 @@ class OwnerShare:
 
     def refusal(self) -> SnapshotError:
         """Return the error for a snapshot that does not fit into the share."""
-        what = f"the copies of all that its owner rents would take more than {self.request.owner_share:.0%}"
+        what = f"the snapshots of all rentals of its owner would take more than {self.request.owner_share:.0%}"
         way_out = "release rentals, or remove files"
         return SnapshotError(OVER_SHARE, f"{what} of the manager's disk, of its bytes or of its inodes: {way_out}")
 

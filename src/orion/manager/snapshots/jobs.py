@@ -200,7 +200,7 @@ class SnapshotJob:
         if not complete or not wanted:
             return SnapshotReply(ok=True)
         if wanted not in complete:
-            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}; there are {', '.join(complete)}")
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}; there are {', '.join(complete)}")
         result = self._fill(wanted)
         if self._request.precopy:
             with suppress(SnapshotError):  # the home is filled; the next snapshot makes up for what was not prepared
@@ -290,7 +290,7 @@ class SnapshotJob:
         if status.st_uid == os.geteuid() != self._request.uid:
             os.chown(self._folder, self._request.uid, self._request.uid, follow_symlinks=False)
         elif status.st_uid != self._request.uid:
-            raise SnapshotError("conflict", f"the copies of {self._request.rental_id} are another uid's")
+            raise SnapshotError("conflict", f"the snapshots of {self._request.rental_id} belong to another uid")
 
     def _worker_command(self, direction: str, **more: Any) -> WorkerCommand:
         request = self._request

@@ -248,7 +248,7 @@ class Transfer:
         except OSError:  # the other end is gone, and rsync or ssh reports why
             stream.end()
         if stream.carried > stream.most:
-            raise SnapshotError("over_limit", "more was sent than a copy may hold")
+            raise SnapshotError("over_limit", "more was sent than a snapshot may hold")
         self._update_events(stream)
 
     def _read_output(self, descriptor: int) -> None:
@@ -258,7 +258,7 @@ class Transfer:
             if item := _ITEM.fullmatch(line):
                 self._result.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
         if len(self._result.names) > 2 * self.max_files + 2:  # rsync lists removed entries too, so each one twice
-            raise SnapshotError("over_limit", "more files were sent than a copy may hold")
+            raise SnapshotError("over_limit", "more files were sent than a snapshot may hold")
 
     def _read_errors(self, descriptor: int) -> None:
         self._errors += self._part(descriptor)
@@ -288,7 +288,7 @@ def checked(result: RsyncResult, here: str) -> RsyncResult:
     if result.status == 0 or (result.status == PARTIAL and here == "sender" and not has_no_room):
         return result
     if result.status == -signal.SIGXFSZ:
-        raise SnapshotError("over_limit", "a file is larger than all that a copy may hold")
+        raise SnapshotError("over_limit", "a file is larger than a whole snapshot may be")
     if has_no_room:
         code, where = ("disk_full", "manager") if here == "receiver" else ("failed", "worker")
         raise SnapshotError(code, f"there is no room for it on the {where}")
