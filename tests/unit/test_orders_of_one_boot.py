@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from ansible_contract import KEY, deletion, new_job
 from orion_worker.agent.node import AGENT_VERSION
-from orion_worker.rental.requests import parse_request
+from orion_worker.rental.cli import order_from
 from support.builders import new_worker
 
 from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job
@@ -45,5 +44,5 @@ def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) ->
 
 
 def test_the_worker_s_program_understands_both() -> None:
-    assert parse_request("create", json.dumps(ordered(new_job(HOST)))).boot_id == "boot-0002"
-    assert parse_request("purge", json.dumps(ordered(deletion(new_job(HOST))))).boot_id == ""
+    assert order_from("create", ordered(new_job(HOST))).boot_id == "boot-0002"
+    assert order_from("purge", ordered(deletion(new_job(HOST)))).boot_id == ""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_contract import KEY
-from orion_worker.rental.requests import request_from
+from orion_worker.rental.cli import order_from
 from orion_worker.system import processes
 
 from orion.manager.ansible.port import Action, Job
@@ -105,8 +105,8 @@ def test_an_order_has_the_bytes_that_released_workers_understand(action: Action,
 def test_a_worker_reads_an_order_of_a_released_manager(
     action: Action, order: RentalOrder, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orion_worker.rental.requests.read_certificate", lambda line: line)
-    read = request_from(COMMANDS_OF[action], json.loads(text))
+    monkeypatch.setattr("orion_worker.rental.cli.read_certificate", lambda line: line)
+    read = order_from(COMMANDS_OF[action], json.loads(text))
     assert replace(read, boot_id="", deadline=None) == order
     assert json.dumps(read.as_json()) == text
 

@@ -18,10 +18,9 @@ from orion_worker.records import (
     check_unlock,
 )
 from orion_worker.rental import accounts, residue
-from orion_worker.rental.cli import answer_request
+from orion_worker.rental.cli import answer_request, order_from
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import parse_request
 from orion_worker.system import processes
 
 from orion.rental_order import RentalOrder
@@ -128,7 +127,7 @@ def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp
 
 
 def test_a_request_is_read() -> None:
-    request = parse_request("create", json.dumps(CREATE | {"deadline": None}))
+    request = order_from("create", CREATE | {"deadline": None})
     assert request == RentalOrder(rental_id="one", epoch=1, username="r-one", uid=100_001, public_keys=(KEY,))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from orion_worker.records import RentalRecord
-from orion_worker.rental.requests import parse_request
+from orion_worker.rental.cli import order_from
 from orion_worker.start import launcher, program
 from orion_worker.start.launcher import Launcher
 from test_worker_rental import CREATE
@@ -122,9 +122,9 @@ def test_a_command_that_cannot_be_run_is_reported_and_not_tried_again(tmp_path: 
 @pytest.mark.parametrize("wrong", [{"start": "a\nb"}, {"start": "a\0b"}, {"start": " "}, {"start": "x" * 1001}])
 def test_a_worker_takes_no_other_command_than_the_manager_does(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="start must be"):
-        parse_request("run", json.dumps(CREATE | {"start_mark": "1@b"} | wrong))
+        order_from("run", CREATE | {"start_mark": "1@b"} | wrong)
     with pytest.raises(ValueError, match="start_mark"):
-        parse_request("run", json.dumps(CREATE | {"start": "true", "start_mark": "../1"}))
+        order_from("run", CREATE | {"start": "true", "start_mark": "../1"})
 
 
 def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:

@@ -7,14 +7,17 @@ these records, so it cannot harm what came after it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orion_worker.system.files import write_atomically
 from orion_worker.system.locks import got_lock, opened_lock
+
+Report = dict[str, Any]
+"""The report of a command of orion-rental, as JSON carries it."""
 
 
 class RequestRefused(Exception):
@@ -60,22 +63,23 @@ def check_create(record: RentalRecord | None, purged_epoch: int, epoch: int) -> 
         raise RequestRefused("stale_epoch", f"epoch {epoch} is older than epoch {record.epoch}, which was seen here")
 
 
-def check_unlock(record: RentalRecord | None, purged_epoch: int, epoch: int) -> None:
-    """Raise RequestRefused unless the environment here has exactly this epoch."""
+def check_unlock(record: RentalRecord | None, purged_epoch: int, epoch: int) -> RentalRecord:
+    """Return the record of the environment here; raise RequestRefused unless it has exactly this epoch."""
     if epoch <= purged_epoch or (record and record.ending):
         raise RequestRefused("purged", f"epoch {epoch} was purged here")
     if record is None:
         raise RequestRefused("unknown_rental", "no such rental on this worker")
     if epoch != record.epoch:
         raise RequestRefused("stale_epoch", f"epoch {epoch} is not epoch {record.epoch}, which is here")
+    return record
 
 
 def check_receive(record: RentalRecord | None, purged_epoch: int, epoch: int) -> None:
     """Raise RequestRefused unless the home here is of exactly this epoch and was never activated at it."""
     check_unlock(record, purged_epoch, epoch)
     if record and record.activated:
-        details = {"restored": record.restored}
-        raise RequestRefused("let_in", "it was activated here at this epoch: its files are not overwritten", details)
+        reason = "it was activated here at this epoch: its files are not overwritten"
+        raise RequestRefused("let_in", reason, {"restored": record.restored})
 
 
 def check_not_newer(record: RentalRecord | None, epoch: int) -> None:
@@ -87,9 +91,8 @@ def check_not_newer(record: RentalRecord | None, epoch: int) -> None:
 def check_not_retired(record: RentalRecord | None) -> None:
     """Raise RequestRefused if the rental is retired: its files may only be recovered and purged."""
     if record and record.retired:
-        raise RequestRefused(
-            "laid_down", "its files await their recovery: it is not frozen, copied or activated any more"
-        )
+        reason = "its files await their recovery: it is not frozen, copied or activated any more"
+        raise RequestRefused("laid_down", reason)
 
 
 def check_boot(boot_id: str, here: str) -> None:
@@ -152,20 +155,6 @@ class RentalRecords:
         epoch = max(record.epoch, self.purged_epoch(record.rental_id))
         write_atomically(self._tombstones / record.rental_id, str(epoch))
         (self._folder / f"{record.rental_id}.json").unlink(missing_ok=True)
-
-
-def write_atomically(file: Path, text: str, mode: int = 0o600, group: int = -1) -> None:
-    """Write a file so that it holds the whole text or what it held before, whenever the machine stops."""
-    new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        os.fchown(descriptor, -1, group)
-        os.fchmod(descriptor, mode)
-        stream.write(text)
-        stream.flush()
-        os.fsync(descriptor)
-    new.replace(file)
 
 
 def _to_json(record: RentalRecord) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 from orion.rental_order import RentalOrder
 from orion_worker.agent.decisions import AgentSession, RentalAction
 from orion_worker.freezer.marks import OVER_LIMIT
-from orion_worker.records import RequestRefused, write_atomically
+from orion_worker.records import RequestRefused
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
 from orion_worker.system import cgroup, processes
+from orion_worker.system.files import write_atomically
 
 AGENT_VERSION = "0.1.0+boot"
 """The version of this agent. The words behind the plus sign, separated by dots, name what a manager may do with this

@@ -1,17 +1,17 @@
 """The account files /etc/passwd, /etc/group and /etc/shadow: one line per rental, replaced whole or not at all.
 
-`useradd` starts several programs and leaves a lock file behind when it is killed; here a killed writer leaves
-the old file. The lock is the one that shadow's own tools take (lckpwdf(3)), which dies with its holder.
+A killed `useradd` leaves a lock file; a writer killed here leaves the old files. The lock is the one that shadow's own
+tools take (lckpwdf(3)), which ends with its holder.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orion_worker.records import RequestRefused
+from orion_worker.system.files import write_atomically
 from orion_worker.system.locks import got_record_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
@@ -35,10 +35,8 @@ def add(etc: Path, username: str, uid: int) -> bool:
     changed = False
     with _locked(etc):
         for name, line in lines_for(username, uid).items():
-            lines = _read(etc / name)
-            if line not in lines:
-                others = [each for each in lines if not _is_of(each, username)]
-                _replace(etc / name, [*others, line])
+            if line not in _read(etc / name):
+                _replace(etc / name, [*_without(etc / name, username), line])
                 changed = True
     return changed
 
@@ -48,9 +46,8 @@ def remove(etc: Path, username: str, uid: int) -> bool:
     changed = False
     with _locked(etc):
         for name in reversed(FILES):
-            lines = _read(etc / name)
-            others = [each for each in lines if not _is_of(each, username, uid, _UID_FIELD.get(name))]
-            if others != lines:
+            others = _without(etc / name, username, uid)
+            if others != _read(etc / name):
                 _replace(etc / name, others)
                 changed = True
     return changed
@@ -58,25 +55,20 @@ def remove(etc: Path, username: str, uid: int) -> bool:
 
 def found(etc: Path, username: str, uid: int) -> list[str]:
     """Return the files that hold a line with this name or uid."""
-    return [
-        str(etc / name)
-        for name in FILES
-        if any(_is_of(each, username, uid, _UID_FIELD.get(name)) for each in _read(etc / name))
-    ]
+    return [str(etc / name) for name in FILES if _without(etc / name, username, uid) != _read(etc / name)]
 
 
 def taken_by_another(etc: Path, username: str, uid: int) -> bool:
     """Return whether the name has another uid, or the uid another name."""
-    for line in _read(etc / "passwd"):
-        name, _, number = line.split(":")[:3]
-        if (name == username) != (number == str(uid)):
-            return True
-    return False
+    lines = (line.split(":") for line in _read(etc / "passwd"))
+    return any((fields[0] == username) != (fields[2] == str(uid)) for fields in lines)
 
 
-def _is_of(line: str, username: str, uid: int | None = None, uid_field: int | None = None) -> bool:
-    fields = line.split(":")
-    return fields[0] == username or (uid_field is not None and fields[uid_field] == str(uid))
+def _without(file: Path, username: str, uid: int | None = None) -> list[str]:
+    """Return the lines of a file that have neither this name nor this uid."""
+    field = None if uid is None else _UID_FIELD.get(file.name)
+    lines = [(line, line.split(":")) for line in _read(file)]
+    return [line for line, each in lines if each[0] != username and (field is None or each[field] != str(uid))]
 
 
 def _read(file: Path) -> list[str]:
@@ -84,17 +76,8 @@ def _read(file: Path) -> list[str]:
 
 
 def _replace(file: Path, lines: list[str]) -> None:
-    status = file.stat()
-    new = file.with_name(f".{file.name}.orion")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        os.fchown(descriptor, status.st_uid, status.st_gid)
-        os.fchmod(descriptor, status.st_mode & 0o777)
-        stream.write("".join(f"{line}\n" for line in lines))
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)
+    status, text = file.stat(), "".join(f"{line}\n" for line in lines)
+    write_atomically(file, text, status.st_mode & 0o777, status.st_gid, status.st_uid)
 
 
 @contextmanager

@@ -1,4 +1,13 @@
-"""Cli"""
+"""`orion-rental`: the program by which the manager has a worker make, stop and purge rentals and carry their files.
+
+    orion-rental run|create|certify|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
+    orion-rental serve                       < requests, one a line  > answers, one a line (rpc/server.py)
+    orion-rental send|salvage|receive        a line of JSON, then the bytes of rsync (snapshots/transfer.py)
+
+A request is about one rental or, as `{"rentals": [request, ...]}`, about several; the report then has one report for
+each, under `rentals`, in their order. Exit status: 0 done, 2 the request is not understood, 3 refused, 4 something of a
+purged rental is left; of several rentals the highest. The report of a failure has `error` and `code`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orion.rental_order import COMMANDS, RentalOrder
-from orion_worker.records import RequestRefused, check_boot
+from orion_worker.records import Report, RequestRefused, check_boot
 from orion_worker.rental.commands import Rentals
+from orion_worker.rental.host_certificate import read_certificate
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import Report, request_from
 from orion_worker.rpc import server
 from orion_worker.snapshots import transfer
 
+Answer = tuple[int, Report]
+"""An exit status and a report."""
 
-def answer_request(command: str, text: str, rentals: Rentals, now: float) -> tuple[int, Report]:
-    """Exit status and report of one call. `now`: Unix time."""
+
+def answer_request(command: str, text: str, rentals: Rentals, now: float) -> Answer:
+    """Carry out a command; return its exit status and its report. `now`: Unix time."""
     if command == "inventory":
         return 0, {"changed": False, "rentals": rentals.inventory()}
     try:
@@ -38,17 +50,25 @@ def answer_request(command: str, text: str, rentals: Rentals, now: float) -> tup
     return max(status for status, _ in answers), whole | failure
 
 
-def _answer_all(command: str, several: list[object], rentals: Rentals, now: float) -> list[tuple[int, Report]]:
-    """One after the other, but a purge of several is one."""
+def order_from(command: str, payload: object) -> RentalOrder:
+    """Return the order in a JSON value. Raise ValueError, in words for a person, if it holds none for this command."""
+    order = RentalOrder.from_json(payload, command)
+    if order.host_certificate:
+        read_certificate(order.host_certificate)
+    return order
+
+
+def _answer_all(command: str, several: list[object], rentals: Rentals, now: float) -> list[Answer]:
+    """Carry out the requests one after the other; but one purge of several rentals is done as a whole."""
     names = [one.get("rental_id") if isinstance(one, dict) else None for one in several]
     if command != "purge" or len(set(map(str, names))) < len(names):
         return [_answer_one(command, one, rentals, now) for one in several]
-    answers = [_request(command, one, rentals, now) for one in several]
+    answers = [_checked(command, one, rentals, now) for one in several]
     reports = iter(rentals.purge([each for each in answers if isinstance(each, RentalOrder)]))
     return [_purged(next(reports)) if isinstance(each, RentalOrder) else each for each in answers]
 
 
-def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> tuple[int, Report]:
+def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> Answer:
     commands: dict[str, Callable[[RentalOrder], Report]] = {
         "run": rentals.run,
         "create": rentals.create,
@@ -58,34 +78,32 @@ def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> 
         "freeze": rentals.freeze,
         "thaw": rentals.thaw,
     }
-    request = _request(command, payload, rentals, now)
-    if not isinstance(request, RentalOrder):
-        return request
+    order = _checked(command, payload, rentals, now)
+    if not isinstance(order, RentalOrder):
+        return order
     if command == "purge":
-        return _purged(*rentals.purge([request]))
+        return _purged(*rentals.purge([order]))
     try:
-        return 0, commands[command](request)
+        return 0, commands[command](order)
     except RequestRefused as refusal:
         return _refused(refusal)
 
 
-def _request(command: str, payload: object, rentals: Rentals, now: float) -> RentalOrder | tuple[int, Report]:
+def _checked(command: str, payload: object, rentals: Rentals, now: float) -> RentalOrder | Answer:
     """Return the order in the payload, or the exit status and report that refuse it."""
     try:
-        request = request_from(command, payload)
+        order = order_from(command, payload)
+        if order.deadline is not None and now > order.deadline:
+            raise RequestRefused("deadline_passed", "its deadline has passed: the manager no longer waits for it")
+        check_boot(order.boot_id, rentals.launcher.boot_id)
     except ValueError as error:
         return _not_understood(error)
-    if request.deadline is not None and now > request.deadline:
-        late = RequestRefused("deadline_passed", "its deadline has passed: the manager no longer waits for it")
-        return _refused(late)
-    try:
-        check_boot(request.boot_id, rentals.launcher.boot_id)
     except RequestRefused as refusal:
         return _refused(refusal)
-    return request
+    return order
 
 
-def _purged(report: Report | RequestRefused) -> tuple[int, Report]:
+def _purged(report: Report | RequestRefused) -> Answer:
     if isinstance(report, RequestRefused):
         return _refused(report)
     if report["left"]:
@@ -93,11 +111,11 @@ def _purged(report: Report | RequestRefused) -> tuple[int, Report]:
     return 0, report
 
 
-def _refused(refusal: RequestRefused) -> tuple[int, Report]:
+def _refused(refusal: RequestRefused) -> Answer:
     return 3, {"changed": False, "error": str(refusal), "code": refusal.code}
 
 
-def _not_understood(reason: object) -> tuple[int, Report]:
+def _not_understood(reason: object) -> Answer:
     return 2, {"changed": False, "error": f"request not understood: {reason}", "code": "invalid_request"}
 
 
@@ -108,21 +126,20 @@ def main() -> int:
         return 2
     command = sys.argv[1]
     if command == "serve":
-        transfers = server.TransferHandler(Path(server.SOCKET_PATH), _carry_now)
+        transfers = server.TransferHandler(Path(server.SOCKET_PATH), _transfer)
         server.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno(), transfers)
         return 0
     if command in transfer.TRANSFERS:
-        return _carry_now(command)
-    text = "" if command == "inventory" else sys.stdin.read()
-    status, report = _answer_now(command, text)
+        return _transfer(command)
+    status, report = _answer_now(command, "" if command == "inventory" else sys.stdin.read())
     print(json.dumps(report))  # noqa: T201 - the report is the program's output
     return status
 
 
-def _answer_now(command: str, text: str) -> tuple[int, Report]:
+def _answer_now(command: str, text: str) -> Answer:
     return answer_request(command, text, Rentals(), time.time())
 
 
-def _carry_now(direction: str) -> int:
+def _transfer(direction: str) -> int:
     paths = WorkerPaths()
     return transfer.run_transfer(direction, Rentals(paths), paths.staging, paths.homes)

@@ -1,21 +1,14 @@
-"""The one program that makes, locks, freezes, thaws, unlocks and purges a rental on its worker, and keeps its epoch.
+"""The commands of `orion-rental` (rental/cli.py), which the agent calls too.
 
-    orion-rental run|create|certify|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
-    orion-rental serve                                               < requests, one a line  > answers, one a line
-    orion-rental send|salvage|receive                                a line of JSON, then rsync's bytes: see files.py
-
-The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
-`{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0
-done, 2 the request is not understood, 3 refused, 4 something of a purged rental is left, and of several rentals the
-highest. The report of a failure has `error` and `code`.
+They make, lock, freeze, thaw, unlock and purge a rental on its worker, and keep its epoch.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +17,7 @@ from orion_worker.freezer.marks import Freezer
 from orion_worker.records import (
     RentalRecord,
     RentalRecords,
+    Report,
     RequestRefused,
     check_create,
     check_not_newer,
@@ -35,18 +29,17 @@ from orion_worker.rental.host_certificate import HostCertificate
 from orion_worker.rental.keys import KeyFiles
 from orion_worker.rental.paths import WorkerPaths
 from orion_worker.rental.purge import Purger
-from orion_worker.rental.requests import Report
 from orion_worker.snapshots.manifests import Manifests
 from orion_worker.start.launcher import Launcher, rental_variables
 from orion_worker.system import processes, trees
-from orion_worker.system.trees import remove_tree
+from orion_worker.system.files import closing
 
 LOCK_WAIT_S = 20.0
 FREEZING_WAIT_S = 5.0
 
 
 class Rentals:
-    """The commands. Each may be repeated, and may be killed at any instant and then repeated."""
+    """The commands. Each may be killed at any instant, and may be repeated."""
 
     def __init__(self, paths: WorkerPaths | None = None, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self._paths = paths or WorkerPaths()
@@ -60,50 +53,45 @@ class Rentals:
         self._certificate = HostCertificate(self._paths.root)
 
     def create(self, request: RentalOrder) -> Report:
-        """Account, home and keys exist, locked unless this very epoch was unlocked before."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self.records.find(request.rental_id)
+        """Make the account, the home and the keys, locked unless this very epoch was unlocked before."""
+        with self._locked(request.rental_id) as record:
             check_create(record, self.records.purged_epoch(request.rental_id), request.epoch)
             self._check_names(request, record)
-            changed = False
+            changed, restored = True, dict[str, str]()
             name = request.rental_name or (record.rental_name if record else "")
             if record is None or record.epoch < request.epoch:
                 self._keys.forget(request.username)
-                who = request.rental_id, request.username, request.uid, request.epoch
-                self.records.save(RentalRecord(*who, rental_name=name))
-                changed = True
-            elif record.rental_name != name or record.retired:
-                # A manager that went back to a backup has it run on here: it is not lost any more.
-                self.records.save(replace(record, rental_name=name, retired=False))
-                changed = True
+                self.records.save(replace(_record_of(request), rental_name=name))
+            else:
+                restored = {"restored": record.restored}
+                # A manager that went back to a backup may run a retired rental on here: it is not lost any more.
+                changed = record.rental_name != name or record.retired
+                if changed:
+                    self.records.save(replace(record, rental_name=name, retired=False))
             changed |= accounts.add(self._paths.etc, request.username, request.uid)
             changed |= self._make_home(request)
             changed |= self._write_keys(request, name)
             changed |= self._install(request)
-            restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
             return {"changed": changed, "epoch": request.epoch, "state": self._state_of(request), **restored}
 
     def certify(self, request: RentalOrder) -> Report:
-        """sshd shows this certificate, or one that was signed later."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self.records.find(request.rental_id)
-            check_unlock(record, self.records.purged_epoch(request.rental_id), request.epoch)
+        """Have sshd show this certificate, or one that was signed later."""
+        with self._locked(request.rental_id) as found:
+            record = check_unlock(found, self.records.purged_epoch(request.rental_id), request.epoch)
             changed = self._install(request)
         self._certificate.show()
-        return {"changed": changed, "epoch": request.epoch, "state": self._state_of(record or request)}
+        return {"changed": changed, "epoch": request.epoch, "state": self._state_of(record)}
 
     def unlock(self, request: RentalOrder) -> Report:
-        """Its keys are where sshd looks."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self._current_record(request)
+        """Activate the rental: move its keys to where sshd looks."""
+        with self._locked_current(request) as record:
             if self.freezer.is_frozen(record.rental_id):
                 raise RequestRefused("frozen", "it is frozen: thaw it")
             return {"changed": self._activate(record), "epoch": record.epoch, "state": "running"}
 
     def freeze(self, request: RentalOrder) -> Report:
-        """Nobody is let in, and nothing of it goes on, until it is thawed; its processes and files are kept."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self.records.find(request.rental_id)
+        """Lock the rental and stop all that runs of it, until it is thawed. Its processes and files are kept."""
+        with self._locked(request.rental_id) as record:
             check_not_newer(record, request.epoch)
             check_not_retired(record)
             if record is None:
@@ -113,16 +101,15 @@ class Rentals:
             return {"changed": changed, "epoch": record.epoch, "state": "frozen", "killed": killed}
 
     def thaw(self, request: RentalOrder, requested_at: float | None = None) -> Report:
-        """It goes on, and its renter is let in. `requested_at`: when the call was sent whose reply says so."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self._current_record(request)
+        """Let the rental run on, and activate it. `requested_at`: when the call was sent whose reply asks for it."""
+        with self._locked_current(request) as record:
             changed = self.freezer.thaw(record, requested_at, request.move)
             return {"changed": self._activate(record) or changed, "epoch": record.epoch, "state": "running"}
 
     def run(self, request: RentalOrder) -> Report:
-        """Created, then unlocked, then its start command runs: steps that each look at the epoch anew.
+        """Create the rental, unlock it, then run its start command. Each step looks at the epoch anew.
 
-        Nobody is let in before sshd can show whose worker it is.
+        The rental is not activated before sshd can show the worker's certificate for it.
         """
         created = self.create(request)
         if request.host_certificate:
@@ -133,9 +120,8 @@ class Rentals:
         return {**unlocked, **started, "changed": changed}
 
     def lock(self, request: RentalOrder) -> Report:
-        """Its keys are where sshd does not look; with `kill`, its processes are ended."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self.records.find(request.rental_id)
+        """Move the keys to where sshd does not look; with `kill`, end the rental's processes."""
+        with self._locked(request.rental_id) as record:
             check_not_newer(record, request.epoch)
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
@@ -144,59 +130,49 @@ class Rentals:
             return {"changed": changed or killed > 0, "state": "locked", "killed": killed}
 
     def purge(self, requests: Sequence[RentalOrder]) -> list[Report | RequestRefused]:
-        """Nothing of these rentals is left, and each report says so after looking. The epochs never come back here.
+        """Remove these different rentals; each report says what is left. Their epochs are never made here again.
 
-        They are different ones, and share what takes long: two searches of the whole file system.
+        They share what takes long: two searches of the whole file system.
         """
         found: dict[str, Report | RequestRefused] = {}
+        existed: dict[RentalOrder, bool] = {}
         with ExitStack() as locks:
-            purged = []
-            for request in sorted(requests, key=lambda each: each.rental_id):  # in the same order as anybody else
+            for request in sorted(requests, key=lambda each: each.rental_id):  # one order of locks, against deadlocks
                 try:
-                    locks.enter_context(self.records.locked(request.rental_id, self._lock_wait_s))
-                    before = self.records.find(request.rental_id)
+                    before = locks.enter_context(self._locked(request.rental_id))
                     check_not_newer(before, request.epoch)
                     self._check_names(request, before)
                 except RequestRefused as refusal:
                     found[request.rental_id] = refusal
                 else:
-                    self.records.save(_ending(request))
-                    purged.append(request)
-                    found[request.rental_id] = {"changed": before is not None}
-            for request, report in zip(purged, self._purger.purge(purged), strict=True):
+                    self.records.save(replace(_record_of(request), ending=True))
+                    existed[request] = before is not None
+            for request, report in zip(existed, self._purger.purge([*existed]), strict=True):
                 if not report["left"]:
-                    self.records.bury(_ending(request))
-                known = found[request.rental_id]
-                assert isinstance(known, dict)  # noqa: S101 - only what was not refused is purged
-                changed = known["changed"] or report["killed"] + report["removed_files"] > 0
+                    self.records.bury(_record_of(request))
+                changed = existed[request] or report["killed"] + report["removed_files"] > 0
                 found[request.rental_id] = {**report, "changed": changed}
         return [found[request.rental_id] for request in requests]
 
     def inventory(self) -> list[dict[str, Any]]:
-        """The rentals that have something here, as the contract wants them."""
+        """Return the rentals that have something here, in the form of a heartbeat."""
+        names = ("rental_id", "username", "uid", "epoch")
         return [
-            {
-                "rental_id": record.rental_id,
-                "username": record.username,
-                "uid": record.uid,
-                "epoch": record.epoch,
-                "state": self._state_of(record),
-            }
+            {name: getattr(record, name) for name in names} | {"state": self._state_of(record)}
             for record in self.records.all()
         ]
 
     def lock_at_once(self, record: RentalRecord) -> None:
-        """Lock at once, whatever other command is at work on it: one rename, harmless between any two steps."""
+        """Lock a rental without waiting for its lock: one rename is harmless between any two steps of a command."""
         self._keys.lock(record.username)
 
     def discard_staging(self) -> None:
-        """At the start of the container: what was set aside for a transfer is of no use any more."""
-        remove_tree(self._paths.staging)
+        """Remove what was staged for transfers, which is of no use after a start of the container."""
+        trees.remove_tree(self._paths.staging)
 
     def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool:
-        """Freeze it because its home holds too much; False while it may make room, having been thawed for that."""
-        with self.records.locked(record.rental_id, self._lock_wait_s):
-            now = self.records.find(record.rental_id)
+        """Freeze a rental whose home holds too much; return False while its renter has time to make room."""
+        with self._locked(record.rental_id) as now:
             if now is None or now.epoch != record.epoch or self.freezer.is_in_grace(record, _boot_time_s()):
                 return False
             self.lock_at_once(record)
@@ -204,9 +180,9 @@ class Rentals:
             return True
 
     def retire(self, record: RentalRecord) -> None:
-        """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock.
+        """Lock a rental and end its processes, so that its files can be recovered. The caller holds the rental's lock.
 
-        It is written down first, so that neither an order nor the fence freezes it again, nor lets it go on.
+        The record is written first, so that neither an order nor the fence freezes the rental again or lets it run on.
         """
         self.records.save(replace(record, retired=True))
         self.lock_at_once(record)
@@ -214,16 +190,22 @@ class Rentals:
         with self.freezer.locked(FREEZING_WAIT_S):
             self.freezer.forget(record.rental_id)
 
-    def _current_record(self, request: RentalOrder) -> RentalRecord:
-        """Return the record of a rental that may go on here at exactly this epoch. With the rental's lock."""
-        record = self.records.find(request.rental_id)
-        check_unlock(record, self.records.purged_epoch(request.rental_id), request.epoch)
-        check_not_retired(record)
-        assert record is not None  # noqa: S101 - check_unlock has refused it
-        return record
+    @contextmanager
+    def _locked(self, rental_id: str) -> Iterator[RentalRecord | None]:
+        """Hold the lock of a rental, and give its record."""
+        with self.records.locked(rental_id, self._lock_wait_s):
+            yield self.records.find(rental_id)
+
+    @contextmanager
+    def _locked_current(self, request: RentalOrder) -> Iterator[RentalRecord]:
+        """Hold the lock of a rental, and give its record; raise RequestRefused unless it may run at this epoch."""
+        with self._locked(request.rental_id) as found:
+            record = check_unlock(found, self.records.purged_epoch(request.rental_id), request.epoch)
+            check_not_retired(record)
+            yield record
 
     def _check_names(self, request: RentalOrder, record: RentalRecord | None) -> None:
-        """A rental keeps its name and number for ever; nothing is done to another's by a mistaken order."""
+        """Raise RequestRefused if name or uid differ from the rental's, which never change, or are another rental's."""
         same = (request.username, request.uid)
         if record and (record.username, record.uid) != same:
             raise RequestRefused("conflict", f"this rental is {record.username}, uid {record.uid}, here")
@@ -234,28 +216,25 @@ class Rentals:
             raise RequestRefused("conflict", f"{request.username} or uid {request.uid} is another account's here")
 
     def _make_home(self, request: RentalOrder) -> bool:
-        """Empty, so that a copy of the rental's files can be put into it."""
+        """Make an empty home, which a snapshot can be put into; return False if the renter has one."""
         home = self._paths.homes / request.username
         with suppress(FileExistsError):
             home.mkdir(mode=0o700)
-        folder = os.open(home, trees.OPEN_FOLDER)
-        try:
+        with closing(os.open(home, trees.OPEN_FOLDER)) as folder:
             if os.fstat(folder).st_uid == request.uid:
                 return False
             os.fchmod(folder, 0o700)
             os.fchown(folder, request.uid, request.uid)
-        finally:
-            os.close(folder)
         return True
 
     def _write_keys(self, request: RentalOrder, name: str) -> bool:
-        """Each key counts only from the app's address: people come in through the manager's relay."""
+        """Write the keys. Each counts only from the manager's address, because renters come through its relay."""
         source = self._paths.app_address.read_text().strip()
         variables = rental_variables(request.rental_id, name).items()
         limits = ",".join([f'from="{source}"', *(f'environment="{variable}={value}"' for variable, value in variables)])
         text = "".join(f"{limits} {key}\n" for key in request.public_keys)
         if request.user_authority:
-            # In the same file, so that what shuts out the keys shuts out certificates in the same step.
+            # The authority is in the same file, so that one rename locks out keys and certificates together.
             principal = f"{request.rental_id}-{request.epoch}"
             text += f'cert-authority,principals="{principal}",{limits} {request.user_authority}\n'
         return self._keys.write(request.username, text, request.uid)
@@ -264,15 +243,16 @@ class Rentals:
         return bool(request.host_certificate) and self._certificate.install(request.host_certificate, time.time())
 
     def _activate(self, record: RentalRecord) -> bool:
-        """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did.
+        """Activate a rental, unless the lease ends meanwhile: the fence or this, whichever looks last, sees the other.
 
-        It looks first as well: the fence freezes whoever was let in, and only a reply to a running rental thaws.
+        The lease is checked before as well, because the fence freezes an activated rental, and only a reply thaws it.
         """
         self._check_lease()
         if not self._keys.exist(record.username):
             raise RequestRefused("unknown_rental", "its keys are not here: it was not created at this epoch")
         if not record.activated:
-            self.records.save(replace(record, activated=True))  # before the keys: see files.py
+            # The record comes before the keys: a home that a renter could change is never overwritten (check_receive).
+            self.records.save(replace(record, activated=True))
         changed = self._keys.activate(record.username)
         try:
             self._check_lease()
@@ -283,27 +263,24 @@ class Rentals:
 
     def _check_lease(self) -> None:
         if not self.freezer.has_lease:
-            raise RequestRefused("no_lease", "this worker has no lease: nobody is let in")
+            raise RequestRefused("no_lease", "this worker has no lease: no rental is activated")
 
     def _start(self, request: RentalOrder) -> Report:
-        """Under a lease, as whoever is let in: what starts as that ends is stopped by the fence's next look."""
-        with self.records.locked(request.rental_id, self._lock_wait_s):
-            record = self._current_record(request)
+        """Run the start command under a lease. If the lease ends meanwhile, the fence's next look stops the command."""
+        with self._locked_current(request) as record:
             self._check_lease()
             if self.freezer.is_frozen(record.rental_id):
                 raise RequestRefused("no_lease", "it was frozen meanwhile: nothing of it may run")
             return self.launcher.launch(record, request.start, request.start_mark)
 
     def _state_of(self, of: RentalRecord | RentalOrder) -> str:
-        return (
-            "frozen"
-            if self.freezer.is_frozen(of.rental_id)
-            else ("running" if self._keys.are_active(of.username) else "locked")
-        )
+        if self.freezer.is_frozen(of.rental_id):
+            return "frozen"
+        return "running" if self._keys.are_active(of.username) else "locked"
 
 
-def _ending(request: RentalOrder) -> RentalRecord:
-    return RentalRecord(request.rental_id, request.username, request.uid, request.epoch, ending=True)
+def _record_of(request: RentalOrder) -> RentalRecord:
+    return RentalRecord(request.rental_id, request.username, request.uid, request.epoch)
 
 
 def _boot_time_s() -> float:

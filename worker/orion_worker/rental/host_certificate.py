@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_worker.records import RequestRefused, write_atomically
+from orion_worker.records import RequestRefused
+from orion_worker.system.files import write_atomically
 from orion_worker.system.locks import got_lock, opened_lock
 
 KIND = "ssh-ed25519-cert-v01@openssh.com"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orion_worker.records import write_atomically
 from orion_worker.rental.paths import WorkerPaths
+from orion_worker.system.files import write_atomically
 
 
 class KeyFiles:

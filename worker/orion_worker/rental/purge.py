@@ -10,18 +10,18 @@ from pathlib import Path
 
 from orion.rental_order import RentalOrder
 from orion_worker.freezer.marks import Freezer
-from orion_worker.records import RequestRefused
+from orion_worker.records import Report, RequestRefused
 from orion_worker.rental import accounts, residue
 from orion_worker.rental.keys import KeyFiles
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import Report
 from orion_worker.snapshots import transfer
 from orion_worker.snapshots.manifests import Manifests
 from orion_worker.start.launcher import Launcher
 from orion_worker.system import processes, trees
+from orion_worker.system.files import closing
 
 SWEEPS = 3
-"""The most searches for files of a uid: a search may miss an entry whose directory changes meanwhile. The first search
+"""The most searches for files of a uid. A search may miss an entry whose directory changes meanwhile; the first one
 that finds nothing is the last."""
 
 
@@ -64,10 +64,8 @@ class Purger:
     def _remove_named(self, request: RentalOrder) -> int:
         removed = 0
         for place in residue.find_named(self._paths.root, request.username):
-            folder = os.open(place.parent, trees.OPEN_FOLDER)
-            with suppress(OSError):
+            with closing(os.open(place.parent, trees.OPEN_FOLDER)) as folder, suppress(OSError):
                 removed += trees.remove_entry(folder, place.name)
-            os.close(folder)
         return removed
 
     def _remove_owned(self, uids: Collection[int]) -> Counter[int]:
