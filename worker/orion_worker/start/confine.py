@@ -6,14 +6,12 @@
 A renter could write oom_score_adj of its own processes, the score by which the kernel chooses the process that it ends
 when memory is used up. Root can set a minimum for it only with CAP_SYS_RESOURCE, which not every engine can give.
 Landlock (landlock(7)) needs no privilege: this program allows itself, and for ever all that it starts, to write to each
-directory of the root but /proc. So no process of a renter gets a score below the one that sshd begins with. The agent
-is no child of this program, and writes scores as it needs to (limits/scores.py).
+directory of the root but /proc. So no process of a renter gets a score below the one that sshd begins with, and keeps.
+The agent is no child of this program, and writes scores as it needs to (limits/scores.py).
 
-sshd cannot change its own score either, and so keeps the one that the renters' processes have.
-
-All runs of sshd have the same domain of Landlock, because this program starts each of them. With a domain for each run,
-a renter could not debug its own earlier processes, and a snapshot could not see which files they have mapped
-(snapshots/scan.mapped_inodes): no process of one domain can look into the processes of another.
+All runs of sshd have the same domain of Landlock, because this program starts each of them. No process of one domain
+can look into those of another: with a domain for each run, a renter could not debug its own earlier processes, and a
+snapshot could not see which files they have mapped (snapshots/scan.mapped_inodes).
 """
 
 from __future__ import annotations

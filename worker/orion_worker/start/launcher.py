@@ -1,8 +1,8 @@
 """The part of running a rental's start command that root does. start/program.py does the rest as the renter.
 
 The command is one argument of a program, never a part of a line that a shell reads as root. The program has no
-terminal, no descriptor and no environment of root's. It has a session of its own and no parent here, so it outlives the
-order, and is stopped, resumed and ended with all other processes of its uid.
+terminal, descriptor or environment of root's. It has a session of its own and no parent here, so it outlives the order,
+and is stopped, resumed and ended with all other processes of its uid.
 
 As soon as the program has the renter's uid the renter may stop it, even before its first instruction. So root, which
 holds the rental's lock, waits only for the program's end, and kills it after WITHIN_S.
@@ -25,7 +25,9 @@ from functools import partial
 from pathlib import Path
 
 from orion_worker.records import RentalRecord
+from orion_worker.system.files import closing, text_of
 from orion_worker.system.processes import NOT_BEGUN, begin_child, has_ended, kill_group
+from orion_worker.system.trees import OPEN_FOLDER
 
 NOTE = (".orion", "start.run")
 """The directory and the name, in a home, of the note that start/program.py writes."""
@@ -40,10 +42,7 @@ WITHIN_S = 10.0
 
 
 class Launcher:
-    """The start commands of this worker's rentals: running them and reading how they ended.
-
-    `root` is another directory in tests.
-    """
+    """The start commands of this worker's rentals, and how they ended; `root` is another directory in tests."""
 
     def __init__(self, root: Path) -> None:
         self._marks = root / "run/orion/started"
@@ -58,7 +57,7 @@ class Launcher:
     @property
     def boot_id(self) -> str:
         """Return the id of this run of the container, which the manager has too; empty where no agent runs (tests)."""
-        return _text(self._boot)
+        return text_of(self._boot)
 
     def launch(self, record: RentalRecord, command: str, mark: str) -> dict[str, object]:
         """Run the command unless this run was begun already; return what the report says of it.
@@ -67,7 +66,7 @@ class Launcher:
         """
         file = self._marks / record.rental_id
         wanted = f"{record.epoch} {mark}"
-        if _text(file) == wanted or self._is_of_another_boot(mark):
+        if text_of(file) == wanted or self._is_of_another_boot(mark):
             return {}
         problem = self._run(record, wanted, command)
         self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,12 +78,11 @@ class Launcher:
         (self._marks / rental_id).unlink(missing_ok=True)
 
     def ended(self, record: RentalRecord, now: float) -> dict[str, object] | None:
-        """Return how the last run of the start command ended, in the form of a heartbeat.
+        """Return how the last start command ended, in the form of a heartbeat; None while it runs, or if unknown.
 
-        Return None while it runs, or where nothing is known. `now`: CLOCK_BOOTTIME. A run is `unseen` where the program
-        that keeps its output ended before it could note the end.
+        `now`: CLOCK_BOOTTIME. `how` is `unseen` if the program that keeps its output ended before it noted the end.
         """
-        wanted = _text(self._marks / record.rental_id)
+        wanted = text_of(self._marks / record.rental_id)
         noted = NOTE_FORM.fullmatch(self._note(record)) if wanted else None
         if noted is None or b" ".join(noted.group(1, 2)).decode() != wanted or int(noted[1]) != record.epoch:
             return None
@@ -92,35 +90,26 @@ class Launcher:
             return None  # that run ended with the container, and the manager orders another one if it wants one
         ago_s = max(0.0, now - float(noted[4])) if noted[4] else 0.0
         how = noted[3].decode() if noted[3] else "unseen"
-        return {
-            "rental_id": record.rental_id,
-            "epoch": record.epoch,
-            "run": noted[2].decode(),
-            "how": how,
-            "ago_s": round(ago_s, 1),
-        }
+        end = {"run": noted[2].decode(), "how": how, "ago_s": round(ago_s, 1)}
+        return {"rental_id": record.rental_id, "epoch": record.epoch, **end}
 
     def _note(self, record: RentalRecord) -> bytes:
-        """Return what the renter's program noted.
+        """Return the note of the renter's program; nothing while the program runs, which holds the note's lock.
 
-        Return nothing while the program runs (it holds the file's lock), or if it is no plain file of this renter's.
+        Return nothing as well if the note is no plain file of this renter's.
         """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        opened: list[int] = []
-        try:
-            opened.append(os.open(self._homes / record.username, flags | os.O_DIRECTORY))
-            opened.append(os.open(NOTE[0], flags | os.O_DIRECTORY, dir_fd=opened[-1]))
-            opened.append(os.open(NOTE[1], flags, dir_fd=opened[-1]))
-            found = os.fstat(opened[-1])
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != record.uid:
-                return b""
-            fcntl.flock(opened[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.read(opened[-1], MAX_NOTE_BYTES)
-        except OSError:
-            return b""
-        finally:
-            for descriptor in opened:
-                os.close(descriptor)
+        with (
+            suppress(OSError),
+            closing(os.open(self._homes / record.username, flags | os.O_DIRECTORY)) as home,
+            closing(os.open(NOTE[0], flags | os.O_DIRECTORY, dir_fd=home)) as folder,
+            closing(os.open(NOTE[1], flags, dir_fd=folder)) as note,
+        ):
+            found = os.fstat(note)
+            if stat.S_ISREG(found.st_mode) and found.st_uid == record.uid:
+                fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return os.read(note, MAX_NOTE_BYTES)
+        return b""
 
     def _is_of_another_boot(self, mark: str) -> bool:
         boot_id = self.boot_id
@@ -139,11 +128,8 @@ class Launcher:
 
     def _begin(self, record: RentalRecord, which: str, command: str) -> int | None:
         """Return the exit status with which the program detached itself; None if it did not in time and was killed."""
-        home = os.open(self._homes / record.username, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with closing(os.open(self._homes / record.username, OPEN_FOLDER)) as home:
             child = begin_child(partial(_become_program, home, record, which, command))
-        finally:
-            os.close(home)
         if has_ended(child, WITHIN_S):
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         kill_group(child)
@@ -170,9 +156,8 @@ def _become_program(home: int, record: RentalRecord, which: str, command: str) -
 
 def environment(record: RentalRecord) -> dict[str, str]:
     """Return the environment that a log-in by SSH has, without any variable of this process."""
-    named = dict.fromkeys(("USER", "LOGNAME"), record.username)
-    home, path = f"/home/{record.username}", "/usr/local/bin:/usr/bin:/bin:/usr/games"
-    named |= {"HOME": home, "SHELL": "/bin/bash", "PATH": path, "LANG": "C.UTF-8"}
+    named = {"USER": record.username, "LOGNAME": record.username, "HOME": f"/home/{record.username}"}
+    named |= {"SHELL": "/bin/bash", "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/games", "LANG": "C.UTF-8"}
     return named | rental_variables(record.rental_id, record.rental_name)
 
 
@@ -180,10 +165,3 @@ def rental_variables(rental_id: str, rental_name: str) -> dict[str, str]:
     """Return the variables that tell a rental's processes which rental they are in. sshd_config lists them."""
     named = {"ORION_RENTAL": rental_name} if rental_name else {}
     return named | {"ORION_RENTAL_ID": rental_id}
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except FileNotFoundError:
-        return ""

@@ -37,34 +37,25 @@ class StartLog:
 
     def write(self, content: bytes) -> None:
         """Append to the log; what cannot be written is lost."""
-        if self._descriptor is None:
-            return
-        try:
-            if os.fstat(self._descriptor).st_size + len(content) > LARGEST_BYTES:
-                self._make_room()
+        with suppress(OSError):  # if the disk is full, or the renter replaced the file, the command must not wait
+            if self._descriptor is not None and os.fstat(self._descriptor).st_size + len(content) > LARGEST_BYTES:
+                os.close(self._descriptor)
+                self._descriptor = None
+                LOG.replace(f"{LOG}.1")
+                self._descriptor = self._open()
             if self._descriptor is not None:
                 os.write(self._descriptor, content[-LARGEST_BYTES:])
-        except OSError:
-            pass  # the disk is full, or the renter replaced the file: the command must not wait for that
 
     def say(self, line: str) -> None:
         """Append a line of this program's own, with the time."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.write(f"orion: {now} {line}\n".encode(errors="replace"))
 
-    def _make_room(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
-        LOG.replace(f"{LOG}.1")
-        self._descriptor = self._open()
-
     def _open(self) -> int | None:
         """Open the log. Return None for a FIFO, which would block the command, for a link, or where opening fails."""
         try:
             LOG.parent.mkdir(mode=0o700, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(LOG, flags, 0o600)
+            descriptor = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         except OSError:
             return None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -108,13 +99,8 @@ def run(which: str, command: str) -> None:
     """Run the command until it, and each process that keeps its output open, has ended. `which`: epoch and mark."""
     log, note = StartLog(), RunNote(which)
     log.say(f"runs: {command}")
-    shell = subprocess.Popen(
-        ["/bin/bash", "--login", "-c", command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    login, silence, pipe, same = ["/bin/bash", "--login", "-c"], subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
+    shell = subprocess.Popen([*login, command], stdin=silence, stdout=pipe, stderr=same, start_new_session=True)
     assert shell.stdout is not None  # noqa: S101 - it was asked for
     while content := os.read(shell.stdout.fileno(), READ_BYTES):
         log.write(content)

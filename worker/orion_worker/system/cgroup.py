@@ -1,6 +1,4 @@
-"""Reading what the container may use and uses, from its control group of version 2, or of version 1 where the host has
-that.
-"""
+"""The limits and the usage of the container, from its control group of version 2, or 1 where the host has that."""
 
 from __future__ import annotations
 
@@ -18,23 +16,31 @@ Read = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class CgroupUsage:
-    """The processors, memory and processes that the container uses, with its limits."""
+    """The processors, memory and processes that the container uses, and its limits."""
 
     cpu_s: float
     """Processor seconds since the container began."""
     memory_used_bytes: int
     memory_limit_bytes: int
-    """0 means no limit."""
+    """The limit; 0: there is none."""
     processes: int
     processes_limit: int
-    """0 means no limit."""
+    """The limit; 0: there is none."""
 
 
 def usage(read: Read) -> CgroupUsage:
     """Return what the container uses."""
     if read("cgroup.controllers") is not None:
-        return _version_2(read)
-    return _version_1(read)
+        cpu_s = _field(read("cpu.stat"), "usage_usec") / 1e6
+        memory = _number(read("memory.current")) - _field(read("memory.stat"), "inactive_file")
+        memory_limit, processes, processes_limit = read("memory.max"), read("pids.current"), read("pids.max")
+    else:
+        cpu_s = _number(read("cpuacct/cpuacct.usage")) / 1e9
+        memory = _number(read("memory/memory.usage_in_bytes"))
+        memory -= _field(read("memory/memory.stat"), "total_inactive_file")
+        memory_limit = read("memory/memory.limit_in_bytes")
+        processes, processes_limit = read("pids/pids.current"), read("pids/pids.max")
+    return CgroupUsage(cpu_s, max(0, memory), _limit(memory_limit), _number(processes), _limit(processes_limit))
 
 
 def read_file(name: str) -> str | None:
@@ -46,32 +52,8 @@ def read_file(name: str) -> str | None:
 
 
 def processes_for_each_renter(processes_limit: int, slots: int) -> int:
-    """Return how many processes each renter may have: at least 16, and so many that 64 remain for sshd, agent and
-    Ansible."""
+    """Return how many processes each renter may have: 64 remain for sshd, agent and Ansible, but a renter has 16."""
     return max(16, ((processes_limit or 512) - 64) // slots)
-
-
-def _version_2(read: Read) -> CgroupUsage:
-    used = _number(read("memory.current")) - _field(read("memory.stat"), "inactive_file")
-    return CgroupUsage(
-        cpu_s=_field(read("cpu.stat"), "usage_usec") / 1e6,
-        memory_used_bytes=max(0, used),
-        memory_limit_bytes=_limit(read("memory.max")),
-        processes=_number(read("pids.current")),
-        processes_limit=_limit(read("pids.max")),
-    )
-
-
-def _version_1(read: Read) -> CgroupUsage:
-    used = _number(read("memory/memory.usage_in_bytes"))
-    used -= _field(read("memory/memory.stat"), "total_inactive_file")
-    return CgroupUsage(
-        cpu_s=_number(read("cpuacct/cpuacct.usage")) / 1e9,
-        memory_used_bytes=max(0, used),
-        memory_limit_bytes=_limit(read("memory/memory.limit_in_bytes")),
-        processes=_number(read("pids/pids.current")),
-        processes_limit=_limit(read("pids/pids.max")),
-    )
 
 
 def _number(text: str | None) -> int:
@@ -85,8 +67,4 @@ def _limit(text: str | None) -> int:
 
 def _field(text: str | None, name: str) -> int:
     """Return the number of a line `name number` in a file of statistics; 0 where there is none."""
-    for line in (text or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return _number(value)
-    return 0
+    return _number(dict(line.split(" ", 1) for line in (text or "").splitlines() if " " in line).get(name))

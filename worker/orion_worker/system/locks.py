@@ -1,8 +1,7 @@
 """Locks between the programs of a worker, on files that root alone can open.
 
-flock(2) and fcntl(2) ask for no right but to have opened the file, so whoever can read a lock's file can hold the lock
-for ever. Each file is therefore made, and narrowed where it is there already, with mode 0600; and no wait is without
-an end.
+flock(2) and fcntl(2) ask for no right but to have opened the file, so an account that can read a lock's file can hold
+the lock for ever. Each file therefore gets the mode 0600, even if it is there already; and each wait has an end.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from orion_worker.system.files import closing
 
 LOOK_EVERY_S = 0.005
 
@@ -27,11 +28,8 @@ def open_lock(file: Path) -> int:
 @contextmanager
 def opened_lock(file: Path) -> Iterator[int]:
     """Give the descriptor of the lock's file, as `open_lock` does, and close it, which frees the lock, at the end."""
-    descriptor = open_lock(file)
-    try:
+    with closing(open_lock(file)) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def got_lock(descriptor: int, wait_s: float) -> bool:

@@ -1,8 +1,7 @@
 """Finding the processes of a renter, and signalling all of them at once although they fork meanwhile.
 
-A renter may stop whatever has its uid, also a process that root has started for it; then only SIGKILL ends that, and no
-signal that waits for the process to run, as SIGALRM does. So root waits for such a child until a deadline that it has
-set before, and then ends it with `kill_group`.
+A renter may stop each process that has its uid, even one that root has started for it. Only SIGKILL ends a stopped
+process. So root waits for such a child until a deadline, and then ends it with `kill_group`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from orion_worker.system.files import closing
+
 PROC = Path("/proc")
 SCORE = "oom_score_adj"
-"""The file of a process by which the kernel chooses which one to end when memory is used up (limits/scores.py)."""
+"""The file of a process with the score by which the kernel ends processes when memory is short (limits/scores.py)."""
 END_WITHIN_S = 10.0
 FIRST_UID = 100_000
 """The lowest uid of a renter."""
@@ -34,12 +35,22 @@ _DIES_WITH_PARENT = 1
 """prctl(2), PR_SET_PDEATHSIG."""
 
 
+def is_renter(uid: int) -> bool:
+    """Return whether an account of a renter has this uid."""
+    return FIRST_UID <= uid < FIRST_SENDER
+
+
+def fields_of(status: str) -> dict[str, str]:
+    """Return the fields in the text of /proc/PID/status by name."""
+    return dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+
+
 def owners(status: str) -> set[int]:
     """Return the real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie.
 
-    A process whose first thread has ended looks like a zombie while its other threads go on.
+    A process whose first thread has ended looks like a zombie while its other threads run.
     """
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    fields = fields_of(status)
     if fields.get("State", "").strip().startswith(("Z", "X")) and int(fields.get("Threads", 1)) < 2:
         return set()
     return {int(uid) for uid in fields.get("Uid", "").split()}
@@ -51,32 +62,28 @@ def pids_of(uids: Collection[int]) -> list[int]:
 
 
 def log_ins(usernames: Collection[str]) -> list[int]:
-    """Return sshd's own processes for the log-ins of these renters, which run as root and show the name in their
-    title."""
+    """Return sshd's processes of root for the log-ins of these renters; each has the name in its title."""
     return [pid for pid in _all() if log_in_name(pid) in usernames]
 
 
 def uids_from(first: int) -> set[int]:
-    """Return the uids from this one up that have a process, without the uids that send files (transfer.sender_uid)."""
+    """Return the uids from `first` on that have a process, without the uids that send files (transfer.sender_uid)."""
     return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < FIRST_SENDER}
 
 
 def sessions(uid: int, username: str) -> list[int]:
-    """Return sshd's processes of root that hold log-ins of this renter, without those that have not authenticated
-    anybody."""
+    """Return sshd's processes of root that hold authenticated log-ins of this renter."""
     parents = {parent_of(_status(pid)) for pid in pids_of([uid])}
     return [pid for pid in log_ins([username]) if pid in parents]
 
 
 def parent_of(status: str) -> int:
     """Return the parent in the text of /proc/PID/status; 0 where there is none."""
-    found = [line for line in status.splitlines() if line.startswith("PPid:")]
-    return int(found[0].split()[1]) if found else 0
+    return int(fields_of(status).get("PPid", 0))
 
 
 def ticks(pid: int) -> int:
-    """Return the ticks of a processor that a process and all its children have used; 0 where there is no such
-    process."""
+    """Return the ticks of a processor that a process and its children have used; 0 where there is no such process."""
     try:
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         children = (PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
@@ -107,8 +114,7 @@ def kill_all(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
 
 
 def begin_child(work: Callable[[], object]) -> int:
-    """Begin a child that does this work and ends; return its number. The child leads a group of its own
-    (`kill_group`)."""
+    """Begin a child that does this work and ends; return its number. The child leads a process group (`kill_group`)."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -134,11 +140,8 @@ def die_with(parent: int) -> None:
 
 def has_ended(child: int, within_s: float) -> bool:
     """Return whether a child has ended within that time. Its status is still to be taken then."""
-    ended = os.pidfd_open(child)
-    try:
+    with closing(os.pidfd_open(child)) as ended:
         return bool(select.select([ended], [], [], max(0.0, within_s))[0])
-    finally:
-        os.close(ended)
 
 
 def kill_group(child: int) -> int:
@@ -155,19 +158,13 @@ def kill_group(child: int) -> int:
 class _Event(ctypes.Structure):
     """The event at the end of a timer: sigevent(3type)."""
 
-    _fields_ = [
-        ("value", ctypes.c_void_p),
-        ("number", ctypes.c_int),
-        ("how", ctypes.c_int),
-        ("rest", ctypes.c_int * 12),
-    ]
+    _fields_ = [("value", ctypes.c_void_p), ("number", ctypes.c_int), ("how", ctypes.c_int), ("_", ctypes.c_int * 12)]
 
 
 def be_killed_after(seconds: float) -> bool:
-    """Have the kernel kill this process after so many seconds, even if it waits or is stopped.
+    """Have the kernel kill this process then, even if it waits or is stopped; return False if there is no such timer.
 
-    Neither a child nor a program that takes the place of this one inherits the timer. Return whether the kernel has
-    such a timer.
+    Neither a child nor a program that takes the place of this one inherits the timer.
     """
     libc = ctypes.CDLL(None)
     event, timer = _Event(number=signal.SIGKILL), ctypes.c_void_p()
@@ -183,10 +180,9 @@ def signal_all(uid: int, number: signal.Signals) -> bool:
 
     Return False where no process could be made to send it: then the caller signals the processes one by one.
 
-    To look for processes and to kill those found, even after stopping them, is not enough: a program that goes on in
-    its child and ends the parent has always gone when its turn comes (seen). kill(-1) holds the kernel's list of
-    processes, and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a
-    real uid that nobody has, so that the renter cannot signal the sender first.
+    It is not enough to look for processes and kill those found: a program that goes on in its child and ends the parent
+    has always gone by then (seen). kill(-1) holds the kernel's list of processes, and a fork under way gets the signal
+    too. The sender has the uid as its effective one only, so that the renter cannot signal the sender first.
     """
     return act_as(uid, lambda: os.kill(-1, number))
 
@@ -225,17 +221,13 @@ def signal_process(pid: int, renters: Mapping[int, str], number: signal.Signals)
     signalled.
     """
     try:
-        descriptor = os.pidfd_open(pid)
+        opened = os.pidfd_open(pid)
     except OSError:
         return
-    try:
+    with closing(opened) as descriptor, suppress(ProcessLookupError):
         theirs = not owners(_status(pid)).isdisjoint(renters)
         if theirs or log_in_name(pid) in renters.values():
             signal.pidfd_send_signal(descriptor, number)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def own_score() -> int:
@@ -250,20 +242,12 @@ def give_score(pid: int, score: int) -> None:
 
 def name_of(pid: int) -> str:
     """Return the name of a process, or "gone"."""
-    try:
-        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
-    except OSError:
-        return "gone"
+    return _read(pid, "comm").strip() or "gone"
 
 
 def log_in_name(pid: int) -> str | None:
-    """Return the renter's name in the title of one of sshd's processes of root, `sshd-session: r-abc [priv]`; None if
-    none.
-    """
-    try:
-        title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
-    except OSError:
-        return None
+    """Return the renter's name in the title of sshd's process of root, `sshd-session: r-abc [priv]`; None if none."""
+    title = _read(pid, "cmdline").rstrip("\0")
     if not title.startswith("sshd-session: ") or owners(_status(pid)) != {0}:
         return None
     return title.removeprefix("sshd-session: ").split(" ")[0].split("@")[0]
@@ -274,7 +258,12 @@ def _all() -> list[int]:
 
 
 def _status(pid: int) -> str:
+    return _read(pid, "status")
+
+
+def _read(pid: int, name: str) -> str:
+    """Return the text of a file of a process; empty if the process has ended."""
     try:
-        return (PROC / str(pid) / "status").read_text(errors="replace")
+        return (PROC / str(pid) / name).read_text(errors="replace")
     except OSError:
         return ""

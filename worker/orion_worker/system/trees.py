@@ -1,17 +1,18 @@
 """Removing directory trees as root where a renter may change them meanwhile.
 
-Nothing here follows a link, or a path that a renter may change: each step goes from an open directory to an entry in it
-(openat with O_NOFOLLOW).
+No step follows a link or a path that a renter may change: each goes from an open directory to an entry in it (openat
+with O_NOFOLLOW).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from orion_worker.system.files import closing
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -29,31 +30,26 @@ def remove_entry(folder: int, name: str, expected: os.stat_result | None = None)
 
 def remove_tree(place: Path) -> None:
     """Remove a directory of root's with all that is in it, if it is there."""
-    with suppress(FileNotFoundError):
-        folder = os.open(place.parent, OPEN_FOLDER)
-        try:
-            remove_entry(folder, place.name)
-        finally:
-            os.close(folder)
+    with suppress(FileNotFoundError), closing(os.open(place.parent, OPEN_FOLDER)) as folder:
+        remove_entry(folder, place.name)
 
 
 def _remove_tree(parent: int, name: str, expected: os.stat_result | None) -> int:
-    """Remove a directory of any depth and size. Inner directories are moved to the top, so that two are open at a
-    time."""
+    """Remove a directory of any depth and size. Inner ones are moved to the top, so that two are open at a time."""
     removed = 0
     with _shut(parent, name) as top:
         if expected and not os.path.samestat(os.fstat(top), expected):
             return 0  # another renter has put something else in its place
-        lifted = _Names()
+        prefix = os.urandom(8).hex()  # `secrets` would cost each call of this program 4 ms
         while True:
-            files, waiting = _clear(top, top, lifted)
+            files, waiting = _clear(top, top, prefix)
             removed += files
             if not waiting:
                 break
             while waiting:
                 each = waiting.pop()
                 with _shut(top, each) as folder:
-                    files, inner = _clear(folder, top, lifted)
+                    files, inner = _clear(folder, top, prefix)
                 os.rmdir(each, dir_fd=top)
                 removed += files + 1
                 waiting += inner
@@ -61,30 +57,19 @@ def _remove_tree(parent: int, name: str, expected: os.stat_result | None) -> int
     return removed + 1
 
 
-class _Names:
-    """New names for moved directories, which a renter cannot guess."""
+def _clear(folder: int, top: int, prefix: str) -> tuple[int, list[str]]:
+    """Unlink all files of an open directory and move its directories to the top; return how many, and the new names.
 
-    def __init__(self) -> None:
-        self._prefix = os.urandom(8).hex()  # `secrets` would cost each call of this program 4 ms
-        self._number = itertools.count()
-
-    def next(self) -> str:
-        return f"{self._prefix}{next(self._number):x}"
-
-    def has(self, name: str) -> bool:
-        return name.startswith(self._prefix)
-
-
-def _clear(folder: int, top: int, lifted: _Names) -> tuple[int, list[str]]:
-    """Unlink all files of an open directory and move its directories to the top; return how many, and the new names."""
+    `prefix` begins the new names, and no other name in the tree: a renter cannot guess it.
+    """
     files, moved = 0, []
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=folder)
                 files += 1
-            elif not lifted.has(entry.name):
-                moved.append(lifted.next())
+            elif not entry.name.startswith(prefix):
+                moved.append(f"{prefix}{os.urandom(8).hex()}")
                 os.rename(entry.name, moved[-1], src_dir_fd=folder, dst_dir_fd=top)
     return files, moved
 
@@ -92,9 +77,6 @@ def _clear(folder: int, top: int, lifted: _Names) -> tuple[int, list[str]]:
 @contextmanager
 def _shut(parent: int, name: str) -> Iterator[int]:
     """Give a directory opened by root and shut to all others, whatever its mode or access list was."""
-    folder = os.open(name, OPEN_FOLDER, dir_fd=parent)
-    try:
+    with closing(os.open(name, OPEN_FOLDER, dir_fd=parent)) as folder:
         os.fchmod(folder, 0o700)
         yield folder
-    finally:
-        os.close(folder)
