@@ -129,12 +129,12 @@ def test_every_heartbeat_has_the_agreed_form_and_the_interval_of_the_last_reply(
 
 def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: CallHomeBench) -> None:
     bench.step(registered())
-    assert bench.home.acknowledged_at == 1000.0
+    assert bench.home.lease.acknowledged_at == 1000.0
     bench.step(acknowledged())
-    assert bench.home.acknowledged_at == 1002.0
+    assert bench.home.lease.acknowledged_at == 1002.0
     for silent in (Answer(0), Answer(429), Answer(502, marked=True), Answer(403)):
         bench.step(silent)
-        assert bench.home.acknowledged_at == 1002.0
+        assert bench.home.lease.acknowledged_at == 1002.0
 
 
 def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
@@ -247,7 +247,7 @@ def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: CallHomeBen
 def test_a_reply_of_another_form_renews_nothing(bench: CallHomeBench, broken: dict[str, Any]) -> None:
     bench.step(registered())
     assert bench.step(Answer(200, broken)) == 1.0
-    assert bench.home.acknowledged_at == 1000.0
+    assert bench.home.lease.acknowledged_at == 1000.0
 
 
 def test_a_half_written_identity_is_no_identity(bench: CallHomeBench) -> None:

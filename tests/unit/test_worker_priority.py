@@ -23,10 +23,9 @@ class ProcessFiles:
 
     root: Path
     last: list[int] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.turns = PriorityGuard(self.said.append, self.last.append, self.root)
+        self.turns = PriorityGuard(self.last.append, self.root)
 
     def runs(self, pid: int, uid: int, states: str) -> None:
         """Add a process with a task of each of these states."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,10 @@ class MemoryFiles:
     """A worker whose processes and control group are files of a test."""
 
     root: Path
-    said: list[str] = field(default_factory=list)
     used_mb: int = 400
 
     def __post_init__(self) -> None:
-        self.scores = OomScores(usual(0), self.said.append, self._read, self.root)
+        self.scores = OomScores(usual(0), self._read, self.root)
         (self.root / "self").mkdir()
 
     def runs(self, pid: int, uid: int, mb: int, effective: int | None = None, score: int = 0) -> None:

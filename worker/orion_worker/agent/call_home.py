@@ -12,33 +12,22 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from orion_worker.agent import decisions
 from orion_worker.agent.decisions import (
     HEARTBEAT_RETRY_MAX_S,
     REGISTER_RETRY_MAX_S,
     START_ENDS,
-    UNREACHED_RETRY_MAX_S,
     AgentSession,
     Answer,
     LeaseState,
     Next,
-    accepted_fields_from,
-    actions_for,
-    after_heartbeat,
-    after_register,
-    agent_session_from,
-    ask_within_s,
-    backoff_s,
-    interval_from,
-    may_run,
-    placements_from,
-    proxy_answer_from,
 )
 from orion_worker.agent.node import LogLine, Node
 
 REQUEST_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 3.0
 EVACUATING_INTERVAL_S = 0.4
-"""Seconds between calls while the worker is evacuated: each call reports what is left and brings orders for it."""
+"""Seconds between calls during an evacuation: each call reports the rentals left, and its reply brings orders."""
 EVACUATING_PATIENCE_S = 6.0
 """Seconds for which the manager may be silent during an evacuation: it may be starting again."""
 TOKEN_POLL_S = 1.0
@@ -69,7 +58,7 @@ class CallTransport(Protocol):
 
 
 class HttpTransport:
-    """Calls over HTTP, with one connection for each: the proxy may be another container by the next call.
+    """Calls over HTTP, each with its own connection, because the proxy may be another container by the next call.
 
     They use IPv4 alone: the manager knows a worker by its IPv4 address, and the packet filter drops IPv6. A name that
     leads to an IPv6 address as well would cost seconds with each call.
@@ -97,8 +86,8 @@ class HttpTransport:
 class HomeCaller:
     """The state of the calls to the manager; `step` makes the next one and returns the seconds to wait after it.
 
-    `clock` is CLOCK_BOOTTIME, which goes on while the machine sleeps; `chance` returns numbers from 0 to 1.
-    `on_renewal` is called when the lease was renewed, before the orders of the reply are carried out.
+    `clock` is CLOCK_BOOTTIME, which counts while the machine sleeps; `chance` returns numbers from 0 to 1. `on_renewal`
+    is called when the lease was renewed, before the orders of the reply are carried out.
     """
 
     def __init__(
@@ -126,19 +115,14 @@ class HomeCaller:
         self._evacuating_since: float | None = None
         self.lease = LeaseState()
         self.liveness_ended_at: float | None = None
-        """When a liveness connection last ended without its last word (CLOCK_BOOTTIME). The agent's main sets it."""
+        """When a liveness connection last ended out of order (CLOCK_BOOTTIME). The agent's main sets it."""
         self.liveness_closed_at: float | None = None
         """When the manager last closed a liveness connection in order, which it mostly does before a restart."""
 
     @property
     def is_registered(self) -> bool:
-        """Return whether the manager has given this life of the agent a session."""
+        """Return whether the manager has given this agent a session since its start."""
         return self._session is not None
-
-    @property
-    def acknowledged_at(self) -> float | None:
-        """When the last acknowledged call was sent (CLOCK_BOOTTIME)."""
-        return self.lease.acknowledged_at
 
     def step(self) -> float:
         """Make the next call over the transport; return the seconds to wait before the one after."""
@@ -158,12 +142,9 @@ class HomeCaller:
         return self._register()
 
     def due_s(self) -> float:
-        """Return the seconds that the next call may wait at most.
-
-        They are fewer than `step` returned when a liveness connection has ended since.
-        """
+        """Return the most seconds that the next call may wait; fewer if a liveness connection ended since `step`."""
         ended_at = max((at for at in (self.liveness_ended_at, self.liveness_closed_at) if at is not None), default=None)
-        within_s = ask_within_s(self.lease, ended_at, self._clock())
+        within_s = decisions.ask_within_s(self.lease, ended_at, self._clock())
         return within_s if self._evacuating_since is None else min(within_s, EVACUATING_INTERVAL_S)
 
     def evacuate(self) -> None:
@@ -171,14 +152,14 @@ class HomeCaller:
         self._evacuating_since = self._clock()
 
     def is_evacuating(self) -> bool:
-        """Return whether it helps to wait: rentals are left here, and the manager has answered lately."""
+        """Return whether waiting helps: rentals are left here, and the manager has answered lately."""
         if self._evacuating_since is None or self._session is None or not self._node.inventory():
             return False
-        heard_at = max(self._evacuating_since, self.lease.acknowledged_at or 0.0)
-        return self._clock() - heard_at < EVACUATING_PATIENCE_S
+        answered_at = max(self._evacuating_since, self.lease.acknowledged_at or 0.0)
+        return self._clock() - answered_at < EVACUATING_PATIENCE_S
 
     def begin_exit(self) -> None:
-        """Lock all rentals and end their processes. No reply, not even one on its way, activates one afterwards."""
+        """Lock all rentals and end their processes. No reply, not even one under way, activates one afterwards."""
         with self._obeying:
             self._exiting = True
         self._node.lock_all(kill=True)
@@ -208,7 +189,7 @@ class HomeCaller:
         sent_at = self._clock()
         answer = yield Call("/api/register", token, self._node.describe())
         self._note(answer, sent_at)
-        match after_register(answer, with_own_token=own is not None):
+        match decisions.after_register(answer, with_own_token=own is not None):
             case Next.ACKNOWLEDGED:
                 return self._begin(answer, sent_at)
             case Next.FORGET:
@@ -225,7 +206,7 @@ class HomeCaller:
 
     def _begin(self, answer: Answer, sent_at: float) -> float:
         try:
-            session = agent_session_from(answer.body)
+            session = decisions.agent_session_from(answer.body)
         except ValueError as error:
             return self._try_later(f"reply to the registration is wrong: {error}", answer, REGISTER_RETRY_MAX_S)
         self._node.keep_identity(session)
@@ -241,23 +222,23 @@ class HomeCaller:
         more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._accepted_fields else {}
         answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
         # After a failure no optional field is sent: the manager may be an older one now, and would refuse it.
-        self._accepted_fields = accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
+        self._accepted_fields = decisions.accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
         self._note(answer, sent_at)
-        match after_heartbeat(answer):
+        match decisions.after_heartbeat(answer):
             case Next.ACKNOWLEDGED:
-                return self._go_on(session, answer, sent_at)
+                return self._continue(session, answer, sent_at)
             case Next.REGISTER:
                 self._say(f"the manager asks for a new registration ({answer})")
                 self._session = None
                 return 0.0
         return self._try_later("heartbeat failed", answer, HEARTBEAT_RETRY_MAX_S)
 
-    def _go_on(self, session: AgentSession, answer: Answer, sent_at: float) -> float:
+    def _continue(self, session: AgentSession, answer: Answer, sent_at: float) -> float:
         try:
-            interval_s = interval_from(answer.body.get("next_heartbeat_s"))
-            lease_s = interval_from(answer.body.get("lease_s"))
-            proxy_answer_s = proxy_answer_from(answer.body)
-            placements = placements_from(answer.body.get("placements"))
+            interval_s = decisions.interval_from(answer.body.get("next_heartbeat_s"))
+            lease_s = decisions.interval_from(answer.body.get("lease_s"))
+            proxy_answer_s = decisions.proxy_answer_from(answer.body)
+            placements = decisions.placements_from(answer.body.get("placements"))
         except ValueError as error:
             return self._try_later(f"reply to the heartbeat is wrong: {error}", answer, HEARTBEAT_RETRY_MAX_S)
         if self._failures:
@@ -290,14 +271,14 @@ class HomeCaller:
     def _obey(self, placements: tuple[dict[str, Any], ...], requested_at: float) -> None:
         """Carry out the orders of a reply, unless its lease is over already, as after a sleep of the machine."""
         with self._obeying:
-            if not self._exiting and may_run(self.lease, self.liveness_ended_at, self._clock()):
-                self._node.carry_out(actions_for(self._node.inventory(), placements), requested_at)
+            if not self._exiting and decisions.may_run(self.lease, self.liveness_ended_at, self._clock()):
+                self._node.carry_out(decisions.actions_for(self._node.inventory(), placements), requested_at)
 
     def _try_later(self, what: str, answer: Answer, longest_s: float) -> float:
         self._failures += 1
-        longest_s = min(longest_s, UNREACHED_RETRY_MAX_S) if answer.unreached else longest_s
+        longest_s = min(longest_s, decisions.UNREACHED_RETRY_MAX_S) if answer.unreached else longest_s
         longest_s = min(longest_s, self.due_s())
-        wait_s = backoff_s(self._failures, longest_s, self._chance(), answer.retry_after_s)
+        wait_s = decisions.backoff_s(self._failures, longest_s, self._chance(), answer.retry_after_s)
         self._say(f"{what}: {answer}; next try in {wait_s:.1f} s")
         return wait_s
 

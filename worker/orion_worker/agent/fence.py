@@ -2,16 +2,16 @@
 
 The fence has a thread of its own, which makes no call and looks up no name, so nothing that the agent waits for delays
 it. It looks at the lease every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause:
-the sleep is over by then, and CLOCK_BOOTTIME has gone on. It never thaws: that takes a reply that says `run`.
+CLOCK_BOOTTIME counts that time. It never thaws: only a reply that says `run` does.
 
-When the lease is lost, the fence first stops all processes of all renters, which needs no disk; then it notes that
-there is no lease, which `unlock` and `thaw` look at last; then it locks the keys and writes the marks. After that it
+When the lease is lost, the fence first stops all processes of all renters, which needs no disk, and locks the keys;
+then it notes that there is no lease, which `unlock` and `thaw` look at last; then it writes the marks. After that it
 repeats the freezing every AGAIN_EVERY_S as long as a mark exists, for processes that came in meanwhile.
 
-A rental that was never activated at its epoch is not frozen, because no reply would ever thaw it. What runs under its
-uid is a transfer of its files, which would hold the rental's lock for as long as it is stopped; so the fence ends it,
-and the manager begins it again. (Or it is left of an earlier epoch, and must not run any more at all.) A retired rental
-is not frozen either: the fence ends what runs of it, as its recovery does.
+A rental that was never activated at its epoch is not frozen, because no reply would ever thaw it. Its uid runs a
+transfer of its files, which would hold the rental's lock while it is stopped; so the fence ends the transfer, and the
+manager begins it again. (Or its uid runs what is left of an earlier epoch, and may not run any more.) A retired rental
+is not frozen either: the fence ends its processes, as its recovery does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from orion_worker.freezer.enforcer import Enforcer
 from orion_worker.freezer.marks import FENCE_WAITS_S
@@ -34,7 +35,7 @@ AGAIN_EVERY_S = 0.2
 
 
 class Fence:
-    """`may_run` returns whether this worker may run rentals now, by its own clock; `say` writes one line to the log."""
+    """The fence. `may_run` returns whether rentals may run here now; `say` writes one line to the log."""
 
     def __init__(self, rentals: Rentals, may_run: Callable[[], bool], say: Callable[[str], None]) -> None:
         self._rentals = rentals
@@ -44,7 +45,7 @@ class Fence:
         self._looking = threading.Lock()
         self._has_lease = False
         self._stopped_before: dict[int, frozenset[tuple[int, int]]] | None = None
-        """(pid, start) of processes that were stopped before the lease was lost, by uid; None: it was not lost."""
+        """(pid, start) of processes that were stopped before the lease was lost, by uid; None: it is not lost."""
         self._enforcers: dict[tuple[str, int], Enforcer] = {}
         self._repeat_at = 0.0
 
@@ -58,28 +59,18 @@ class Fence:
         with self._looking:
             if self._may_run() and not self._has_lease:
                 if self._stopped_before is not None:
-                    self._mark()  # whatever could not be marked then: else its processes would be forgotten
+                    self._mark()  # rentals that could not be marked then: nothing would wake their processes
                 self._freezer.set_lease(True)
                 self._has_lease, self._stopped_before = True, None
 
     def look(self) -> None:
-        """Freeze all rentals if there is no right to run, and repeat what freezing is due."""
+        """Freeze all rentals if there is no right to run, and repeat earlier freezes when that is due."""
         with self._looking:
             if self._has_lease and not self._may_run():
                 self._freeze_all()
             if time.monotonic() >= self._repeat_at:
                 self._repeat_at = time.monotonic() + AGAIN_EVERY_S
                 self._repeat_freezes()
-
-    def run(self) -> None:
-        """Call `look` for ever."""
-        while True:
-            try:
-                self.look()
-            except Exception as fault:
-                # Whatever fails, such as a write to a full disk, is tried again with the next look.
-                self._say(f"the fence: {fault!r}; looking again")
-            time.sleep(LOOK_EVERY_S)
 
     def _freeze_all(self) -> None:
         self._stopped_before = self._stopped_before or {}
@@ -129,10 +120,7 @@ class Fence:
                 continue
             key = (rental_id, record.uid)
             enforcers[key] = self._enforcers.get(key) or Enforcer(record.uid, record.username)
-            self._refreeze(record, enforcers[key])
+            killed = self._freezer.refreeze(rental_id, enforcers[key], partial(self._rentals.lock_at_once, record))
+            if killed:
+                self._say(f"rental {rental_id} resisted being frozen: {killed} of its processes were ended")
         self._enforcers = enforcers
-
-    def _refreeze(self, record: RentalRecord, enforcer: Enforcer) -> None:
-        killed = self._freezer.refreeze(record.rental_id, enforcer, lambda: self._rentals.lock_at_once(record))
-        if killed:
-            self._say(f"rental {record.rental_id} resisted being frozen: {killed} of its processes were ended")

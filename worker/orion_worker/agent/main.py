@@ -1,7 +1,7 @@
 """The agent: the main process of a worker's container. If it dies, the container ends.
 
-It locks all rentals, starts sshd and restarts it when it dies, and calls home for ever. On SIGTERM it waits until the
-manager has moved its rentals to other workers, or parked them, as long as the grace lasts; then it locks all rentals,
+It locks all rentals, starts sshd and restarts it when it dies, and calls home for ever. On SIGTERM it waits, as long as
+the grace lasts, until the manager has migrated its rentals to other workers or parked them; then it locks all rentals,
 says goodbye and ends. The calls have a thread of their own, so that a slow request never delays the goodbye; and the
 fence has one, so that nothing delays the freezing of rentals that may not run any more.
 """
@@ -16,23 +16,24 @@ import subprocess
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, HttpTransport
 from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.agent.decisions import may_run, stop_grace_s
+from orion_worker.agent.fence import LOOK_EVERY_S as FENCE_LOOKS_EVERY_S
 from orion_worker.agent.fence import Fence
 from orion_worker.agent.node import AgentSettings, Node, settings_from
-from orion_worker.limits import scores
+from orion_worker.limits import priority, scores
 from orion_worker.limits.log_limit import LimitedLog
-from orion_worker.limits.priority import PriorityGuard
 from orion_worker.limits.stopped_log_ins import StoppedLogIns
 from orion_worker.limits.terminals import TerminalGuard
-from orion_worker.rental.commands import Rentals
 from orion_worker.rental.host_certificate import RunningSshd
 from orion_worker.rpc import liveness_program
 from orion_worker.rpc.liveness import LivenessListener
 from orion_worker.system import cgroup, processes
+from orion_worker.system.repeat import look_for_ever
 
 WEB_PORT = 80
 """The port on which the proxy reaches the web ports of rentals. It is below 1024, so that no renter can take it."""
@@ -48,27 +49,24 @@ RENTERS_NICENESS = 5
 class SshdChild:
     """sshd, as a child of start/confine.py that is started again whenever it dies.
 
-    Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too.
-    No renter gets below that score (start/confine.py says on which kernels it can), and the kernel ends sessions before
-    the agent. So sshd is ended no later than a renter's process of the same size; but the processes of the rental that
-    uses the most memory are ended first (limits/scores.py), and the next look starts sshd again.
+    Sessions inherit its limit of processes, which does not apply to root, and its score, below which no renter gets
+    (start/confine.py): the kernel ends them before the agent. It ends sshd no later than a renter's process of the same
+    size, but the processes of the rental that uses the most memory first (limits/scores.py).
     """
 
     def __init__(self, settings: AgentSettings, errors: int) -> None:
         limit = cgroup.usage(cgroup.read_file).processes_limit
         each = cgroup.processes_for_each_renter(limit, settings.slots)
+        command = ["prlimit", f"--nproc={each}:{each}", "--", "nice", "-n", str(RENTERS_NICENESS), "--"]
         # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
-        exempt = f"PerSourcePenaltyExemptList={settings.app_address}"
-        command = ["prlimit", f"--nproc={each}:{each}", "--"]
-        command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
-        command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
+        command += ["/usr/sbin/sshd", "-D", "-e", "-o", f"PerSourcePenaltyExemptList={settings.app_address}"]
         self._listening = RunningSshd(Path("/"))
         self._command = ConfinedCommand(command, scores.usual(processes.own_score()), errors)
         say(f"each renter may have {each} processes")
         self._start()
 
     def ensure_running(self) -> None:
-        """Start sshd again if it has ended. The agent calls this every LOOK_EVERY_S."""
+        """Start sshd again if it has ended."""
         status = self._command.ended()
         if status is not None:
             say(f"sshd ended with status {status}: starting it again")
@@ -89,13 +87,13 @@ class PortProxyChild:
     because SSH to the worker comes first.
     """
 
-    def __init__(self, proxy_address: str, app_address: str, slots: int) -> None:
-        self._command = [PORT_PROXY, proxy_address, app_address, str(slots)]
+    def __init__(self, settings: AgentSettings) -> None:
+        self._command = [PORT_PROXY, settings.proxy_address, settings.app_address, str(settings.slots)]
         self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
         self._child: subprocess.Popen[bytes] | None = None
 
     def ensure_running(self) -> None:
-        """Start the port proxy if it does not run. The agent calls this every LOOK_EVERY_S."""
+        """Start the port proxy if it does not run."""
         status = self._child.poll() if self._child else None
         if status is not None:
             say(f"the port proxy ended with status {status}: starting it again")
@@ -114,12 +112,6 @@ def say(line: str) -> None:
 
 def write(line: str) -> None:
     print(line, flush=True)  # noqa: T201 - the container's log
-
-
-def end_all(rentals: Rentals, uids: list[int]) -> None:
-    """End all processes and log-ins of the renters with these uids."""
-    names = {record.uid: record.username for record in rentals.records.all()}
-    processes.kill_all({uid: names.get(uid, "") for uid in uids})
 
 
 def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.Event) -> None:
@@ -154,12 +146,8 @@ def exit_in_order(home: HomeCaller, calling: threading.Thread) -> None:
 def run(settings: AgentSettings) -> None:
     """Run the agent until SIGTERM or SIGINT."""
     stop_requested, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
-
-    def stop(*_: object) -> None:
-        stop_requested.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: stop_requested.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked by entrypoint.sh
     node = Node(settings, say)
     node.lock_all()
@@ -180,11 +168,17 @@ def run(settings: AgentSettings) -> None:
     liveness = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
     log = LimitedLog(write)
     sshd = SshdChild(settings, log.input)
-    port_proxy = PortProxyChild(settings.proxy_address, settings.app_address, settings.slots)
+    port_proxy = PortProxyChild(settings)
     stopped = StoppedLogIns(node.rentals, say)
-    ended_first = scores.OomScores(scores.usual(processes.own_score()), say)
-    terminals = TerminalGuard(lambda uids: end_all(node.rentals, uids), say)
-    for work in (log.run, fence.run, liveness.run, ended_first.run, terminals.run, PriorityGuard(say).run):
+    oom_scores = scores.OomScores(scores.usual(processes.own_score()))
+    for work in (
+        log.run,
+        liveness.run,
+        TerminalGuard(node.end_all, say).run,
+        partial(look_for_ever, fence.look, FENCE_LOOKS_EVERY_S, say, "the fence"),
+        partial(look_for_ever, oom_scores.look, scores.LOOK_EVERY_S, say, "the scores for when memory is used up"),
+        partial(look_for_ever, priority.PriorityGuard().look, priority.LOOK_EVERY_S, say, "the priority of renters"),
+    ):
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
@@ -192,12 +186,11 @@ def run(settings: AgentSettings) -> None:
         sshd.ensure_running()
         port_proxy.ensure_running()
         stopped.look_if_due()
-    say("told to stop")
+    say("stop requested")
     home.evacuate()
     hurry.set()
     began = time.monotonic()
-    grace_s = stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
-    deadline = began + grace_s
+    deadline = began + stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
     while home.is_evacuating() and time.monotonic() < deadline:
         sshd.ensure_running()
         time.sleep(LOOK_OFTEN_S)

@@ -24,8 +24,8 @@ from orion_worker.system import cgroup, processes
 from orion_worker.system.files import write_atomically
 
 AGENT_VERSION = "0.1.0+boot"
-"""The version of this agent. The words behind the plus sign, separated by dots, name what a manager may do with this
-worker and not with one of an earlier version. `boot`: orders may name the boot id of this worker."""
+"""The version of this agent. The words behind the plus sign, separated by dots, name abilities that workers of earlier
+versions lack. `boot`: orders may name the boot id of this worker."""
 ENOUGH_FILES = 200_000
 """The number of files up to which homes are counted: more need the longest grace in any case."""
 MAX_SLOTS = 256
@@ -52,20 +52,22 @@ class AgentSettings:
 
 def settings_from(environment: Mapping[str, str]) -> AgentSettings:
     """Return the settings. Raise ValueError, which names the wrong variable and its form."""
-    url = environment.get("ORION_URL") or "http://manager_proxy"
-    if not re.fullmatch(r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", url):
-        raise ValueError(f"ORION_URL must be http://HOST or http://HOST:PORT, not {url!r}")
-    app_address = environment.get("ORION_APP_ADDRESS", "")
-    if not re.fullmatch(r"[0-9.]+", app_address):
-        raise ValueError(f"ORION_APP_ADDRESS must be the manager's IPv4 address, not {app_address!r}")
-    proxy_address = environment.get("ORION_PROXY_ADDRESS") or app_address
-    if not re.fullmatch(r"[0-9.]+", proxy_address):
-        raise ValueError(f"ORION_PROXY_ADDRESS must be the proxy's IPv4 address, not {proxy_address!r}")
+
+    def read(name: str, default: str, form: str, meaning: str) -> str:
+        text = environment.get(name) or default
+        if not re.fullmatch(form, text):
+            raise ValueError(f"{name} must be {meaning}, not {text!r}")
+        return text
+
+    host, address, seconds = r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", r"[0-9.]+", r"\d{1,4}(\.\d{1,3})?"
+    url = read("ORION_URL", "http://manager_proxy", host, "http://HOST or http://HOST:PORT")
+    app_address = read("ORION_APP_ADDRESS", "", address, "the manager's IPv4 address")
+    proxy_address = read("ORION_PROXY_ADDRESS", app_address, address, "the proxy's IPv4 address")
     slots = environment.get("ORION_SLOTS") or "1"
     if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
         raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
-    grace_s = _seconds_of(environment, "ORION_STOP_GRACE_S", AgentSettings.stop_grace_s)
-    grace_max_s = max(grace_s, _seconds_of(environment, "ORION_STOP_GRACE_MAX_S", grace_s))
+    grace_s = float(read("ORION_STOP_GRACE_S", str(AgentSettings.stop_grace_s), seconds, "a number of seconds"))
+    grace_max_s = max(grace_s, float(read("ORION_STOP_GRACE_MAX_S", str(grace_s), seconds, "a number of seconds")))
     labels = _labels(environment.get("ORION_LABELS") or "")
     return AgentSettings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
 
@@ -84,10 +86,10 @@ class Node:
         self.boot_id = uuid.uuid4().hex
         self.rentals = Rentals(WorkerPaths(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
-        self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._acknowledged.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._acknowledged.unlink(missing_ok=True)
-        self._session.unlink(missing_ok=True)
+        for old in (self._acknowledged, self._session):
+            old.unlink(missing_ok=True)
+        for file in (self._identity, self._acknowledged):
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def describe(self) -> dict[str, Any]:
         """Return the body of a registration."""
@@ -103,13 +105,12 @@ class Node:
         }
 
     def inventory(self) -> list[dict[str, Any]]:
-        """Return the rentals that have something here, in the form of a heartbeat."""
         return self.rentals.inventory()
 
     def start_ends(self) -> list[dict[str, Any]]:
         """Return how the start commands ended that ran here, in the form of a heartbeat."""
-        now, launcher = time.clock_gettime(time.CLOCK_BOOTTIME), self.rentals.launcher
-        ends = (launcher.ended(record, now) for record in self.rentals.records.all())
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        ends = (self.rentals.launcher.ended(record, now) for record in self.rentals.records.all())
         return [end for end in ends if end is not None][:MAX_SLOTS]
 
     def load(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Node:
         }
 
     def to_be_carried(self) -> tuple[int, int]:
-        """Return the number and the bytes of the files in all homes here, as far as ENOUGH_FILES."""
+        """Return the number and the bytes of the files in all homes here, up to ENOUGH_FILES."""
         return count_files(self._root / "home" / record.username for record in self.rentals.records.all())
 
     def join_token(self) -> str | None:
@@ -149,12 +150,12 @@ class Node:
 
     def keep_identity(self, session: AgentSession) -> None:
         """Store the identity and the session that a registration gave."""
-        identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
-        write_atomically(self._identity, json.dumps(identity))
+        identity = json.dumps({"worker_id": session.worker_id, "worker_token": session.worker_token})
+        write_atomically(self._identity, identity)
         write_atomically(self._session, session.session_id)  # the port proxy checks tokens with it
 
     def admit(self, keys: Iterable[str]) -> None:
-        """Let these keys, and no others, log in as root, from the manager's address alone."""
+        """Write the keys that may log in as root: these alone, and from the manager's address alone."""
         lines = [f'from="{self._settings.app_address}" {key}\n' for key in keys]
         write_atomically(self._root / "etc/orion/keys/root", "".join(lines))
 
@@ -163,10 +164,7 @@ class Node:
         self._acknowledged.touch()
 
     def carry_out(self, actions: Iterable[RentalAction], requested_at: float) -> None:
-        """Do these actions; log each one and each refusal.
-
-        `requested_at`: when the call was sent whose reply asks for them (CLOCK_BOOTTIME).
-        """
+        """Carry out and log these actions. `requested_at`: when the call was sent that they answer (CLOCK_BOOTTIME)."""
         for action in actions:
             request = RentalOrder(rental_id=action.rental_id, epoch=action.epoch)
             try:
@@ -191,12 +189,17 @@ class Node:
             killed = processes.kill_all({record.uid: record.username for record in records}, within_s=3.0)
             self._say(f"locked {len(records)} rentals and ended {killed} of their processes")
 
+    def end_all(self, uids: Iterable[int]) -> None:
+        """End all processes and log-ins of the renters with these uids."""
+        names = {record.uid: record.username for record in self.rentals.records.all()}
+        processes.kill_all({uid: names.get(uid, "") for uid in uids})
+
 
 def count_files(homes: Iterable[Path]) -> tuple[int, int]:
     """Return the number and the bytes of the files in these folders, up to ENOUGH_FILES. No link is followed."""
     files, size, folders = 0, 0, [str(home) for home in homes]
     while folders and files < ENOUGH_FILES:
-        with suppress(OSError), os.scandir(folders.pop()) as entries:  # the renter may be at work there
+        with suppress(OSError), os.scandir(folders.pop()) as entries:  # the renter may change the folder
             for entry in entries:
                 files += 1
                 if entry.is_dir(follow_symlinks=False):
@@ -204,13 +207,6 @@ def count_files(homes: Iterable[Path]) -> tuple[int, int]:
                 elif entry.is_file(follow_symlinks=False):
                     size += entry.stat(follow_symlinks=False).st_size
     return files, size
-
-
-def _seconds_of(environment: Mapping[str, str], name: str, default: float) -> float:
-    text = environment.get(name) or str(default)
-    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text):
-        raise ValueError(f"{name} must be a number of seconds, not {text!r}")
-    return float(text)
 
 
 def _labels(text: str) -> dict[str, str]:

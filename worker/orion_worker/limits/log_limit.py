@@ -1,10 +1,10 @@
 """A limit for what sshd writes to the container's log, because a renter can have it write thousands of lines.
 
-Each connection that a client asks to have forwarded elsewhere and is refused is a line (4400 a second, 0.8 MB: seen),
-and the engine keeps the newest 30 MB. So lines beyond BURST, which comes back by one in LINE_EVERY_S, are only counted,
-and their number is written as soon as there is room for a line again.
+sshd writes a line for each connection whose forwarding it refuses (4400 a second, 0.8 MB: seen), and the engine keeps
+the newest 30 MB. There is room for BURST lines, and for one more after each LINE_EVERY_S. Further lines are counted, and
+their number is written as soon as there is room again.
 
-sshd never waits for its log: its end of the pipe does not block, and what finds no room there is lost.
+sshd never waits for its log: its end of the pipe does not block, and lines that find no room in the pipe are lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 BURST = 200
-"""Lines at once: more than the many simultaneous orders of a manager make."""
+"""Lines for which there is room at once: more than the many simultaneous orders of a manager make."""
 LINE_EVERY_S = 0.1
 """Seconds after which there is room for one more line."""
 LONGEST_BYTES = 1000
@@ -23,7 +23,7 @@ READ_BYTES = 1 << 16
 
 
 class LimitedLog:
-    """Pass on lines that are written to `input`, as far as there is room for them; `say` writes one line."""
+    """The limit: it passes on lines that are written to `input` while there is room; `say` writes one line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -45,20 +45,19 @@ class LimitedLog:
             if self._room < 1:
                 self._left_out += 1
                 continue
-            self._tell_of_those_left_out()
+            self._say_how_many_were_left_out()
             self._room -= 1
             self._say(line[:LONGEST_BYTES].decode(errors="replace").rstrip("\r"))
         if self._room >= 1:
-            self._tell_of_those_left_out()
+            self._say_how_many_were_left_out()
 
     def run(self) -> None:
-        """Pass on lines forever."""
+        """Pass on lines for ever."""
         while True:
-            waits_s = LINE_EVERY_S if self._left_out else None
-            ready = select.select([self._output], [], [], waits_s)[0]
+            ready = select.select([self._output], [], [], LINE_EVERY_S if self._left_out else None)[0]
             self.take(os.read(self._output, READ_BYTES) if ready else b"", time.monotonic())
 
-    def _tell_of_those_left_out(self) -> None:
+    def _say_how_many_were_left_out(self) -> None:
         if self._left_out:
             self._room -= 1
             self._say(f"orion-agent: {self._left_out} lines of sshd's were left out: too many at a time")

@@ -3,21 +3,19 @@
 The kernel shares a worker's processors among processes, not among rentals, and root's orders over SSH get the same part
 as each of them. So where one renter with 112 processes lets them fork without end, an order of root's takes ten seconds
 instead of one (seen), and with 448 it does not end within thirty. A control group for each rental is not available
-(limits/scores.py); but a uid can be given the lowest priority for all that it runs, in one step of the kernel, and
-neither these processes nor their children get another one again.
+(limits/scores.py); but one step of the kernel gives all processes of a uid the lowest priority, for good, and their
+children with them.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from orion_worker.system import processes
-from orion_worker.system.processes import FIRST_UID
 
 LOOK_EVERY_S = 1.0
 CROWD = 16
@@ -25,32 +23,17 @@ CROWD = 16
 
 
 class PriorityGuard:
-    """`come_last` gives all processes of a uid the lowest priority; `say` writes one line to the log."""
+    """The guard; `lower` gives all processes of a uid the lowest priority."""
 
-    def __init__(
-        self,
-        say: Callable[[str], None],
-        come_last: Callable[[int], object] = processes.lower_priority,
-        proc: Path = processes.PROC,
-    ) -> None:
-        self._say = say
-        self._come_last = come_last
+    def __init__(self, lower: Callable[[int], object] = processes.lower_priority, proc: Path = processes.PROC) -> None:
+        self._lower = lower
         self._proc = proc
 
     def look(self) -> None:
         """Lower the priority of each renter that has a crowd now."""
         for uid, count in tasks_waiting(self._proc).items():
             if count > CROWD:
-                self._come_last(uid)
-
-    def run(self) -> None:
-        """Look forever."""
-        while True:
-            try:
-                self.look()
-            except Exception as fault:
-                self._say(f"the turns of renters: {fault!r}; looking again")
-            time.sleep(LOOK_EVERY_S)
+                self._lower(uid)
 
 
 def tasks_waiting(proc: Path) -> Counter[int]:
@@ -61,20 +44,19 @@ def tasks_waiting(proc: Path) -> Counter[int]:
         if place.name.isdigit():
             with suppress(OSError):  # it has ended meanwhile
                 uid, threads = uid_and_threads_of((place / "status").read_text(errors="replace"))
-                if FIRST_UID <= uid < processes.FIRST_SENDER:
+                if processes.is_renter(uid):
                     found.append((uid, place))
                     tasks[uid] += threads
-    want: Counter[int] = Counter()
+    waiting: Counter[int] = Counter()
     for uid, place in found:
         if tasks[uid] > CROWD:
-            want[uid] += _running(place)
-    return want
+            waiting[uid] += _running(place)
+    return waiting
 
 
 def uid_and_threads_of(status: str) -> tuple[int, int]:
-    """Return the real uid and the number of tasks in the text of /proc/PID/status; 0 and 0 where the text has
-    neither."""
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    """Return the real uid and the number of tasks in the text of /proc/PID/status; 0 for each that is not there."""
+    fields = processes.fields_of(status)
     return int(fields.get("Uid", "0").split()[0]), int(fields.get("Threads", 0))
 
 
@@ -82,7 +64,7 @@ def _running(process: Path) -> int:
     """Return how many tasks of a process run or wait for a processor."""
     running = 0
     with suppress(OSError):  # it has ended meanwhile
-        for task in os.listdir(process / "task"):  # noqa: PTH208 - names are all that is wanted
+        for task in os.listdir(process / "task"):  # noqa: PTH208 - only the names are used
             with suppress(OSError):
                 state = (process / "task" / task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
                 running += state == "R"

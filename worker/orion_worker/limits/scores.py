@@ -3,26 +3,25 @@
 The kernel ends one process after the other, each time the one whose memory and score (oom_score_adj, in thousandths of
 the limit) are the largest together. Without scores, a rental of many small processes outlives another that has one
 larger process. So the score follows the rental: while more than half of the memory is used, all processes of the rental
-that uses the most have FIRST, which is higher than the others' score by more than any other rental can weigh.
+that uses the most have FIRST, which exceeds the others' score by more than any other rental can weigh.
 
-There is no limit of memory for each rental: that would need a control group for each, and Docker mounts them read-only
-into a container (freezer/stopper.py). The only limit is that of the container.
+No rental has a limit of memory: that would need a control group for each, and Docker mounts them read-only into a
+container (freezer/stopper.py). The only limit is that of the container.
 
-What a process uses is in /proc/PID/status, which everybody may read. Memory that several processes share counts for
-each of them, and memory that none has mapped (memfd_create, /dev/shm) for none.
+/proc/PID/status says what a process uses. Memory that several processes share counts for each of them, and memory that
+none has mapped (memfd_create, /dev/shm) for none.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from orion_worker.system import cgroup, processes
-from orion_worker.system.processes import FIRST_UID
+from orion_worker.system.files import closing
 
 FIRST = 1000
 """The score of the processes that the kernel is to end first; the highest that there is."""
@@ -31,24 +30,16 @@ ABOVE_ROOT = 500
 LOOK_EVERY_S = 0.25
 """Seconds between two looks at the memory."""
 SHORT = 0.5
-"""The share of the memory's limit beyond which scores are given. The rest can be filled in some tenths of a second."""
-HELD = ("RssAnon", "RssShmem", "VmSwap")
+"""The share of the limit beyond which scores are given. A renter can fill the rest in some tenths of a second."""
+MEMORY = ("RssAnon", "RssShmem", "VmSwap")
 """The lines of /proc/PID/status whose sum is the memory of a process."""
 
 
 class OomScores:
-    """`usual` is the score of all renters' processes that are not to be ended first; `say` writes one line to the
-    log."""
+    """The guard that gives the scores; `usual`: the score of renters' processes that are not to be ended first."""
 
-    def __init__(
-        self,
-        usual: int,
-        say: Callable[[str], None],
-        read: cgroup.Read = cgroup.read_file,
-        proc: Path = processes.PROC,
-    ) -> None:
+    def __init__(self, usual: int, read: cgroup.Read = cgroup.read_file, proc: Path = processes.PROC) -> None:
         self._usual = usual
-        self._say = say
         self._read = read
         self._proc = proc
         self._given = False
@@ -59,15 +50,6 @@ class OomScores:
         if short or self._given:
             self._give(largest(self._proc) if short else None)
         self._given = short
-
-    def run(self) -> None:
-        """Look forever."""
-        while True:
-            try:
-                self.look()
-            except Exception as fault:
-                self._say(f"the scores for when memory is used up: {fault!r}; looking again")
-            time.sleep(LOOK_EVERY_S)
 
     def _give(self, first: int | None) -> None:
         for folder, uid, _ in of_renters(self._proc):
@@ -81,49 +63,39 @@ def usual(of_root: int) -> int:
 
 
 def is_short(use: cgroup.CgroupUsage) -> bool:
-    """Return whether so much memory is used that scores count. Without a limit they would count for the machine."""
+    """Return whether more than SHORT of the limit is used. Without a limit, scores would count for the machine."""
     return use.memory_used_bytes > use.memory_limit_bytes * SHORT > 0
 
 
 def largest(proc: Path) -> int | None:
-    """Return the uid of the rental that uses the most memory; None where nobody has a process."""
+    """Return the uid of the rental that uses the most memory; None if no renter has a process."""
     used: Counter[int] = Counter()
-    for _, uid, held in of_renters(proc):
-        used[uid] += held
+    for _, uid, size in of_renters(proc):
+        used[uid] += size
     return max(used, key=lambda uid: (used[uid], uid), default=None)
 
 
 def of_renters(proc: Path) -> Iterator[tuple[int, int, int]]:
-    """Give each renter's process: its folder, opened so that no other process can take its place, its uid and its
-    bytes."""
+    """Give folder, uid and bytes of each renter's process. The folder is open, so that it stays that process's."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     for place in proc.iterdir():
-        if not place.name.isdigit():
-            continue
-        with suppress(OSError), _opened(place) as folder:
-            found = renter_memory_of(_read(folder))
-            if found:
-                yield folder, *found
+        if place.name.isdigit():
+            with suppress(OSError), closing(os.open(place, flags)) as folder:
+                found = renter_memory_of(_read(folder))
+                if found:
+                    yield folder, *found
 
 
 def renter_memory_of(status: str) -> tuple[int, int] | None:
-    """Return uid and bytes of a renter's process by the text of /proc/PID/status; None for a process of anybody else.
+    """Return uid and bytes of a renter's process by the text of /proc/PID/status; None if it is not a renter's.
 
     The real uid counts: a program of root's that acts as a renter has that uid as its effective one only.
     """
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    fields = processes.fields_of(status)
     uid = int(fields.get("Uid", "0").split()[0])
-    if not FIRST_UID <= uid < processes.FIRST_SENDER:
+    if not processes.is_renter(uid):
         return None
-    return uid, sum(int(fields[name].split()[0]) for name in HELD if name in fields) << 10
-
-
-@contextmanager
-def _opened(place: Path) -> Iterator[int]:
-    folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
+    return uid, sum(int(fields[name].split()[0]) for name in MEMORY if name in fields) << 10
 
 
 def _read(folder: int) -> str:
@@ -134,8 +106,5 @@ def _read(folder: int) -> str:
 
 def _write(folder: int, score: int) -> None:
     flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    place = os.open(processes.SCORE, flags, dir_fd=folder)
-    try:
-        os.write(place, str(score).encode())
-    finally:
-        os.close(place)
+    with closing(os.open(processes.SCORE, flags, dir_fd=folder)) as file:
+        os.write(file, str(score).encode())

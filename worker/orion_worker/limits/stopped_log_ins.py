@@ -1,9 +1,8 @@
-"""A guard that ends log-ins whose renter has stopped them, because nothing else would.
+"""A guard that ends log-ins that their renter has stopped, because nothing else would.
 
 sshd has two processes for each log-in: one of root, and its child with the renter's uid, which has the connection and
-notices its end. A renter may stop the child. Then root's process waits for the child although the client has long gone,
-and no limit of the renter's counts root's process: so one renter after the other could take all processes of the
-container.
+notices its end. If a renter stops the child, root's process waits for it although the client has long gone, and counts
+for no limit of the renter's: so renters could take all processes of the container.
 
 Log-ins that are stopped because their rental is frozen, paused for a snapshot or without a lease are left alone: a
 pause ends before LOOKS looks are over, and a task that has run between two looks is counted anew.
@@ -20,14 +19,13 @@ from orion_worker.rental.commands import Rentals
 from orion_worker.system import processes
 
 LOOK_EVERY_S = 5.0
-"""Seconds between two looks."""
 LOOKS = 5
-"""Looks at which a log-in has to be stopped without having run: more time than PAUSE_ENDS_S (snapshots/maker.py). Looks
-are counted and not seconds, which go on while the whole container is paused."""
+"""Looks at which a log-in has to be stopped without having run: more time than PAUSE_ENDS_S (snapshots/maker.py). They
+are counted instead of seconds, because time passes while the whole container is paused."""
 
 
 class StoppedLogIns:
-    """`say` writes one line to the log."""
+    """The guard; `say` writes one line to the log."""
 
     def __init__(self, rentals: Rentals, say: Callable[[str], None]) -> None:
         self._rentals = rentals
@@ -42,8 +40,7 @@ class StoppedLogIns:
             self._repeat_at = time.monotonic() + LOOK_EVERY_S
             try:
                 self.look()
-            except Exception as fault:
-                # Such as a full table of files. The next look does what this one could not.
+            except Exception as fault:  # such as a full table of files
                 self._say(f"stopped log-ins: {fault!r}; looking again")
 
     def look(self) -> None:

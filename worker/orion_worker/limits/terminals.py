@@ -5,14 +5,14 @@ machine (kernel.pty.max less kernel.pty.reserve: 3072), and takes 20 microsecond
 a /dev/pts of its own, but without a limit (`max=`), which root cannot set afterwards without CAP_SYS_ADMIN. No limit of
 processes or files is low enough.
 
-A new terminal gets the lowest number that is free in its /dev/pts, and the kernel reports each new name in that
-directory to whoever watches it. So a number beyond MOST_HELD shows that as many are held here, also by renters who
-closed the side that is seen there (a terminal whose master is closed lasts as long as its slave is open). Then the
-guard shuts /dev/pts/ptmx to all but root, for whom sshd opens the terminals of log-ins; it ends the renters who show
-many; and it opens ptmx again as soon as fewer than MOST_HELD are held.
+A new terminal gets the lowest number that is free in its /dev/pts, and inotify reports each new name there. So a number
+beyond MOST_HELD shows that as many are held here, even if a renter closed the side that is seen there (a terminal whose
+master is closed lasts as long as its slave is open). Then the guard shuts /dev/pts/ptmx to all but root, as whom sshd
+opens the terminals of log-ins; it ends the renters who show many; and it opens ptmx again as soon as fewer than
+MOST_HELD are held.
 
-A renter who hides its terminals cannot be found: nobody else can look into its processes. Then the other renters of
-this worker get terminals by ssh alone, until it closes them. If it was so fast that it hides MOST_HIDDEN, which other
+A renter who hides its terminals cannot be found, because only the renter can look into its processes. Then the other
+renters of this worker get terminals by ssh alone, until these are closed. If MOST_HIDDEN are held, which other
 containers of the machine need, the guard ends everything of all renters of this worker.
 """
 
@@ -26,12 +26,12 @@ import stat
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from orion_worker.system import processes
-from orion_worker.system.processes import FIRST_UID
+from orion_worker.system.files import closing
 
 PTS = Path("/dev/pts")
 PTMX = "ptmx"
@@ -41,12 +41,11 @@ MOST_HELD = 256
 MOST_SHOWN = 64
 """Terminals beyond which a renter who shows them is ended, while more than MOST_HELD are held."""
 MOST_HIDDEN = 1024
-"""Terminals held beyond which all renters are ended: a third of what all containers have together."""
+"""Terminals at which all renters are ended: a third of those that all containers have together."""
 AGAIN_S = 1.0
 """Seconds between two looks while ptmx is shut."""
 BETWEEN_LOOKS_S = 0.005
-"""Seconds between two looks, so that opening and closing terminals does not keep the agent busy; 250 can be opened
-meanwhile."""
+"""Seconds between two looks, so that the agent is not kept busy; 250 terminals can be opened meanwhile."""
 FAULT_S = 60.0
 _IN_CREATE, _IN_Q_OVERFLOW = 0x100, 0x4000
 _ASK_NUMBER = 0x80045430
@@ -55,7 +54,7 @@ _EVENT = struct.Struct("iIII")
 
 
 class TerminalGuard:
-    """`end` ends all processes of the renters with these uids. `free` counts free numbers, as `free_numbers` does."""
+    """The guard. `end` ends all processes of the renters with these uids; `free` is `free_numbers`, or a test's."""
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class TerminalGuard:
         self._free = free or free_numbers
         self._open_to_all = stat.S_IMODE((place / PTMX).stat().st_mode)
         self._highest = -1
-        """The highest number that was given since it was shut; -1: it is open."""
+        """The highest number that was given since ptmx was shut; -1: ptmx is open."""
 
     @property
     def is_shut(self) -> bool:
@@ -78,9 +77,7 @@ class TerminalGuard:
         return self._highest >= 0
 
     def look(self, highest: int) -> None:
-        """Shut ptmx, end renters or open ptmx again. `highest`: the highest number given since the last look; -1: none
-        was.
-        """
+        """Shut ptmx, end renters or open ptmx again. `highest`: the highest new number since the last look, or -1."""
         if highest >= MOST_HELD and not self.is_shut:
             (self._place / PTMX).chmod(0o600)
             self._say(f"{highest + 1} terminals are held here: renters get no more but by ssh")
@@ -93,7 +90,7 @@ class TerminalGuard:
             self._end_all(many)
         held = self._held()
         if held >= MOST_HIDDEN:
-            self._end_all(sorted(processes.uids_from(FIRST_UID)))
+            self._end_all(sorted(processes.uids_from(processes.FIRST_UID)))
             held = self._held()
         if held < MOST_HELD:
             self._highest = -1
@@ -101,7 +98,7 @@ class TerminalGuard:
             self._say("terminals are to be had again")
 
     def run(self) -> None:
-        """Look forever."""
+        """Look for ever."""
         while True:
             try:
                 with suppress(TimeoutError):
@@ -111,18 +108,14 @@ class TerminalGuard:
                 time.sleep(FAULT_S)
 
     def _watch(self) -> None:
-        watch = watch_directory(self._place)
-        try:
+        with closing(watch_directory(self._place)) as watch:
             while True:
                 ready = select.select([watch], [], [], AGAIN_S if self.is_shut else None)[0]
                 self.look(highest_of(os.read(watch, 1 << 16)) if ready else -1)
                 time.sleep(BETWEEN_LOOKS_S)
-        finally:
-            os.close(watch)
 
     def _held(self) -> int:
-        """Return how many of the numbers up to the highest given one are held. Below MOST_HELD the count is not
-        exact."""
+        """Return how many of the numbers up to the highest one are held. Below MOST_HELD the count is not exact."""
         numbers = self._highest + 1
         return numbers - self._free(self._highest, numbers - MOST_HELD + 1)
 
@@ -137,7 +130,7 @@ def shown_by(place: Path) -> Counter[int]:
     for terminal in place.iterdir():
         with suppress(FileNotFoundError):
             uid = terminal.lstat().st_uid
-            if FIRST_UID <= uid < processes.FIRST_SENDER:
+            if processes.is_renter(uid):
                 found[uid] += 1
     return found
 
@@ -151,7 +144,7 @@ def free_numbers(highest: int, enough: int) -> int:
             held.append(os.open(PTS / PTMX, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
             number = struct.unpack("i", fcntl.ioctl(held[-1], _ASK_NUMBER, bytes(4)))[0]
     except OSError:
-        pass  # the machine has no more: who holds them is among those that are looked for
+        pass  # the machine has no more, and the renters that hold them are being looked for
     finally:
         for each in held:
             os.close(each)
@@ -172,10 +165,10 @@ def watch_directory(place: Path) -> int:
 
 def highest_of(events: bytes) -> int:
     """Return the highest number among the new names of inotify events; MOST_HELD if events were lost; -1: none."""
-    return max((number for number in _numbers(events)), default=-1)
+    return max(_numbers(events), default=-1)
 
 
-def _numbers(events: bytes) -> Iterable[int]:
+def _numbers(events: bytes) -> Iterator[int]:
     at = 0
     while at < len(events):
         _, what, _, length = _EVENT.unpack_from(events, at)
