@@ -44,8 +44,8 @@ class Served:
             os.close(self.to)
             os.close(self.back)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            transfers = server.TransferHandler(folder / "transfers", _echo)
-            server.serve(self._answer, COMMANDS, their_in, their_out, transfers)
+            ends = {"socket_path": folder / "transfers", "incoming": their_in, "outgoing": their_out}
+            server.RpcServer(self._answer, COMMANDS, _echo, **ends).run()
             os._exit(0)
         os.close(their_in)
         os.close(their_out)

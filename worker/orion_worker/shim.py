@@ -2,9 +2,9 @@
 """`orion-rental` as sshd starts it: hand a transfer of files to the RPC server, which has everything loaded already.
 
 The shim sends its standard input, output and error to the RPC server of this worker (rpc/server.py), which forks for
-the transfer, and waits for the end of that fork. To load all of orion-rental takes 40 ms of a processor for each copy
-and each restore, and a worker that takes over a hundred rentals may have one processor. Where no RPC server listens,
-and for every other command, this process becomes the program itself (rental/cli.py).
+the transfer, and waits for the end of that fork. Loading all of orion-rental takes 40 ms of a processor for each
+snapshot and restore, and a worker that takes over a hundred rentals may have one processor. Where no RPC server
+listens, and for every other command, this process becomes the program itself (rental/cli.py).
 
 The image links /usr/local/sbin/orion-rental to this file, which imports nothing of the package before it must.
 """
@@ -24,7 +24,7 @@ CONNECT_WITHIN_S = 1.0
 def main() -> int:
     """Run one command of orion-rental; return its exit status."""
     if len(sys.argv) == 2 and sys.argv[1] in TRANSFERS:
-        os.write(1, b"\n")  # tells the caller that the connection stands: all time from now on is work
+        os.write(1, b"\n")  # tells the caller that the connection is there: all time from now on is work
         status = hand_over(sys.argv[1])
         if status is not None:
             os._exit(status)  # standard output is closed, so Python's own end could only fail
@@ -54,10 +54,9 @@ def hand_over(command: str, socket_path: str = SOCKET_PATH) -> int | None:
     for number in (0, 1, 2):
         os.close(number)
     try:
-        status = connection.recv(1)
+        return (connection.recv(1) or b"\0")[0]
     except OSError:
-        status = b""
-    return status[0] if status else 0
+        return 0
 
 
 if __name__ == "__main__":

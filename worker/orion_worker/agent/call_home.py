@@ -13,15 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from orion_worker.agent import decisions
-from orion_worker.agent.decisions import (
-    HEARTBEAT_RETRY_MAX_S,
-    REGISTER_RETRY_MAX_S,
-    START_ENDS,
-    AgentSession,
-    Answer,
-    LeaseState,
-    Next,
-)
+from orion_worker.agent.decisions import AgentSession, Answer, LeaseState, Next
 from orion_worker.agent.node import LogLine, Node
 
 REQUEST_TIMEOUT_S = 5.0
@@ -196,7 +188,7 @@ class HomeCaller:
                 self._say(f"the identity of this worker is no longer accepted ({answer}): registering as a new worker")
                 self._node.forget_identity()
                 return 0.0
-        return self._try_later("registration failed", answer, REGISTER_RETRY_MAX_S)
+        return self._try_later("registration failed", answer, decisions.REGISTER_RETRY_MAX_S)
 
     def _wait_for_token(self) -> float:
         if not self._waiting_for_token:
@@ -208,7 +200,7 @@ class HomeCaller:
         try:
             session = decisions.agent_session_from(answer.body)
         except ValueError as error:
-            return self._try_later(f"reply to the registration is wrong: {error}", answer, REGISTER_RETRY_MAX_S)
+            return self._try_later(f"wrong reply to the registration: {error}", answer, decisions.REGISTER_RETRY_MAX_S)
         self._node.keep_identity(session)
         self._node.admit(session.authorized_keys)
         self._session = session
@@ -219,7 +211,7 @@ class HomeCaller:
 
     def _heartbeat(self, session: AgentSession) -> Talk:
         sent_at = self._clock()
-        more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._accepted_fields else {}
+        more = {decisions.START_ENDS: self._node.start_ends()} if decisions.START_ENDS in self._accepted_fields else {}
         answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
         # After a failure no optional field is sent: the manager may be an older one now, and would refuse it.
         self._accepted_fields = decisions.accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
@@ -231,7 +223,7 @@ class HomeCaller:
                 self._say(f"the manager asks for a new registration ({answer})")
                 self._session = None
                 return 0.0
-        return self._try_later("heartbeat failed", answer, HEARTBEAT_RETRY_MAX_S)
+        return self._try_later("heartbeat failed", answer, decisions.HEARTBEAT_RETRY_MAX_S)
 
     def _continue(self, session: AgentSession, answer: Answer, sent_at: float) -> float:
         try:
@@ -240,7 +232,7 @@ class HomeCaller:
             proxy_answer_s = decisions.proxy_answer_from(answer.body)
             placements = decisions.placements_from(answer.body.get("placements"))
         except ValueError as error:
-            return self._try_later(f"reply to the heartbeat is wrong: {error}", answer, HEARTBEAT_RETRY_MAX_S)
+            return self._try_later(f"wrong reply to the heartbeat: {error}", answer, decisions.HEARTBEAT_RETRY_MAX_S)
         if self._failures:
             self._say(f"heartbeat acknowledged again after {self._failures} failures")
         self._session = replace(session, lease_s=lease_s, proxy_answer_s=proxy_answer_s)

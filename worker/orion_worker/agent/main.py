@@ -19,11 +19,10 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+from orion_worker.agent import fence
 from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, HttpTransport
 from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.agent.decisions import may_run, stop_grace_s
-from orion_worker.agent.fence import LOOK_EVERY_S as FENCE_LOOKS_EVERY_S
-from orion_worker.agent.fence import Fence
 from orion_worker.agent.node import AgentSettings, Node, settings_from
 from orion_worker.limits import priority, scores
 from orion_worker.limits.log_limit import LimitedLog
@@ -127,7 +126,7 @@ def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.
         except Exception as fault:
             # A full disk or an unforeseen reply must not end a container that renters work in.
             where = traceback.extract_tb(fault.__traceback__)[-1]
-            say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; going on")
+            say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; calling again")
             wait_s = AFTER_A_FAULT_S
 
 
@@ -151,10 +150,10 @@ def run(settings: AgentSettings) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked by entrypoint.sh
     node = Node(settings, say)
     node.lock_all()
-    fence = Fence(node.rentals, lambda: may_run(home.lease, home.liveness_ended_at, boot_time_s()), say)
-    fence.begin()
+    guard = fence.Fence(node.rentals, lambda: may_run(home.lease, home.liveness_ended_at, boot_time_s()), say)
+    guard.begin()
     node.rentals.launcher.set_boot_id(node.boot_id)
-    home = HomeCaller(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.lease_renewed)
+    home = HomeCaller(node, HttpTransport(settings.url), boot_time_s, random.random, say, guard.lease_renewed)
 
     def liveness_ended() -> None:
         home.liveness_ended_at = boot_time_s()
@@ -173,9 +172,9 @@ def run(settings: AgentSettings) -> None:
     oom_scores = scores.OomScores(scores.usual(processes.own_score()))
     for work in (
         log.run,
+        partial(look_for_ever, guard.look, fence.LOOK_EVERY_S, say, "the fence"),
         liveness.run,
         TerminalGuard(node.end_all, say).run,
-        partial(look_for_ever, fence.look, FENCE_LOOKS_EVERY_S, say, "the fence"),
         partial(look_for_ever, oom_scores.look, scores.LOOK_EVERY_S, say, "the scores for when memory is used up"),
         partial(look_for_ever, priority.PriorityGuard().look, priority.LOOK_EVERY_S, say, "the priority of renters"),
     ):
@@ -202,7 +201,7 @@ def run(settings: AgentSettings) -> None:
 
 
 def boot_time_s() -> float:
-    """Return CLOCK_BOOTTIME, which goes on while the machine sleeps."""
+    """Return CLOCK_BOOTTIME, which counts while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

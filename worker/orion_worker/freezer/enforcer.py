@@ -1,36 +1,23 @@
-"""Keeping the processes of a frozen rental stopped, although the renter may wake or replace them."""
+"""The enforcer, which keeps the processes of a frozen rental stopped, although the renter may wake or replace them."""
 
 from __future__ import annotations
 
 import signal
 import time
 
-from orion_worker.freezer.stopper import (
-    PARENTS_WITHIN_S,
-    KernelTask,
-    Key,
-    all_at_rest,
-    any_resists,
-    any_woken,
-    stop_parents,
-    tasks_of,
-)
+from orion_worker.freezer import stopper
+from orion_worker.freezer.stopper import KernelTask, Key, tasks_of
 from orion_worker.system import processes
 
 PATIENCE_S = 1.0
-"""Seconds that a process may take to stop. On a busy machine it may not run and so not stop; if it runs on, it
-resists."""
+"""Seconds that a process may take to stop: on a busy machine it stops only when its turn comes."""
 BETWEEN_PASSES_S = 0.005
-"""Seconds between two looks at the processes."""
 FORGIVEN = 1
-"""How many times a stopped process may have run before the enforcer kills: a hang-up of a terminal wakes once as
-well."""
+"""How many times stopped processes may have run before the enforcer kills: a terminal that hangs up wakes once too."""
 
 
 class Enforcer:
-    """The enforcer of one frozen rental: each call of `enforce` stops its processes and finds those that ran since the
-    last.
-    """
+    """The enforcer of one frozen rental; each call of `enforce` finds the processes that ran since the last one."""
 
     def __init__(self, uid: int, username: str) -> None:
         self._uid = uid
@@ -40,10 +27,9 @@ class Enforcer:
 
     def enforce(self) -> int:
         """Stop all processes of the rental, or kill all if they resist; return how many were killed."""
-        if any_woken(self._before, tasks_of(self._uid)):
+        if stopper.any_woken(self._before, tasks_of(self._uid)):
             self._times_woken += 1
-        fights = self._times_woken > FORGIVEN or not self._stop()
-        if fights:
+        if self._times_woken > FORGIVEN or not self._stop():
             return processes.kill_all({self._uid: self._username}, PATIENCE_S)
         self._before = {task.key: task for task in tasks_of(self._uid)}
         return 0
@@ -52,19 +38,18 @@ class Enforcer:
         """Signal the processes until none runs; return False if one resists."""
         renter = {self._uid: self._username}
         if not self._before:
-            stop_parents(self._uid, time.monotonic() + PARENTS_WITHIN_S)
+            stopper.stop_parents(self._uid, time.monotonic() + stopper.PARENTS_WITHIN_S)
         first: dict[Key, KernelTask] = {}
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            reached = processes.signal_all(self._uid, signal.SIGSTOP)
-            others = [] if reached else processes.pids_of([self._uid])
+            others = [] if processes.signal_all(self._uid, signal.SIGSTOP) else processes.pids_of([self._uid])
             for pid in (*others, *processes.sessions(self._uid, self._username)):
                 processes.signal_process(pid, renter, signal.SIGSTOP)
             time.sleep(BETWEEN_PASSES_S)
             now = tasks_of(self._uid)
-            if all_at_rest(now):
+            if stopper.all_at_rest(now):
                 return True
             if time.monotonic() > deadline:
-                return not any_resists(first, now)
+                return not stopper.any_resists(first, now)
             for task in now:
                 first.setdefault(task.key, task)

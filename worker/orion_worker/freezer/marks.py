@@ -1,9 +1,8 @@
 """Marks in files that say which rentals are frozen, which are paused, and that this worker has no lease.
 
-The agent and orion-rental share them. A mark is written before anything is stopped and removed after everything was
-woken. Whoever is killed in between leaves a rental that is frozen, and the next order freezes or thaws it again. While
-a mark exists the agent repeats the freezing (agent/fence.py). A restart of the container removes the marks, and ends
-all processes.
+The agent and orion-rental share them. A mark is written before a process is stopped and removed after all were woken. A
+program that is killed in between leaves a frozen rental, which the next order freezes or thaws again. While a mark
+exists the agent repeats the freezing (agent/fence.py). A restart of the container removes all marks.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from orion_worker.records import RentalRecord, RequestRefused
 from orion_worker.system.locks import got_lock, opened_lock
 
 OVER_LIMIT = "over_limit"
-"""The code of a refusal, and of a freeze, because a home holds more than it may."""
+"""The code of a refusal and of a freeze because a home holds more than it may."""
 GRACE_S = 600.0
 """Seconds for which a rental over its limits runs after a thaw, so that its renter can make room."""
 COMMAND_WAITS_S = 5.0
 STOPPED_WITHIN_S = 2.0
 """Seconds within which all processes of a rental have to be stopped for a snapshot."""
 FENCE_WAITS_S = 0.1
-"""Seconds that the fence waits for the lock, before it goes on without: freezing twice is harmless, running is not."""
+"""Seconds after which the fence freezes without the lock: to freeze twice is harmless, to let processes run is not."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Freezer:
         self._lock = root / "run/orion/freezing.lock"
 
     def begin(self) -> None:
-        """Remove all marks at the start of the container, when nothing runs, and note that there is no lease yet."""
+        """Remove all marks at the start of the container, and note that there is no lease yet."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for mark in (*self._folder.iterdir(), *self._pausing.glob("*")):
             mark.unlink()
@@ -65,22 +64,19 @@ class Freezer:
 
     @property
     def has_lease(self) -> bool:
-        """Return whether this worker has a lease; True also where no agent keeps one, as in a test."""
+        """Return whether this worker has a lease; True also in tests where no agent notes it."""
         return not self._no_lease.exists()
 
-    def set_lease(self, held: bool) -> None:
-        """Note whether this worker has a lease."""
-        if held:
+    def set_lease(self, has_lease: bool) -> None:
+        if has_lease:
             self._no_lease.unlink(missing_ok=True)
         else:
             self._no_lease.touch()
 
     def is_frozen(self, rental_id: str) -> bool:
-        """Return whether a rental has a mark."""
         return (self._folder / rental_id).exists()
 
     def frozen(self) -> list[str]:
-        """Return the ids of all rentals that have a mark."""
         return sorted(mark.name for mark in self._folder.glob("[!.]*")) if self._folder.is_dir() else []
 
     def over_limit_reason(self, rental_id: str) -> str:
@@ -99,13 +95,12 @@ class Freezer:
     def freeze(
         self, record: RentalRecord, ordered_at: float | None, over_limit: str = "", migration: int = 0
     ) -> tuple[bool, int]:
-        """Freeze a rental by an order, or because its home is over its limits.
+        """Freeze a rental; return whether it was not frozen before, and how many processes were killed for resisting.
 
-        Return whether it was not frozen before, and how many processes were killed for resisting.
+        `ordered_at`: None if no order asks for it, but the home is over its limits.
         """
         with self.locked(COMMAND_WAITS_S) as locked:
-            if not locked:
-                raise RequestRefused("busy", "something else is being frozen or thawed; try again")
+            _check_locked(locked)
             mark = self._read(record.rental_id)
             stopped_before = mark.stopped_before if mark else self.stopped_before(record.uid)
             before = mark or FreezeMark(frozenset())
@@ -116,12 +111,11 @@ class Freezer:
     def pause(self, record: RentalRecord, until: float) -> frozenset[KernelTask] | None:
         """Stop all processes of a rental for a moment; return them as they are then, or None if they are frozen.
 
-        `until`: the moment (CLOCK_BOOTTIME) at which the fence lets them run on if nobody has. Raise RequestRefused if
-        they cannot be stopped in time; they run on then.
+        `until`: when the fence lets them run on, unless `resume` has (CLOCK_BOOTTIME). Raise RequestRefused, and let
+        them run on, if they cannot be stopped in time.
         """
         with self.locked(COMMAND_WAITS_S) as locked:
-            if not locked:
-                raise RequestRefused("busy", "something else is being frozen or thawed; try again")
+            _check_locked(locked)
             if self.is_frozen(record.rental_id):
                 return None
             stopped_before = self.stopped_before(record.uid)
@@ -135,7 +129,7 @@ class Freezer:
         return frozenset(tasks)
 
     def resume(self, rental_id: str) -> None:
-        """End a pause, if there is one. A rental that was frozen meanwhile stays frozen; without a lease, all do."""
+        """End a pause, if there is one. The processes stay stopped if the rental is frozen or there is no lease."""
         with self.locked(COMMAND_WAITS_S):
             mark = self._pausing / rental_id
             try:
@@ -148,7 +142,7 @@ class Freezer:
             mark.unlink(missing_ok=True)
 
     def overdue(self, now: float) -> list[str]:
-        """Return the rentals whose pause nobody has ended in time."""
+        """Return the rentals whose pause was not ended in time."""
         return [rental_id for rental_id, pause in self._pauses() if pause["until"] < now]
 
     def stopped_before(self, uid: int) -> frozenset[tuple[int, int]]:
@@ -159,7 +153,7 @@ class Freezer:
         return stopped_processes(uid)
 
     def mark(self, record: RentalRecord, stopped_before: frozenset[tuple[int, int]]) -> bool:
-        """Write a mark for the fence, which holds the lock if it could get it; return whether there was none before."""
+        """Write a mark for the fence, which has the lock if it could get it; return whether there was none before."""
         if self.is_frozen(record.rental_id):
             return False
         self._write(record.rental_id, FreezeMark(stopped_before))
@@ -168,7 +162,7 @@ class Freezer:
     def refreeze(self, rental_id: str, enforcer: Enforcer, lock_keys: Callable[[], None]) -> int:
         """Repeat a freezing, unless the rental is being thawed; return how many processes were killed for resisting.
 
-        `lock_keys` takes the keys of the rental away. After a thaw its renter needs them, so it is called only here.
+        `lock_keys` locks the rental. It is called under the lock, because after a thaw the renter needs the keys.
         """
         with self.locked(FENCE_WAITS_S) as locked:
             if not self.is_frozen(rental_id) or not (locked or not self.has_lease):
@@ -185,17 +179,16 @@ class Freezer:
             mark = self._read(record.rental_id)
             if mark is None:
                 return False
-            if not locked:
-                raise RequestRefused("busy", "something else is being frozen or thawed; try again")
+            _check_locked(locked)
             if not self.has_lease:
                 raise RequestRefused("no_lease", "this worker has no lease: nothing may run here")
             if requested_at is not None and mark.ordered_at is not None and requested_at <= mark.ordered_at:
                 raise RequestRefused("frozen_since", "it was frozen by an order since that was asked")
             if requested_at is None and migration < mark.migration:
-                later = f"it stands still for planned move {mark.migration}, which is a later one"
-                raise RequestRefused("frozen_since", later)
+                reason = f"it is quiesced for planned move {mark.migration}, which is a later one"
+                raise RequestRefused("frozen_since", reason)
             if mark.over_limit and migration:
-                self._write(record.rental_id, replace(mark, migration=0))  # it was frozen before, and stays so
+                self._write(record.rental_id, replace(mark, migration=0))  # it stays frozen
                 raise RequestRefused(OVER_LIMIT, "its home holds more than it may: its owner alone may have it go on")
             if mark.over_limit:
                 self._grant_grace(record, requested_at)
@@ -204,7 +197,6 @@ class Freezer:
             return True
 
     def forget(self, rental_id: str) -> None:
-        """Remove the mark of a rental."""
         (self._folder / rental_id).unlink(missing_ok=True)
 
     def forget_purged(self, rental_id: str) -> None:
@@ -242,19 +234,17 @@ class Freezer:
         return FreezeMark(_processes_of(found), found["ordered_at"], found.get("over", ""), found.get("move", 0))
 
     def _write(self, rental_id: str, mark: FreezeMark) -> None:
-        """Write a mark whole or not at all. It is not synced, because it need not outlive the machine nor wait for its
-        disk.
-        """
+        """Write a mark whole or not at all. It is not synced: it need not outlive the machine or wait for its disk."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._folder / f".{rental_id}"
-        content = {
-            "stay": sorted(mark.stopped_before),
-            "ordered_at": mark.ordered_at,
-            "over": mark.over_limit,
-            "move": mark.migration,
-        }
-        new.write_text(json.dumps(content))
+        content = {"stay": sorted(mark.stopped_before), "ordered_at": mark.ordered_at}
+        new.write_text(json.dumps(content | {"over": mark.over_limit, "move": mark.migration}))
         new.replace(self._folder / rental_id)
+
+
+def _check_locked(locked: bool) -> None:
+    if not locked:
+        raise RequestRefused("busy", "another rental is being frozen or thawed; try again")
 
 
 def _processes_of(content: dict[str, Any]) -> frozenset[tuple[int, int]]:

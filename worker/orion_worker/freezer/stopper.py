@@ -1,4 +1,4 @@
-"""Stopping the processes of a renter with signals, and waking them.
+"""The stopper: it stops the processes of a renter with signals, and wakes them.
 
 The kernel's own freezer, cgroup.freeze, is not available: Docker mounts the control groups read-only into a container
 without CAP_SYS_ADMIN, the renters' processes share the agent's group, and version 1 has no such file. So every process
@@ -6,9 +6,9 @@ is sent SIGSTOP, which none can catch, by kill(-1) as its own uid, which reaches
 
 SIGCONT undoes SIGSTOP. When all processes are stopped, no process of the renter can send it, and no other account may;
 but the kernel can, by a timer (timer_create: seen), a descriptor (F_SETSIG) or the death of a parent that the renter
-prepared. A stopped task does not run, so the kernel's counters of its turns do not change: a task whose counters
-changed since it was seen stopped has been woken. The enforcer forgives that once, because a hang-up does it too; a
-rental that does it again, or never stops, loses all its processes. Its files are kept.
+prepared. The kernel's counters of a task's turns change only when it runs: a task whose counters changed since it was
+seen stopped has been woken. The enforcer forgives that once, because a hang-up does it too; a rental whose tasks are
+woken again, or never stop, loses all its processes. Its files are kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from orion_worker.system import processes
 STOPPED = frozenset("Tt")
 """The states of a stopped task."""
 AT_REST = STOPPED | frozenset("ZXD")
-"""The states of a task that does not run: stopped, dead, or waiting in the kernel, where SIGSTOP takes it first when it
-returns."""
+"""The states of a task that does not run: stopped, dead, or waiting in the kernel, from which it returns to SIGSTOP."""
 BETWEEN_STOPS_S = 0.001
-"""Seconds between two looks at the processes in a pause, which the renter notices."""
+"""Seconds between two looks at the processes: little, because the renter notices the pause."""
 PARENTS_WITHIN_S = 0.2
 """Seconds within which all parents together are stopped one by one, before all processes are stopped at once."""
 
@@ -52,21 +51,19 @@ class KernelTask:
 
     @property
     def key(self) -> Key:
-        """Return what tells this task from all others."""
+        """Return what no other task has."""
         return self.pid, self.tid, self.started
 
 
 def parse_task(pid: int, stat: str, status: str) -> KernelTask:
-    """Return the task in the texts of stat and status in /proc/PID/task/TID. A renter chooses the name in the
-    former."""
+    """Return the task in the texts of stat and status in /proc/PID/task/TID. A renter chooses the name in `stat`."""
     tid, _, rest = stat.partition(" (")
     fields = rest.rpartition(")")[2].split()
-    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    lines = processes.fields_of(status)
     pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
-    switches = (int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"]))
-    ticks = int(fields[11]) + int(fields[12])
-    stopping = bool(pending & 1 << signal.SIGSTOP - 1)
-    return KernelTask(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, (*switches, ticks))
+    switches = int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"])
+    turns, stopping = (*switches, int(fields[11]) + int(fields[12])), bool(pending & 1 << signal.SIGSTOP - 1)
+    return KernelTask(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, turns)
 
 
 def tasks_of(uid: int) -> list[KernelTask]:
@@ -86,8 +83,7 @@ def all_at_rest(tasks: Iterable[KernelTask]) -> bool:
 
 
 def any_resists(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bool:
-    """Return whether a task has run since `before` and runs on; a task that has not run is only waiting for a
-    processor."""
+    """Return whether a task has run since `before` and runs on. One that has not run is waiting for a processor."""
     return any(
         task.state not in AT_REST and not task.stopping and task.turns != before.get(task.key, task).turns
         for task in now
@@ -119,15 +115,14 @@ def stopped_among(uids: Collection[int]) -> list[KernelTask]:
     found = []
     for pid in processes.pids_of(uids) if uids else ():
         with suppress(OSError):  # it has ended meanwhile
-            found.append(read_task(pid, processes.PROC / str(pid) / "task" / str(pid)))
+            found.append(first_task(pid))
     return [task for task in found if task.state in STOPPED]
 
 
 def stop(uid: int, username: str, within_s: float) -> list[KernelTask] | None:
-    """Stop all processes of a renter for a moment; return their tasks as they are then, None if they do not stop in
-    time.
+    """Stop all processes of a renter for a moment; return their tasks as they are then, None if not all stop in time.
 
-    The processes of sshd that belong to root go on: they write no file of the renter's, and no connection is hung up.
+    sshd's processes of root run on: they write no file of the renter's, and no connection is hung up.
     """
     deadline = time.monotonic() + within_s
     stop_parents(uid, min(deadline, time.monotonic() + PARENTS_WITHIN_S))
@@ -153,7 +148,7 @@ def has_run(before: Iterable[KernelTask], now: Iterable[KernelTask]) -> bool:
 def stop_parents(uid: int, deadline: float) -> None:
     """Stop the parents among the processes of this uid, the oldest first, each before its children.
 
-    A shell that sees its child stop takes it for suspended by its user, and says so when it goes on. To avoid that is a
+    A shell that sees its child stop takes it for suspended by its user, and says so when it runs on. To avoid that is a
     courtesy, which ends at the deadline (monotonic seconds): then all processes are stopped at once.
     """
     if time.monotonic() > deadline:
@@ -167,25 +162,26 @@ def stop_parents(uid: int, deadline: float) -> None:
 
 
 def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
-    """Let all processes of a renter go on, but those that it had stopped itself.
+    """Let all processes of a renter run on, but those that the renter had stopped.
 
-    The youngest go first: a shell that woke before its child would find it stopped, and take it for suspended by its
-    user.
+    The youngest are woken first: a shell that woke before its child would take it for suspended by its user.
     """
-    renter = {uid: username}
     found = {(task.started, task.pid) for task in tasks_of(uid) if task.pid == task.tid}
-    for started, pid in sorted(found, reverse=True):
-        if (pid, started) not in stay:
-            processes.signal_process(pid, renter, signal.SIGCONT)
-    for pid in processes.log_ins([username]):
-        processes.signal_process(pid, renter, signal.SIGCONT)
+    woken = [pid for started, pid in sorted(found, reverse=True) if (pid, started) not in stay]
+    for pid in (*woken, *processes.log_ins([username])):
+        processes.signal_process(pid, {uid: username}, signal.SIGCONT)
 
 
 def _is_at_rest(pid: int) -> bool:
     try:
-        return read_task(pid, processes.PROC / str(pid) / "task" / str(pid)).state in AT_REST
+        return first_task(pid).state in AT_REST
     except OSError:
         return True
+
+
+def first_task(pid: int) -> KernelTask:
+    """Return the first task of a process. Raise OSError if it has ended."""
+    return read_task(pid, processes.PROC / str(pid) / "task" / str(pid))
 
 
 def read_task(pid: int, place: Path) -> KernelTask:

@@ -1,7 +1,7 @@
 """A limit for what sshd writes to the container's log, because a renter can have it write thousands of lines.
 
 sshd writes a line for each connection whose forwarding it refuses (4400 a second, 0.8 MB: seen), and the engine keeps
-the newest 30 MB. There is room for BURST lines, and for one more after each LINE_EVERY_S. Further lines are counted, and
+the newest 30 MB. There is room for BURST lines, and one more after each LINE_EVERY_S. Further lines are counted, and
 their number is written as soon as there is room again.
 
 sshd never waits for its log: its end of the pipe does not block, and lines that find no room in the pipe are lost.

@@ -15,14 +15,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from orion.rental_order import COMMANDS, RentalOrder
 from orion_worker.records import Report, RequestRefused, check_boot
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.host_certificate import read_certificate
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rpc import server
+from orion_worker.rpc.server import RpcServer
 from orion_worker.snapshots import transfer
 
 Answer = tuple[int, Report]
@@ -126,8 +125,7 @@ def main() -> int:
         return 2
     command = sys.argv[1]
     if command == "serve":
-        transfers = server.TransferHandler(Path(server.SOCKET_PATH), _transfer)
-        server.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno(), transfers)
+        RpcServer(_answer_now, COMMANDS, _transfer).run()
         return 0
     if command in transfer.TRANSFERS:
         return _transfer(command)

@@ -1,7 +1,7 @@
 """Residue: the files and System V IPC objects that a renter can leave behind; root finds and removes them.
 
 No step follows a link or a path that a renter may change meanwhile: each goes from an open directory to an entry in it
-(openat with O_NOFOLLOW). The renter's own processes are dead by then, but those of other renters are not.
+(openat with O_NOFOLLOW). The renter's own processes have ended by then, but not those of other renters.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from orion_worker.system.files import closing
 from orion_worker.system.trees import OPEN_FOLDER, remove_entry
 
 DEEPEST = 200
@@ -22,21 +23,12 @@ KERNEL_VIEWS = frozenset({
     "autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl",
     "nsfs", "proc", "pstore", "rpc_pipefs", "securityfs", "selinuxfs", "sysfs", "tracefs",
 })  # fmt: skip
-"""File systems in which nobody can create a file. (A terminal in devpts ends with the process that holds it.)"""
+"""File systems in which no file can be created. (A terminal in devpts ends with the process that holds it.)"""
 NAMED_PLACES = (
-    "home",
-    "var/mail",
-    "var/spool/mail",
-    "var/spool/cron",
-    "var/spool/cron/crontabs",
-    "var/spool/cron/atjobs",
-    "var/spool/at",
-    "var/log/lastlog",
-    "etc/orion/keys",
-    "etc/orion/locked",
-)
-"""Directories in which an entry with the renter's name counts, whatever its owner: home, mail, cron, at, last log-in,
-keys."""
+    "home", "var/mail", "var/spool/mail", "var/spool/cron", "var/spool/cron/crontabs", "var/spool/cron/atjobs",
+    "var/spool/at", "var/log/lastlog", "etc/orion/keys", "etc/orion/locked",
+)  # fmt: skip
+"""Directories in which an entry with the renter's name is the renter's, whoever owns it."""
 _IPC_DESTROYED = 0o1000
 
 
@@ -66,16 +58,12 @@ def writable_mounts(mountinfo: str) -> list[str]:
 
 
 def find_owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[ResidueEntry]:
-    """Yield the entries with one of these uids or gids on the file system of `root`, but none below a directory that
-    is owned by one of these uids.
+    """Yield the entries with one of these uids or gids on the file system of `root`, but none below one of their own.
 
     Directories of other owners that are too deep to be searched are appended to `unsearched`.
     """
-    top = os.open(root, OPEN_FOLDER)
-    try:
+    with closing(os.open(root, OPEN_FOLDER)) as top:
         yield from _search(top, root.rstrip("/"), uids, os.fstat(top).st_dev, unsearched, 0)
-    finally:
-        os.close(top)
 
 
 def remove(found: ResidueEntry) -> int:
@@ -84,12 +72,10 @@ def remove(found: ResidueEntry) -> int:
     An entry that only has the renter's group gets its owner's group instead. A failure raises nothing: the next search
     finds the entry again.
     """
-    try:
+    with suppress(OSError):
         if found.theirs:
             return remove_entry(found.folder, found.name, found.status)
         _give_back(found)
-    except OSError:
-        pass
     return 0
 
 
@@ -115,13 +101,9 @@ def ipc_ids_of(table: str, uid: int) -> list[int]:
     Shared memory that is destroyed, and only waits until another process detaches it, is left out.
     """
     header, *rows = (line.split() for line in table.splitlines() if line.strip())
-    found = []
-    for row in rows:
-        cell = dict(zip(header, row, strict=False))
-        gone = int(cell["perms"], 8) & _IPC_DESTROYED
-        if str(uid) in (cell["uid"], cell["cuid"]) and not gone:
-            found.append(int(row[1]))
-    return found
+    cells = [dict(zip(header, row, strict=False)) | {"id": row[1]} for row in rows]
+    theirs = [each for each in cells if str(uid) in (each["uid"], each["cuid"])]
+    return [int(each["id"]) for each in theirs if not int(each["perms"], 8) & _IPC_DESTROYED]
 
 
 def remove_ipc(uid: int) -> int:
@@ -167,20 +149,15 @@ def _search(
             child = os.open(name, OPEN_FOLDER, dir_fd=folder)
         except OSError:
             continue  # another renter has replaced the directory meanwhile, so it is gone
-        try:
+        with closing(child):
             yield from _search(child, f"{path}/{name}", uids, device, unsearched, depth + 1)
-        finally:
-            os.close(child)
 
 
 def _give_back(found: ResidueEntry) -> None:
     """Give an entry its owner's group, through a descriptor: by name, another renter could swap in a file of root's."""
     if stat.S_ISLNK(found.status.st_mode):
         return
-    descriptor = os.open(found.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.folder)
-    try:
+    with closing(os.open(found.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.folder)) as descriptor:
         status = os.fstat(descriptor)
         if os.path.samestat(status, found.status) and status.st_gid == found.status.st_gid:
             os.chown(f"/proc/self/fd/{descriptor}", -1, status.st_uid)
-    finally:
-        os.close(descriptor)

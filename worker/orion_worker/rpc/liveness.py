@@ -6,9 +6,8 @@ by the manager's death, a cut that sshd notices, or the death of sshd's process 
 with silence after it, for this worker's death (ssh/liveness.py). So the agent calls at once (agent/call_home.py), and
 lets nothing run without an answer to a later call (agent/decisions.may_run).
 
-/proc/net/tcp would not tell this connection from the manager's other ones, and sshd forwards a connection to the
-agent's socket, which would need no program, only for users other than root. No renter can fake or hide an end, because
-the socket is root's.
+The program is needed because /proc/net/tcp does not distinguish this connection from the manager's other ones, and sshd
+forwards no connection of root to a socket. No renter can fake or hide an end, because the socket is root's.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class LivenessListener:
         self._last_bytes: dict[int, bytes] = {}
         """The last bytes that each open connection received, by the descriptor of its input."""
         self._programs: dict[int, socket.socket] = {}
-        """The socket of the program of each connection, by the same descriptor; closing it ends the program."""
+        """The socket of each connection's program, by the same descriptor; closing it ends the program."""
         self._ready = selectors.DefaultSelector()
         place.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)

@@ -12,7 +12,6 @@ SOCKET_PATH = "/run/orion/watch"
 
 
 def main() -> None:
-    """Hand standard input and output to the agent, and end when the agent closes the connection."""
     with socket.socket(socket.AF_UNIX) as agent:
         agent.connect(SOCKET_PATH)
         socket.send_fds(agent, [b"w"], [sys.stdin.fileno(), sys.stdout.fileno()])

@@ -1,13 +1,12 @@
-"""The RPC server: it stays at the other end of one SSH connection, so an order costs neither a log-in nor a start.
+"""The RPC server at the worker's end of an SSH connection of the manager: an order costs neither a log-in nor a start.
 
 Requests are lines `{"id": 1, "command": "run", "request": {...}}`, and answers are lines
 `{"id": 1, "status": 0, "report": {...}}`, in the order in which they are ready. The first line, `{"ready": true}`, says
 that the server reads. Each request has a process of its own, so that a slow or broken one delays no other. When the
-connection ends, requests under way run to their end: an order is void by its epoch and its deadline, not by the end of
-the connection.
+connection ends, requests under way run to their end: epoch and deadline make an order void, not that end.
 
-The server also does the transfers of files that arrive by SSH sessions of their own, which the shim hands to it
-(shim.py), because it has everything loaded. Each has a process of its own too.
+The server also does the transfers of files that the shim hands to it from other SSH sessions (shim.py), because it has
+everything loaded. Each has a process of its own too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import socket
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,58 +28,49 @@ SOCKET_PATH = "/run/orion/transfers"
 TRANSFERS = ("send", "salvage", "receive")
 TAKEN = b"!"
 MOST_AT_ONCE = 16
-"""The most requests that are worked on at once; further ones wait in the connection."""
+"""The most requests that are carried out at once; further ones wait in the connection."""
 LONGEST_S = 3600.0
 """Seconds after which the process of a request is killed; no order has a longer deadline."""
 MAX_LINE_BYTES = 1 << 20
 READ_BYTES = 1 << 16
 
-Answer = Callable[[str, str], tuple[int, dict[str, Any]]]
 
+class RpcServer:
+    """The server of the connection whose ends are `incoming` and `outgoing`.
 
-@dataclass(frozen=True)
-class TransferHandler:
-    """The transfers that the server does: `run` does one of TRANSFERS over standard input and output, to its end."""
+    `answer` returns the status and the report of a command. `transfer` does one of TRANSFERS over standard input and
+    output, and returns its status.
+    """
 
-    socket_path: Path
-    run: Callable[[str], int]
-
-
-def serve(
-    answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: TransferHandler | None = None
-) -> None:
-    """Serve until `incoming` ends and all requests are answered. `answer` returns a command's status and report."""
-    _Server(answer, commands, incoming, outgoing, transfers).run()
-
-
-class _Server:
     def __init__(
         self,
-        answer: Answer,
+        answer: Callable[[str, str], tuple[int, dict[str, Any]]],
         commands: Collection[str],
-        incoming: int,
-        outgoing: int,
-        transfers: TransferHandler | None,
+        transfer: Callable[[str], int],
+        *,
+        socket_path: Path = Path(SOCKET_PATH),
+        incoming: int = 0,
+        outgoing: int = 1,
     ) -> None:
         self._answer = answer
         self._commands = commands
+        self._transfer = transfer
         self._incoming = incoming
         self._outgoing = outgoing
         self._selector = selectors.DefaultSelector()
         self._received = b""
         self._ended = False
         self._requests: dict[int, tuple[int, object, bytearray]] = {}
-        """By the pipe from its process: the number of the process, the id of the request, and the output so far."""
-        self._transfers = transfers
-        self._listening = _listen(transfers.socket_path) if transfers else None
+        """Each request's process, id and output so far, by the pipe from its process."""
+        self._listening = _listen(socket_path)
         self._transfer_pids: dict[int, int] = {}
         """The processes of transfers, by their pidfds."""
 
     def run(self) -> None:
+        """Serve until `incoming` ends and all requests are answered."""
         gc.freeze()  # so that collections in forks do not copy the shared pages
-        if self._listening:
-            self._selector.register(self._listening, selectors.EVENT_READ)
-        self._selector.register(self._incoming, selectors.EVENT_READ)
+        for readable in (self._listening, self._incoming):
+            self._selector.register(readable, selectors.EVENT_READ)
         self._write(b'{"ready": true}\n')
         while not self._ended or self._requests:
             for key, _ in self._selector.select():
@@ -93,7 +82,9 @@ class _Server:
                     self._end_transfer(key.fd)
                 else:
                     self._collect(key.fd)
-            self._start_what_waits()
+            while len(self._requests) < MOST_AT_ONCE and b"\n" in self._received:
+                line, _, self._received = self._received.partition(b"\n")
+                self._start(line)
 
     def _read(self) -> None:
         part = os.read(self._incoming, READ_BYTES)
@@ -101,11 +92,6 @@ class _Server:
         if not part or (len(self._received) > MAX_LINE_BYTES and b"\n" not in self._received):
             self._selector.unregister(self._incoming)
             self._ended = True
-
-    def _start_what_waits(self) -> None:
-        while len(self._requests) < MOST_AT_ONCE and b"\n" in self._received:
-            line, _, self._received = self._received.partition(b"\n")
-            self._start(line)
 
     def _start(self, line: bytes) -> None:
         try:
@@ -125,7 +111,7 @@ class _Server:
         self._requests[reading] = pid, identifier, bytearray()
 
     def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
-        """Do a request in its own process, which ends here in any case; report a fault on standard error too."""
+        """Carry out a request in its own process, which always ends here; report a fault on standard error too."""
         try:
             be_killed_after(LONGEST_S)
             status, report = self._answer(command, request)
@@ -152,7 +138,6 @@ class _Server:
         self._write(bytes(output))
 
     def _begin_transfer(self) -> None:
-        assert self._listening  # noqa: S101 - only this socket's event leads here
         try:
             connection, _ = self._listening.accept()
         except BlockingIOError:
@@ -166,20 +151,18 @@ class _Server:
         self._selector.register(ended, selectors.EVENT_READ)
 
     def _run_transfer(self, connection: socket.socket) -> None:
-        """Do a transfer in a process of its own, which ends here or becomes rsync; the shim waits until `connection` is
-        shut.
-        """
+        """Do a transfer in this process, which ends here or becomes rsync. The shim waits until `connection` ends."""
         status = 1
         try:
             connection.setblocking(True)
             command, ends, _, _ = socket.recv_fds(connection, len(max(TRANSFERS, key=len)), 3)
-            if len(ends) == 3 and self._transfers and command.decode() in TRANSFERS:
+            if len(ends) == 3 and command.decode() in TRANSFERS:
                 for standard, end in enumerate(ends):
                     os.dup2(end, standard)
                     os.close(end)
                 connection.sendall(TAKEN)
                 connection.set_inheritable(True)
-                status = self._transfers.run(command.decode())
+                status = self._transfer(command.decode())
                 connection.sendall(bytes([status]))
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)

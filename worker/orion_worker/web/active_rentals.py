@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RentalRecord, RentalRecords
+from orion_worker.system.files import text_of
 from orion_worker.web.port_tokens import PortToken
 from orion_worker.web.refusals import PortRefusal
 
@@ -20,10 +21,7 @@ class RunningRentals:
 
     def session_id(self) -> str:
         """Return the id of this worker's session, the secret that signs tokens; empty if there is none."""
-        try:
-            return self._session.read_text()
-        except FileNotFoundError:
-            return ""
+        return text_of(self._session)
 
     def find(self, token: PortToken) -> RentalRecord:
         """Return the record of the token's rental; raise PortRefusal unless it may run here at the token's epoch."""

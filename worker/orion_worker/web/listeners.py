@@ -30,7 +30,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class PortTarget:
-    """The addresses to try in turn, and the sockets that may take the connection, which are all the rental's."""
+    """The addresses to try in turn, and the inodes of the sockets that may take the connection, all the rental's."""
 
     addresses: tuple[str, ...]
     inodes: frozenset[int]
@@ -51,13 +51,12 @@ def listeners(*tables: str) -> list[Listener]:
 def target_of(there: Iterable[Listener], uid: int, port: int) -> PortTarget | None:
     """Return the target of a port; None unless each socket that could take a connection to it is this uid's."""
     on_port = [each for each in there if each.port == port]
-    v4 = [each for each in on_port if each.address in _V4]
-    v6 = [each for each in on_port if each.address in _V6]
-    may_answer = [*v4, *(each for each in v6 if each.address == _BOTH)] if v4 else v6
-    if not may_answer or any(each.uid != uid for each in may_answer):
+    v4, v6 = ([each for each in on_port if each.address in version] for version in (_V4, _V6))
+    both = [each for each in v6 if each.address == _BOTH]
+    may_answer = v4 + both if v4 else v6
+    if {each.uid for each in may_answer} != {uid}:
         return None
-    by_v4 = v4 or any(each.address == _BOTH for each in v6)
-    addresses = (*(["127.0.0.1"] if by_v4 else []), *([] if v4 else ["::1"]))
+    addresses = ("127.0.0.1",) * bool(v4 or both) + ("::1",) * (not v4)
     return PortTarget(addresses, frozenset(each.inode for each in may_answer))
 
 

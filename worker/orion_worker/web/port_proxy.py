@@ -3,7 +3,7 @@
     orion-web PROXY_ADDRESS APP_ADDRESS SLOTS          the listening socket is its stdin
 
 It is a process of its own, so that no byte of a renter takes the agent's time. The agent starts it, again when it dies,
-and keeps the socket. It runs as root, to read the rental records, but without any of root's capabilities.
+and keeps the socket. It runs as root, to read the rental records, but without capabilities.
 
 The proxy sends one request on each connection, with a token that the manager made for it (the header x-orion-pass, its
 released name): rental, epoch, port, grant (an access token, or that the port is public), a number and the time that is
@@ -12,8 +12,6 @@ the token; the rental is here at the token's epoch, activated, and not frozen; e
 belongs to the rental's uid, before the connection to it and after. Then bytes are passed on unchanged in both
 directions. A connection ends when the rental may no longer run here, when the time in its token is over, and when the
 manager says that its grant has ended (src/orion/manager/gateway/port_connections.py).
-
-The port proxy answers a request that it cannot carry itself, in HTML or JSON.
 """
 
 from __future__ import annotations
@@ -32,17 +30,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
+from orion_worker.web import port_tokens
 from orion_worker.web.active_rentals import RunningRentals
 from orion_worker.web.listeners import PortTarget, target_of
-from orion_worker.web.port_tokens import (
-    END_HEADER,
-    END_MESSAGE,
-    PortToken,
-    end_signature,
-    header,
-    take_token,
-    token_from,
-)
+from orion_worker.web.port_tokens import PortToken
 from orion_worker.web.refusals import NOT_THE_PROXY, PortRefusal, refusal_response, wants_html
 from orion_worker.web.responses import READ_BYTES, pump, pump_answer
 from orion_worker.web.socket_diag import listening
@@ -94,8 +85,7 @@ class PortProxy:
 
     async def serve(self, listener: socket.socket) -> None:
         """Carry connections for ever."""
-        server = await asyncio.start_server(self._accept, sock=listener, limit=READ_BYTES)
-        async with server:
+        async with await asyncio.start_server(self._accept, sock=listener, limit=READ_BYTES):
             while True:
                 await asyncio.sleep(LOOK_EVERY_S)
                 self.look_again()
@@ -120,13 +110,13 @@ class PortProxy:
         try:
             async with asyncio.timeout(HEAD_WITHIN_S):
                 head = await _head(reader)
-            if peer[0] in self._managers and (text := header(head, END_HEADER)):
+            if peer[0] in self._managers and (text := port_tokens.header(head, port_tokens.END_HEADER)):
                 await self._take_end_message(reader, writer, text, head)
                 return
             if peer[0] not in self._peers:
                 raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
-            text, rest = take_token(head)
-            await self._carry(reader, writer, token_from(text, self._rentals.session_id()), rest)
+            text, rest = port_tokens.take_token(head)
+            await self._carry(reader, writer, port_tokens.token_from(text, self._rentals.session_id()), rest)
         except PortRefusal as refusal:
             with suppress(OSError):
                 writer.write(refusal_response(refusal, wants_html(head)))
@@ -141,13 +131,13 @@ class PortProxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str, head: bytes
     ) -> None:
         """End the connections whose grants the manager says have ended, and answer with those that are open then."""
-        match, size = END_MESSAGE.fullmatch(text), header(head, b"content-length")
+        match, size = port_tokens.END_MESSAGE.fullmatch(text), port_tokens.header(head, b"content-length")
         if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
             raise PortRefusal(400, "no_end", "this does not name the grants that have ended")
         async with asyncio.timeout(HEAD_WITHIN_S):
             lines = await reader.readexactly(int(size))
         session_id, number = self._rentals.session_id(), int(match[1])
-        if not session_id or not hmac.compare_digest(end_signature(session_id, number, lines), match[2]):
+        if not session_id or not hmac.compare_digest(port_tokens.end_signature(session_id, number, lines), match[2]):
             raise PortRefusal(403, "no_end", "this is not signed by the manager of this session")
         self.end(lines.decode("latin-1").splitlines(), number)
         is_open = "\n".join(sorted({token.opened_by for token in self._carried.values()})).encode()
@@ -179,7 +169,7 @@ class PortProxy:
             detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
             raise PortRefusal(503, "too_many_connections", f"{detail}: try again in a moment")
         if self._has_ended(token):
-            raise PortRefusal(403, "ended", "what opened this port has ended: open it anew")
+            raise PortRefusal(403, "ended", "the grant that opened this port has ended: open the port anew")
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         self._carried[task] = token
@@ -206,9 +196,8 @@ class PortProxy:
         The second look finds a neighbour's process that took the port after the first one.
         """
         uid = self._rentals.find(token).uid
-        nothing_listens = PortRefusal(
-            502, "nothing_listens", f"nothing of this rental listens on port {token.port}: start it there"
-        )
+        detail = f"nothing of this rental listens on port {token.port}: start it there"
+        nothing_listens = PortRefusal(502, "nothing_listens", detail)
         before = self._look(uid, token.port)
         if before is None:
             raise nothing_listens
@@ -258,19 +247,14 @@ async def _linger(reader: asyncio.StreamReader) -> None:
 
 
 def give_up_capabilities() -> None:
-    """Give up all capabilities for good: no program is executed afterwards.
-
-    capset(2), version 3: effective, permitted, inheritable, twice.
-    """
+    """Give up all capabilities for good: no program is executed afterwards."""
     libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    nothing = (ctypes.c_uint32 * 6)()
-    if libc.capset(header, nothing):
+    version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)  # capset(2): effective, permitted, inheritable, twice
+    if libc.capset(version_3, (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
 
 
 def main() -> int:
-    """Serve the listening socket on standard input; return 2 for wrong arguments."""
     if len(sys.argv) != 4:
         print("usage: orion-web PROXY_ADDRESS APP_ADDRESS SLOTS < listening socket", file=sys.stderr)  # noqa: T201
         return 2
@@ -279,9 +263,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     os.nice(NICENESS)
     gc.freeze()
-    listener = socket.socket(fileno=os.dup(0))
-    proxy = PortProxy(
-        RunningRentals(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3])
-    )
-    asyncio.run(proxy.serve(listener))
+    peers, managers = frozenset({sys.argv[1]}), frozenset({sys.argv[2]})
+    proxy = PortProxy(RunningRentals(), peers, managers=managers, slots=int(sys.argv[3]))
+    asyncio.run(proxy.serve(socket.socket(fileno=os.dup(0))))
     return 0

@@ -1,4 +1,4 @@
-"""The tokens with which the manager lets a request reach a web port, and its messages about grants that have ended."""
+"""The tokens with which the manager lets requests reach a web port, and its messages about grants that have ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PortToken:
     grant: str = field(default="public", compare=False)
     """The access token that opens the port, or `public`."""
     number: int = field(default=1, compare=False)
-    """The number of the token, which rises. Messages about ended grants have numbers of the same row."""
+    """The number of the token, which only rises. Messages about ended grants are numbered in the same sequence."""
     left_ms: int = field(default=0, compare=False)
     """Milliseconds after which the connection ends; 0: never."""
 

@@ -6,7 +6,7 @@ import html
 import json
 
 PROXY_MARK = b"X-Orion-Door: 1\r\n"
-"""A header in each answer, by which the proxy knows that the answer came from here (web_port.js; a released name)."""
+"""A header that tells the proxy that an answer came from here (web_port.js; a released name)."""
 NOT_THE_PROXY = "this port is for the platform's proxy alone"
 _TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
 
@@ -35,12 +35,7 @@ def refusal_response(refusal: PortRefusal, as_html: bool) -> bytes:
         kind = "application/problem+json"
         problem = {"type": "about:blank", "title": title, "status": refusal.status, "code": refusal.code}
         body = json.dumps(problem | {"detail": detail})
-    lines = [
-        f"HTTP/1.1 {refusal.status} {title}",
-        PROXY_MARK.decode().strip(),
-        "Cache-Control: no-store",
-        "Connection: close",
-    ]
-    lines += [f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
+    lines = [f"HTTP/1.1 {refusal.status} {title}", PROXY_MARK.decode().strip(), "Cache-Control: no-store"]
+    lines += ["Connection: close", f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
     lines += ["Retry-After: 2"] if refusal.status == 503 else []
     return ("\r\n".join([*lines, "", ""]) + body).encode()

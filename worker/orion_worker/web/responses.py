@@ -32,9 +32,8 @@ async def pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
                 break
             head, rest = await _answer_head(reader, rest)
         else:
-            raise PortRefusal(
-                502, "no_http", f"what listens there sent {MOST_INTERIM} interim answers (1xx) and no other"
-            )
+            detail = f"what listens there sent {MOST_INTERIM} interim answers (1xx) and no other"
+            raise PortRefusal(502, "no_http", detail)
         status, end, fields = head.partition(b"\n")
         writer.write(status + end + PROXY_MARK + fields + rest)
     await pump(reader, writer)
@@ -58,18 +57,12 @@ async def _answer_head(reader: asyncio.StreamReader, came: bytes) -> tuple[bytes
             raise PortRefusal(502, "answer_head_too_large", f"{detail}: it may set too many cookies, or too large ones")
         looked = max(0, len(came) - 2)
         part = await reader.read(READ_BYTES)
+        if not part and came and b"\n" not in came:
+            raise PortRefusal(502, "no_http", "what listens there does not answer in HTTP")
         if not part:
-            raise _broken_off(came)
+            when = "amid the headers of its answer" if came else "without an answer"
+            raise PortRefusal(502, "no_answer", f"what listens there closed the connection {when}")
         came += part
-
-
-def _broken_off(came: bytes) -> PortRefusal:
-    """Return the refusal for a connection that ended before the head of its answer did."""
-    if not came:
-        return PortRefusal(502, "no_answer", "what listens there closed the connection without an answer")
-    if b"\n" not in came:
-        return PortRefusal(502, "no_http", "what listens there does not answer in HTTP")
-    return PortRefusal(502, "no_answer", "what listens there closed the connection amid the headers of its answer")
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,7 +1,7 @@
 """The listening sockets of this worker, from the kernel by netlink (sock_diag(7)).
 
-/proc/net/tcp has the same, but the kernel walks through a table of all connections of the machine for it: 7 ms instead
-of 0.06 (seen), for each look at a web port. A query by netlink for listening sockets looks at those alone.
+/proc/net/tcp has them too, but takes 7 ms instead of 0.06 (seen) for each look at a web port, because the kernel walks
+through all connections of the machine for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import struct
 from ipaddress import ip_address
 from pathlib import Path
 
+from orion_worker.system.files import text_of
 from orion_worker.web.listeners import Listener, listeners
 
 NETLINK_SOCK_DIAG = 4
@@ -33,7 +34,7 @@ def listening() -> list[Listener]:
     try:
         return [*_ask(socket.AF_INET), *_ask(socket.AF_INET6)]
     except OSError:  # a kernel without tcp_diag
-        return listeners(*(_read(Path("/proc/net") / name) for name in ("tcp", "tcp6")))
+        return listeners(*(text_of(Path("/proc/net") / name) for name in ("tcp", "tcp6")))
 
 
 def _ask(family: socket.AddressFamily) -> list[Listener]:
@@ -41,12 +42,12 @@ def _ask(family: socket.AddressFamily) -> list[Listener]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.send(HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, REQUEST_AND_DUMP, 1, 0) + body)
         found: list[Listener] = []
-        while _take(kernel.recv(READ_BYTES), found):
+        while _add_listeners(kernel.recv(READ_BYTES), found):
             pass
         return found
 
 
-def _take(answer: bytes, found: list[Listener]) -> bool:
+def _add_listeners(answer: bytes, found: list[Listener]) -> bool:
     """Add the sockets of an answer; return whether more follow. Raise OSError if the kernel refuses the query."""
     at = 0
     while at < len(answer):
@@ -61,10 +62,3 @@ def _take(answer: bytes, found: list[Listener]) -> bool:
         found.append(Listener(ip_address(packed), int.from_bytes(port, "big"), uid, inode))
         at += (length + 3) & ~3
     return True
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""  # without IPv6
