@@ -1,6 +1,6 @@
 #!/bin/sh
-# The start of a worker, as root: it sets the packet filter and makes the host keys, gives up NET_ADMIN and what could
-# regain it for good, and becomes the agent. Each failure ends the container with one clear line.
+# The start of a worker, as root: it sets the packet filter and makes the host keys, gives up for good NET_ADMIN and the
+# capabilities that could regain it, and becomes the agent. Each failure ends the container with one clear line.
 set -eu
 # The kernel drops signals that process 1 has no handler for, and docker stop would wait for its whole grace.
 trap 'exit 0' TERM INT
@@ -15,12 +15,12 @@ fail() {
 
 # Renters never reach orion_net as configured and as it really is, its gateway, the machine itself by the addresses that
 # make up has found (ORION_HOST_ADDRESSES), and places that the operator names with an exclamation mark.
-# Unless the operator opens them, renters do not reach the addresses of local networks, where the machine's other
-# containers and its neighbours are, and addresses that no host on the Internet has. (In 169.254.0.0/16 clouds serve
-# the host's credentials.)
+# Unless the operator opens them, renters do not reach local networks, where the machine's other containers and its
+# neighbours are, and addresses that no host on the Internet has. (Clouds serve the host's credentials in
+# 169.254.0.0/16.)
 connected=$(ip -o -4 route show scope link | cut -d ' ' -f 1 | paste -s -d ,)
 gateway=$(ip -o -4 route show default | cut -d ' ' -f 3 | paste -s -d ,)
-# If orion_net has IPv6: this worker uses none (network.nft), and opening a network must not open its own neighbours.
+# orion_net may have IPv6, which this worker does not use (network.nft): its neighbours there must stay closed too.
 connected6=$(ip -o -6 route show proto kernel | cut -d ' ' -f 1 | grep : | paste -s -d ,)
 local=0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.168.0.0/16
 local=$local,198.18.0.0/15,224.0.0.0/4,240.0.0.0/4
@@ -38,8 +38,8 @@ for address in $(echo "${ORION_HOST_ADDRESSES:-}" | tr ',' ' '); do
 done
 opened='' opened6='' beyond=0.0.0.0/0 beyond6=::/0
 
-# ORION_EGRESS: `internet` (the default), `none`, addresses and networks that are open, and with an exclamation mark
-# those that never are.
+# ORION_EGRESS: `internet` (the default), `none`, addresses and networks that are open, and those with an exclamation
+# mark, which never are.
 for place in $(echo "${ORION_EGRESS:-internet}" | tr ',' ' '); do
     case $place in
     internet)
@@ -68,7 +68,7 @@ nft --define "app=$ORION_APP_ADDRESS" \
     --file /etc/orion/network.nft \
     || fail "the packet filter could not be set (needs nf_tables in the kernel, and the capability NET_ADMIN): not starting without it"
 
-# The key is renamed into place, so that a start that was interrupted leaves no half key.
+# The key is renamed into place, so that an interrupted start leaves no half key.
 if [ ! -s /etc/ssh/ssh_host_ed25519_key ]; then
     rm -rf /etc/ssh/new
     mkdir -m 0700 /etc/ssh/new

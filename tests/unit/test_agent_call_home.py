@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orion_worker.agent.call_home import EVACUATING_INTERVAL_S, EVACUATING_PATIENCE_S, HomeCaller, HttpTransport
+from orion_worker.agent.call_home import EVACUATING_INTERVAL_S, EVACUATING_PATIENCE_S, Call, HomeCaller, post_by_http
 from orion_worker.agent.decisions import Answer
 from orion_worker.agent.main import call_for_ever, exit_in_order
 from orion_worker.agent.node import AgentSettings, Node
@@ -37,8 +37,8 @@ class FakeManager:
     now: float = 1000.0
     thinks_s: float = 2.0
 
-    def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
-        self.calls.append((path, token, body, timeout_s))
+    def post(self, call: Call) -> Answer:
+        self.calls.append((call.path, call.token, call.body, call.timeout_s))
         self.now += self.thinks_s
         return self.answers.popleft()
 
@@ -77,7 +77,7 @@ def bench(tmp_path: Path) -> CallHomeBench:
     log: list[str] = []
     node = Node(AgentSettings("http://manager", "172.20.0.3"), log.append, tmp_path)
     manager = FakeManager()
-    home = HomeCaller(node, manager, manager.clock, lambda: 1.0, log.append)
+    home = HomeCaller(node, manager.post, manager.clock, lambda: 1.0, log.append)
     return CallHomeBench(tmp_path, manager, node, home, log)
 
 
@@ -404,7 +404,7 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     try:
         with socket.create_server(("::1", port), family=socket.AF_INET6) as ipv6:
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-            answer = HttpTransport(f"http://manager_proxy:{port}").post("/api/heartbeat", JOIN, {}, 60.0)
+            answer = post_by_http(f"http://manager_proxy:{port}", Call("/api/heartbeat", JOIN, {}, 60.0))
             ipv6.settimeout(0.05)
             with pytest.raises(TimeoutError):
                 ipv6.accept()
@@ -420,18 +420,18 @@ def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and
     calls: list[dict[str, Any]] = []
 
     class SlowManager(FakeManager):
-        def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
-            calls.append(body)
+        def post(self, call: Call) -> Answer:
+            calls.append(call.body)
             asked.set()
             assert locked.wait(60)
-            return registered() if path == "/api/register" else acknowledged()
+            return registered() if call.path == "/api/register" else acknowledged()
 
     def lock_all(kill: bool = False) -> None:
         locked.set()
 
     bench.node.lock_all = lock_all  # type: ignore[method-assign]
     manager = SlowManager()
-    home = HomeCaller(bench.node, manager, manager.clock, lambda: 1.0, bench.log.append)
+    home = HomeCaller(bench.node, manager.post, manager.clock, lambda: 1.0, bench.log.append)
     stopping, hurry = threading.Event(), threading.Event()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()

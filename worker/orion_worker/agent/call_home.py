@@ -10,7 +10,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from orion_worker.agent import decisions
 from orion_worker.agent.decisions import AgentSession, Answer, LeaseState, Next
@@ -41,38 +41,29 @@ Talk = Generator[Call, Answer, float]
 """Yields each call, is sent its answer, and returns the seconds to wait before the next step."""
 
 
-class CallTransport(Protocol):
-    """The port by which calls reach the manager."""
-
-    def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
-        """Return the manager's answer; never raise: a failure is an Answer without status."""
-        ...
+Post = Callable[[Call], Answer]
+"""A function that makes a call and returns the manager's answer. It never raises: a failure has no status."""
 
 
-class HttpTransport:
-    """Calls over HTTP, each with its own connection, because the proxy may be another container by the next call.
+def post_by_http(url: str, call: Call) -> Answer:
+    """Make a call to the manager at this URL, with a new connection: the proxy may be another container by now.
 
-    They use IPv4 alone: the manager knows a worker by its IPv4 address, and the packet filter drops IPv6. A name that
+    It uses IPv4 alone: the manager knows a worker by its IPv4 address, and the packet filter drops IPv6. A name that
     leads to an IPv6 address as well would cost seconds with each call.
     """
-
-    def __init__(self, url: str) -> None:
-        self._address = urllib.parse.urlsplit(url).netloc
-
-    def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        connection = http.client.HTTPConnection(self._address, timeout=timeout_s, source_address=ANY_IPV4)
-        try:
-            connection.request("POST", path, json.dumps(body), headers)
-            reply = connection.getresponse()
-            text = reply.read(LARGEST_REPLY_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            return Answer(0, reason=str(error) or type(error).__name__)
-        finally:
-            connection.close()
-        marked = reply.headers.get("X-Orion-Manager") == "unreachable"
-        pause_s = _seconds(reply.headers.get("Retry-After"))
-        return Answer(reply.status, _json_object(text), reply.reason, pause_s, marked)
+    headers = {"Authorization": f"Bearer {call.token}", "Content-Type": "application/json"}
+    address = urllib.parse.urlsplit(url).netloc
+    connection = http.client.HTTPConnection(address, timeout=call.timeout_s, source_address=ANY_IPV4)
+    try:
+        connection.request("POST", call.path, json.dumps(call.body), headers)
+        reply = connection.getresponse()
+        text = reply.read(LARGEST_REPLY_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        return Answer(0, reason=str(error) or type(error).__name__)
+    finally:
+        connection.close()
+    marked = reply.headers.get("X-Orion-Manager") == "unreachable"
+    return Answer(reply.status, _json_object(text), reply.reason, _seconds(reply.headers.get("Retry-After")), marked)
 
 
 class HomeCaller:
@@ -85,14 +76,14 @@ class HomeCaller:
     def __init__(
         self,
         node: Node,
-        transport: CallTransport,
+        post: Post,
         clock: Callable[[], float],
         chance: Callable[[], float],
         say: LogLine,
         on_renewal: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
-        self._transport = transport
+        self._post = post
         self._clock = clock
         self._chance = chance
         self._say = say
@@ -117,21 +108,19 @@ class HomeCaller:
         return self._session is not None
 
     def step(self) -> float:
-        """Make the next call over the transport; return the seconds to wait before the one after."""
+        """Make the next calls; return the seconds to wait before the following step."""
         talk = self.talk()
         try:
             call = next(talk)
             while True:
-                call = talk.send(self._transport.post(call.path, call.token, call.body, call.timeout_s))
+                call = talk.send(self._post(call))
         except StopIteration as end:
             wait_s: float = end.value
             return wait_s
 
     def talk(self) -> Talk:
-        """Return the next step as a generator, for a caller that carries the calls itself."""
-        if self._session:
-            return self._heartbeat(self._session)
-        return self._register()
+        """Return the next step as a generator, for a caller that makes the calls itself."""
+        return self._heartbeat(self._session) if self._session else self._register()
 
     def due_s(self) -> float:
         """Return the most seconds that the next call may wait; fewer if a liveness connection ended since `step`."""
@@ -140,7 +129,7 @@ class HomeCaller:
         return within_s if self._evacuating_since is None else min(within_s, EVACUATING_INTERVAL_S)
 
     def evacuate(self) -> None:
-        """Ask the manager, from the next call on, to move all rentals away. They run meanwhile."""
+        """Ask the manager, from the next call on, to migrate all rentals, which run meanwhile."""
         self._evacuating_since = self._clock()
 
     def is_evacuating(self) -> bool:
@@ -160,7 +149,7 @@ class HomeCaller:
         """Send the last heartbeat, once."""
         call = self.goodbye()
         if call:
-            answer = self._transport.post(call.path, call.token, call.body, call.timeout_s)
+            answer = self._post(call)
             self._say("said goodbye" if answer.status == 200 else f"the goodbye was not acknowledged: {answer}")
 
     def goodbye(self) -> Call | None:
@@ -176,7 +165,10 @@ class HomeCaller:
         own = self._node.own_token()
         token = own or self._node.join_token()
         if token is None:
-            return self._wait_for_token()
+            if not self._waiting_for_token:
+                self._say("waiting for the manager to make the join token in /run/orion-join/token")
+            self._waiting_for_token = True
+            return TOKEN_POLL_S
         self._waiting_for_token = False
         sent_at = self._clock()
         answer = yield Call("/api/register", token, self._node.describe())
@@ -189,12 +181,6 @@ class HomeCaller:
                 self._node.forget_identity()
                 return 0.0
         return self._try_later("registration failed", answer, decisions.REGISTER_RETRY_MAX_S)
-
-    def _wait_for_token(self) -> float:
-        if not self._waiting_for_token:
-            self._say("waiting for the manager to make the join token in /run/orion-join/token")
-        self._waiting_for_token = True
-        return TOKEN_POLL_S
 
     def _begin(self, answer: Answer, sent_at: float) -> float:
         try:
@@ -241,15 +227,11 @@ class HomeCaller:
         return interval_s if self._evacuating_since is None else min(interval_s, EVACUATING_INTERVAL_S)
 
     def _heartbeat_body(self, session: AgentSession) -> dict[str, Any]:
-        return {
-            **({"vacating": True} if self._evacuating_since is not None else {}),  # the released name of evacuating
-            "session_id": session.session_id,
-            "seq": next(self._sequence),
-            "load": self._node.load(),
-            "inventory": self._node.inventory(),
-            # A manager with other clocks must know by which lease this worker runs.
-            "lease_s": session.lease_s,
-        }
+        body = {"session_id": session.session_id, "seq": next(self._sequence), "load": self._node.load()}
+        if self._evacuating_since is not None:
+            body["vacating"] = True  # the released name of evacuating
+        # A manager with other clocks must know by which lease this worker runs.
+        return body | {"inventory": self._node.inventory(), "lease_s": session.lease_s}
 
     def _note(self, answer: Answer, sent_at: float) -> None:
         self.lease = replace(self.lease, unreached_at=sent_at if answer.marked else None)

@@ -14,24 +14,19 @@ HEARTBEAT_RETRY_MAX_S = 5.0
 
 UNREACHED_RETRY_MAX_S = 3.0
 """Short because calls cost nothing while the manager is unreachable, and a platform that starts needs its workers."""
-
-
 LIVENESS_GRACE_S = 1.0
 """Seconds for which rentals may run after the liveness connection has ended, without an answer from the manager.
 
 The manager takes silence for death 1.5 s after it saw that end (ssh/liveness.py): by then all must be frozen.
 """
 LIVENESS_SETTLES_S = 0.25
-"""Seconds until the end of a liveness connection has reached the manager, even if its message was lost once.
+"""Seconds until the manager has seen the end of a liveness connection, even if TCP had to repeat it after 0.2 s.
 
-(TCP repeats it after 0.2 s.) A call that is sent earlier may arrive before that end, and then would not count against a
-proof of death.
+A call that is sent earlier may arrive before that end, and then would not count against a proof of death.
 """
-
-
 CARRIED_FILES_S = 150
 CARRIED_BYTES_S = 4 * 2**20
-"""Files and bytes that a planned migration, or a park, carries per second at least, on a machine with other load."""
+"""Files and bytes that a planned migration or a park carries per second at least, on a machine with other load."""
 
 
 def stop_grace_s(least_s: float, most_s: float, files: int, size: int) -> float:
@@ -114,10 +109,10 @@ class LeaseState:
 def may_run(lease: LeaseState, liveness_ended_at: float | None, now: float) -> bool:
     """Return whether rentals may run here. `liveness_ended_at`: when the liveness connection last ended.
 
-    They may by a lease, because the manager waits for its end before it runs them elsewhere; or by a fresh answer of
-    the proxy that the manager cannot be reached, because such a manager moves nothing. Answers to calls from before
-    the liveness connection ended count for LIVENESS_GRACE_S more only: the manager may take that end, and silence
-    after it, for this worker's death.
+    They may run by a lease, because the manager waits for its end before it runs them elsewhere; or by a fresh answer
+    of the proxy that the manager cannot be reached, because such a manager takes nothing over. Answers to calls from
+    before the end of the liveness connection count for LIVENESS_GRACE_S more only: the manager may take that end, and
+    silence after it, for this worker's death.
     """
     acknowledged_at, unreached_at = lease.acknowledged_at, lease.unreached_at
     if liveness_ended_at is not None and now - liveness_ended_at >= LIVENESS_GRACE_S:
@@ -129,7 +124,7 @@ def may_run(lease: LeaseState, liveness_ended_at: float | None, now: float) -> b
 
 
 def ask_within_s(lease: LeaseState, liveness_ended_at: float | None, now: float) -> float:
-    """Return the seconds that the next call may wait at most. A worker about to lose its right to run calls often."""
+    """Return the most seconds that the next call may wait. A worker about to lose its right to run calls often."""
     acknowledged_at, often_s = lease.acknowledged_at, 0.4 * lease.proxy_answer_s
     if liveness_ended_at is not None and _not_before(liveness_ended_at + LIVENESS_SETTLES_S, acknowledged_at) is None:
         in_time = now - liveness_ended_at < LIVENESS_GRACE_S
@@ -145,7 +140,7 @@ def _not_before(earliest: float, at: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class RentalAction:
-    """The action of the agent on a rental of this worker."""
+    """An action of the agent on a rental of this worker."""
 
     action: str
     """`lock`, `unlock` or `thaw`."""
@@ -160,9 +155,8 @@ _TO_SHUT = {"running": "lock"}
 def actions_for(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[RentalAction]:
     """Return the actions that the placements of a reply ask for. A rental that the reply does not name stays as it is.
 
-    A reply may name a rental twice, with an old epoch to purge and a new one to run. An entry for an epoch older than
-    the one here says nothing about the one here. An entry that runs a newer epoch means that the one here is stale, and
-    must be locked.
+    A reply may name a rental twice, with an old epoch to purge and a new one to run. An entry of an older epoch says
+    nothing about the one here. An entry that runs a newer epoch means that the one here is stale, and must be locked.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for placement in placements:
@@ -182,13 +176,13 @@ def actions_for(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[s
 
 
 START_ENDS = "start_ends"
-"""A field of a heartbeat that managers of earlier versions refuse."""
+"""An optional field of a heartbeat, which managers of earlier versions refuse."""
 
 
 def accepted_fields_from(body: dict[str, Any]) -> frozenset[str]:
     """Return the optional fields that the manager takes in a heartbeat, from its reply to the last one."""
-    takes = body.get("takes")
-    return frozenset(each for each in takes if isinstance(each, str)) if isinstance(takes, list) else frozenset()
+    names = body.get("takes")
+    return frozenset(each for each in names if isinstance(each, str)) if isinstance(names, list) else frozenset()
 
 
 @dataclass(frozen=True)
@@ -243,10 +237,7 @@ def interval_from(value: Any) -> float:
 
 
 def proxy_answer_from(body: dict[str, Any]) -> float:
-    """Return `door_answer_s` of a reply (the released name); by default a fifteenth of the lease.
-
-    Managers of earlier versions do not send it, and mean that default.
-    """
+    """Return `door_answer_s` of a reply (a released name). Without it, managers mean a fifteenth of the lease."""
     if "door_answer_s" in body:
         return interval_from(body["door_answer_s"])
     return interval_from(body.get("lease_s")) / 15

@@ -1,17 +1,16 @@
 """The fence: it freezes all rentals as soon as this worker has no right to run them, whatever else the agent does.
 
-The fence has a thread of its own, which makes no call and looks up no name, so nothing that the agent waits for delays
-it. It looks at the lease every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause:
-CLOCK_BOOTTIME counts that time. It never thaws: only a reply that says `run` does.
+Its own thread makes no call and looks up no name, so nothing that the agent waits for delays it. It looks at the lease
+every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause: CLOCK_BOOTTIME counts
+that time. It never thaws: only a reply that says `run` does.
 
 When the lease is lost, the fence first stops all processes of all renters, which needs no disk, and locks the keys;
 then it notes that there is no lease, which `unlock` and `thaw` look at last; then it writes the marks. After that it
 repeats the freezing every AGAIN_EVERY_S as long as a mark exists, for processes that came in meanwhile.
 
 A rental that was never activated at its epoch is not frozen, because no reply would ever thaw it. Its uid runs a
-transfer of its files, which would hold the rental's lock while it is stopped; so the fence ends the transfer, and the
-manager begins it again. (Or its uid runs what is left of an earlier epoch, and may not run any more.) A retired rental
-is not frozen either: the fence ends its processes, as its recovery does.
+transfer of its files, which would hold the rental's lock while it is stopped, or what is left of an earlier epoch; so
+the fence ends that, and the manager begins a transfer again. It also ends the processes of a retired rental.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from orion_worker.agent import fence
-from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, HttpTransport
+from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, post_by_http
 from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.agent.decisions import may_run, stop_grace_s
 from orion_worker.agent.node import AgentSettings, Node, settings_from
@@ -153,7 +153,7 @@ def run(settings: AgentSettings) -> None:
     guard = fence.Fence(node.rentals, lambda: may_run(home.lease, home.liveness_ended_at, boot_time_s()), say)
     guard.begin()
     node.rentals.launcher.set_boot_id(node.boot_id)
-    home = HomeCaller(node, HttpTransport(settings.url), boot_time_s, random.random, say, guard.lease_renewed)
+    home = HomeCaller(node, partial(post_by_http, settings.url), boot_time_s, random.random, say, guard.lease_renewed)
 
     def liveness_ended() -> None:
         home.liveness_ended_at = boot_time_s()

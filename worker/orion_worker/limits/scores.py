@@ -6,10 +6,8 @@ larger process. So the score follows the rental: while more than half of the mem
 that uses the most have FIRST, which exceeds the others' score by more than any other rental can weigh.
 
 No rental has a limit of memory: that would need a control group for each, and Docker mounts them read-only into a
-container (freezer/stopper.py). The only limit is that of the container.
-
-/proc/PID/status says what a process uses. Memory that several processes share counts for each of them, and memory that
-none has mapped (memfd_create, /dev/shm) for none.
+container (freezer/stopper.py). Memory that several processes share counts for each of them, and memory that none has
+mapped (memfd_create, /dev/shm) for none.
 """
 
 from __future__ import annotations

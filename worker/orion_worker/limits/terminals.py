@@ -1,17 +1,15 @@
 """A guard that keeps the renters of one worker from taking all the terminals of its machine.
 
-The renters of a worker together may open MOST_HELD terminals. The kernel gives a fixed number to all containers of a
-machine (kernel.pty.max less kernel.pty.reserve: 3072), and takes 20 microseconds for one. Docker mounts each container
-a /dev/pts of its own, but without a limit (`max=`), which root cannot set afterwards without CAP_SYS_ADMIN. No limit of
-processes or files is low enough.
+The renters of a worker together may open MOST_HELD terminals. The kernel has a fixed number for all containers of a
+machine (kernel.pty.max less kernel.pty.reserve: 3072), and opens one in 20 microseconds. Docker gives each container a
+/dev/pts without a limit (`max=`), which root cannot set later without CAP_SYS_ADMIN.
 
 A new terminal gets the lowest number that is free in its /dev/pts, and inotify reports each new name there. So a number
-beyond MOST_HELD shows that as many are held here, even if a renter closed the side that is seen there (a terminal whose
-master is closed lasts as long as its slave is open). Then the guard shuts /dev/pts/ptmx to all but root, as whom sshd
-opens the terminals of log-ins; it ends the renters who show many; and it opens ptmx again as soon as fewer than
-MOST_HELD are held.
+beyond MOST_HELD shows that as many are held here, even by a renter that closed the master, which is what is seen there.
+Then the guard shuts /dev/pts/ptmx to all but root, as whom sshd opens the terminals of log-ins; it ends the renters
+that show many; and it opens ptmx again as soon as fewer than MOST_HELD are held.
 
-A renter who hides its terminals cannot be found, because only the renter can look into its processes. Then the other
+A renter that hides its terminals cannot be found, because only the renter can look into its processes. Then the other
 renters of this worker get terminals by ssh alone, until these are closed. If MOST_HIDDEN are held, which other
 containers of the machine need, the guard ends everything of all renters of this worker.
 """

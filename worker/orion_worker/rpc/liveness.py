@@ -1,13 +1,11 @@
 """The agent's end of the liveness connection, which lasts as long as the manager runs.
 
-The manager holds one SSH connection to each worker, and runs `orion-watched` over it (rpc/liveness_program.py). That
-program hands its standard input and output to the agent, and waits. So the agent sees at once that the connection ends,
-by the manager's death, a cut that sshd notices, or the death of sshd's process here. The manager may take such an end,
-with silence after it, for this worker's death (ssh/liveness.py). So the agent calls at once (agent/call_home.py), and
-lets nothing run without an answer to a later call (agent/decisions.may_run).
-
-The program is needed because /proc/net/tcp does not distinguish this connection from the manager's other ones, and sshd
-forwards no connection of root to a socket. No renter can fake or hide an end, because the socket is root's.
+The manager holds one SSH connection to each worker, and runs `orion-watched` over it (rpc/liveness_program.py), which
+hands its standard input and output to the agent. (sshd forwards connections of root to no socket.) So the agent sees at
+once that the connection ends, by the manager's death, a cut that sshd notices, or the death of sshd's process here. The
+manager may take such an end, with silence after it, for this worker's death (ssh/liveness.py). So the agent calls at
+once (agent/call_home.py), and lets nothing run without an answer to a later call (agent/decisions.may_run). No renter
+can fake or hide an end, because the socket is root's.
 """
 
 from __future__ import annotations

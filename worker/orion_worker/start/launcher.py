@@ -4,11 +4,11 @@ The command is one argument of a program, never a part of a line that a shell re
 terminal, descriptor or environment of root's. It has a session of its own and no parent here, so it outlives the order,
 and is stopped, resumed and ended with all other processes of its uid.
 
-As soon as the program has the renter's uid the renter may stop it, even before its first instruction. So root, which
-holds the rental's lock, waits only for the program's end, and kills it after WITHIN_S.
+The renter may stop the program as soon as it has the renter's uid. So root, which holds the rental's lock, waits only
+until the program has detached itself, and kills it after WITHIN_S.
 
-A mark in /run/orion/started holds the epoch and the last run. It is written after the program has detached itself. When
-this process is killed between the two, the command is run twice: for a service that is better than not at all.
+A mark in /run/orion/started holds the epoch and the last run. It is written after that: if this process is killed in
+between, the command is run twice, which for a service is better than not at all.
 
 The renter's program notes in a file how a run ended. The renter can write that file, so it is read without following a
 link and without waiting, and it counts only for the run that the mark names.
