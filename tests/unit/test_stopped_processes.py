@@ -21,6 +21,7 @@ from orion_worker.snapshots import requests, scan, transfer
 from orion_worker.start import launcher
 from orion_worker.start.launcher import Launcher
 from orion_worker.system import processes
+from orion_worker.system.repeat import look_for_ever
 from support.descendants import ended_with_their_test
 
 pytestmark = pytest.mark.timeout(180)
@@ -305,11 +306,18 @@ def test_what_a_renter_stops_of_its_own_programs_stays_as_it_is(uid: int, rental
         own.wait()
 
 
-def test_a_look_that_fails_is_said_and_no_more(rentals: Rentals, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged = list[str]()
-    looking = StoppedLogIns(rentals, logged.append)
-    monkeypatch.setattr(looking, "look", lambda: Path("/nowhere").read_text())
-    for _ in range(3):
-        looking.look_if_due()
-    assert len(logged) == 1, "the next check is when it is due, and not before"
-    assert "looking again" in logged[0]
+def test_a_look_that_fails_is_said_and_repeated_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, waits_s = list[str](), list[float]()
+
+    def sleep(seconds: float) -> None:
+        waits_s.append(seconds)
+        if len(waits_s) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("orion_worker.system.repeat.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        look_for_ever(lambda: Path("/nowhere").read_text(), 5.0, said.append, "log-ins")
+    assert waits_s == [5.0] * 3, "it looks again when it is due, and not before"
+    assert len(said) == 3
+    assert said[0].startswith("log-ins: ")
+    assert said[0].endswith("looking again")

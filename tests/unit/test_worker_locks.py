@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RentalRecords, RequestRefused
 from orion_worker.rental import accounts, host_certificate
-from orion_worker.system.locks import got_lock, got_record_lock, open_lock
+from orion_worker.system.locks import got_lock, open_lock
 
 
 def freeze(root: Path) -> None:
@@ -55,7 +56,7 @@ def held_by_another(file: Path) -> Iterator[None]:
     if child == 0:
         try:
             descriptor = open_lock(file)
-            os.write(ready[1], b"y" if got_lock(descriptor, 0) and got_record_lock(descriptor, 0) else b"n")
+            os.write(ready[1], b"y" if got_lock(descriptor, 0) and got_lock(descriptor, 0, fcntl.lockf) else b"n")
             os.close(ended[1])
             os.read(ended[0], 1)
         finally:

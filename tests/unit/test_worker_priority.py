@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from orion_worker.limits.priority import CROWD, PriorityGuard, tasks_waiting, uid_and_threads_of
+from orion_worker.limits.priority import CROWD, lower_crowds, tasks_waiting, uid_and_threads_of
 from orion_worker.system import processes
 from orion_worker.system.processes import FIRST_SENDER, LOWEST_PRIORITY
 
@@ -24,8 +24,8 @@ class ProcessFiles:
     root: Path
     last: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.turns = PriorityGuard(self.last.append, self.root)
+    def look(self) -> None:
+        lower_crowds(self.last.append, self.root)
 
     def runs(self, pid: int, uid: int, states: str) -> None:
         """Add a process with a task of each of these states."""
@@ -48,14 +48,14 @@ def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: 
         machine.runs(2000 + number, ANOTHER, "R" if number else "S")
         machine.runs(3000 + number, 0, "R")
         machine.runs(4000 + number, FIRST_SENDER + ONE, "R")
-    machine.turns.look()
+    machine.look()
     assert machine.last == [ONE]
 
 
 def test_threads_count_as_processes_do(machine: ProcessFiles) -> None:
     machine.runs(1000, ONE, "S" + "R" * (CROWD + 1))
     machine.runs(2000, ANOTHER, "R" * CROWD + "SDZT")
-    machine.turns.look()
+    machine.look()
     assert machine.last == [ONE]
     assert tasks_waiting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
 
@@ -65,7 +65,7 @@ def test_what_ends_meanwhile_is_not_counted(machine: ProcessFiles) -> None:
         machine.runs(1000 + number, ONE, "R")
     (machine.root / "1000/status").unlink()
     (machine.root / "1001/task/1001/stat").unlink()
-    machine.turns.look()
+    machine.look()
     assert machine.last == []
     assert uid_and_threads_of("") == (0, 0)
 

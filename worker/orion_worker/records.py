@@ -1,7 +1,7 @@
 """The rental records of a worker: the highest epoch that it has seen of each rental, and a tombstone after a purge.
 
 Both outlive a restart of the container. A command that outlived its controller carries an old epoch and is refused by
-these records, so it cannot harm what came after it.
+these records, so it cannot harm a later placement.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def check_not_retired(record: RentalRecord | None) -> None:
 
 
 def check_boot(boot_id: str, here: str) -> None:
-    """Raise RequestRefused if an order is for another life of this container. An empty id stands for any life."""
+    """Raise RequestRefused if an order is for another start of this container. An empty id means any start."""
     if boot_id and here and boot_id != here:
         raise RequestRefused("other_boot", "it is for another life of this worker's container")
 

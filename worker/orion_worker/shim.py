@@ -9,12 +9,12 @@ listens, and for every other command, this process becomes the program itself (r
 The image links /usr/local/sbin/orion-rental to this file, which imports nothing of the package before it must.
 """
 
-# Without `socket`, whose import takes as long as all the rest of the shim.
+# `_socket` and not `socket`, because the import of that takes as long as the rest of the shim.
 import _socket
 import os
 import sys
 
-# The same as in rpc/server.py, whose import would cost what the shim saves. A test compares them.
+# These are the same as in rpc/server.py: to import them would cost what the shim saves. A test compares them.
 SOCKET_PATH = "/run/orion/transfers"
 TRANSFERS = ("send", "salvage", "receive")
 TAKEN = b"!"

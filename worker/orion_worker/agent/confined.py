@@ -1,4 +1,4 @@
-"""The agent's end of start/confine.py, the program that starts sshd where nobody may write below /proc."""
+"""The agent's end of start/confine.py, the program that starts sshd without the right to write below /proc."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Fence:
             self._mark()
         for rental_id in self._freezer.overdue(time.clock_gettime(time.CLOCK_BOOTTIME)):
             self._freezer.resume(rental_id)
-            self._say(f"rental {rental_id} was paused for a snapshot that did not end; it goes on")
+            self._say(f"rental {rental_id} was paused for a snapshot that did not end; it runs on")
         frozen = self._freezer.frozen()
         living = {record.rental_id: record for record in self._rentals.records.all()} if frozen else {}
         enforcers: dict[tuple[str, int], Enforcer] = {}

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, post_by_
 from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.agent.decisions import may_run, stop_grace_s
 from orion_worker.agent.node import AgentSettings, Node, settings_from
-from orion_worker.limits import priority, scores
+from orion_worker.limits import priority, scores, stopped_log_ins
 from orion_worker.limits.log_limit import LimitedLog
-from orion_worker.limits.stopped_log_ins import StoppedLogIns
 from orion_worker.limits.terminals import TerminalGuard
 from orion_worker.rental.host_certificate import RunningSshd
 from orion_worker.rpc import liveness_program
@@ -168,23 +168,23 @@ def run(settings: AgentSettings) -> None:
     log = LimitedLog(write)
     sshd = SshdChild(settings, log.input)
     port_proxy = PortProxyChild(settings)
-    stopped = StoppedLogIns(node.rentals, say)
     oom_scores = scores.OomScores(scores.usual(processes.own_score()))
-    for work in (
-        log.run,
-        partial(look_for_ever, guard.look, fence.LOOK_EVERY_S, say, "the fence"),
-        liveness.run,
-        TerminalGuard(node.end_all, say).run,
-        partial(look_for_ever, oom_scores.look, scores.LOOK_EVERY_S, say, "the scores for when memory is used up"),
-        partial(look_for_ever, priority.PriorityGuard().look, priority.LOOK_EVERY_S, say, "the priority of renters"),
-    ):
+    log_ins = stopped_log_ins.StoppedLogIns(node.rentals, say)
+    looks: tuple[tuple[Callable[[], object], float, str], ...] = (
+        (guard.look, fence.LOOK_EVERY_S, "the fence"),
+        (oom_scores.look, scores.LOOK_EVERY_S, "the scores for when memory is used up"),
+        (priority.lower_crowds, priority.LOOK_EVERY_S, "the priority of renters"),
+        (log_ins.look, stopped_log_ins.LOOK_EVERY_S, "stopped log-ins"),
+    )
+    for look, every_s, name in looks:
+        threading.Thread(target=look_for_ever, args=(look, every_s, say, name), daemon=True).start()
+    for work in (log.run, liveness.run, TerminalGuard(node.end_all, say).run):
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
     while not stop_requested.wait(LOOK_EVERY_S):
         sshd.ensure_running()
         port_proxy.ensure_running()
-        stopped.look_if_due()
     say("stop requested")
     home.evacuate()
     hurry.set()

@@ -189,7 +189,7 @@ class Freezer:
                 raise RequestRefused("frozen_since", reason)
             if mark.over_limit and migration:
                 self._write(record.rental_id, replace(mark, migration=0))  # it stays frozen
-                raise RequestRefused(OVER_LIMIT, "its home holds more than it may: its owner alone may have it go on")
+                raise RequestRefused(OVER_LIMIT, "its home holds more than it may: its owner alone may thaw it")
             if mark.over_limit:
                 self._grant_grace(record, requested_at)
             wake(record.uid, record.username, mark.stopped_before)

@@ -1,4 +1,4 @@
-"""A guard that gives the lowest priority to a renter whose many processes all want a processor.
+"""A guard that gives the lowest priority to a renter with many processes that all want a processor.
 
 The kernel shares a worker's processors among processes, not among rentals, and root's orders over SSH get the same part
 as each of them. So where one renter with 112 processes lets them fork without end, an order of root's takes ten seconds
@@ -22,18 +22,11 @@ CROWD = 16
 """Tasks that want a processor at once, beyond which a renter gets the lowest priority."""
 
 
-class PriorityGuard:
-    """The guard; `lower` gives all processes of a uid the lowest priority."""
-
-    def __init__(self, lower: Callable[[int], object] = processes.lower_priority, proc: Path = processes.PROC) -> None:
-        self._lower = lower
-        self._proc = proc
-
-    def look(self) -> None:
-        """Lower the priority of each renter that has a crowd now."""
-        for uid, count in tasks_waiting(self._proc).items():
-            if count > CROWD:
-                self._lower(uid)
+def lower_crowds(lower: Callable[[int], object] = processes.lower_priority, proc: Path = processes.PROC) -> None:
+    """Lower the priority of each renter that has a crowd now."""
+    for uid, count in tasks_waiting(proc).items():
+        if count > CROWD:
+            lower(uid)
 
 
 def tasks_waiting(proc: Path) -> Counter[int]:

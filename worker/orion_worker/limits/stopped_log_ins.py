@@ -11,7 +11,6 @@ pause ends before LOOKS looks are over, and a task that has run between two look
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 
 from orion_worker.freezer.stopper import KernelTask, stopped_among
@@ -32,16 +31,6 @@ class StoppedLogIns:
         self._say = say
         self._seen: dict[KernelTask, int] = {}
         """How many times in a row each stopped task was seen unchanged."""
-        self._repeat_at = 0.0
-
-    def look_if_due(self) -> None:
-        """Look if the last look was LOOK_EVERY_S ago. The agent calls this in its loop."""
-        if time.monotonic() >= self._repeat_at:
-            self._repeat_at = time.monotonic() + LOOK_EVERY_S
-            try:
-                self.look()
-            except Exception as fault:  # such as a full table of files
-                self._say(f"stopped log-ins: {fault!r}; looking again")
 
     def look(self) -> None:
         """End the log-ins that have been stopped for LOOKS looks, while their rental may run."""

@@ -37,7 +37,7 @@ PTMX = "ptmx"
 MOST_HELD = 256
 """Terminals that the renters of a worker may hold together."""
 MOST_SHOWN = 64
-"""Terminals beyond which a renter who shows them is ended, while more than MOST_HELD are held."""
+"""Terminals beyond which a renter that shows them is ended, while more than MOST_HELD are held."""
 MOST_HIDDEN = 1024
 """Terminals at which all renters are ended: a third of those that all containers have together."""
 AGAIN_S = 1.0

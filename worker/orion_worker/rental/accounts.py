@@ -6,13 +6,14 @@ tools take (lckpwdf(3)), which ends with its holder.
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orion_worker.records import RequestRefused
 from orion_worker.system.files import write_atomically
-from orion_worker.system.locks import got_record_lock, opened_lock
+from orion_worker.system.locks import got_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
 """The account files in the order of writing: an account can be used only when its last line is there."""
@@ -83,6 +84,6 @@ def _replace(file: Path, lines: list[str]) -> None:
 @contextmanager
 def _locked(etc: Path) -> Iterator[None]:
     with opened_lock(etc / ".pwd.lock") as lock:
-        if not got_record_lock(lock, LOCK_WAIT_S):
+        if not got_lock(lock, LOCK_WAIT_S, fcntl.lockf):
             raise RequestRefused("busy", "another program holds the lock of the account files; try again")
         yield

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from orion.rental_order import RentalOrder
@@ -25,17 +26,15 @@ SWEEPS = 3
 that finds nothing is the last."""
 
 
+@dataclass(frozen=True)
 class Purger:
     """The removal of rentals from this worker."""
 
-    def __init__(
-        self, paths: WorkerPaths, keys: KeyFiles, freezer: Freezer, launcher: Launcher, manifests: Manifests
-    ) -> None:
-        self._paths = paths
-        self._keys = keys
-        self._freezer = freezer
-        self._launcher = launcher
-        self._manifests = manifests
+    paths: WorkerPaths
+    keys: KeyFiles
+    freezer: Freezer
+    launcher: Launcher
+    manifests: Manifests
 
     def purge(self, requests: Sequence[RentalOrder]) -> list[Report]:
         """Purge these rentals together; return for each what was removed and, under `left`, the residue."""
@@ -44,15 +43,15 @@ class Purger:
         killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
         for request in requests:
             renter = {request.uid: request.username, transfer.sender_uid(request.uid): request.username}
-            self._keys.forget(request.username)
+            self.keys.forget(request.username)
             killed[request] += processes.kill_all(renter)
-            accounts.remove(self._paths.etc, request.username, request.uid)
+            accounts.remove(self.paths.etc, request.username, request.uid)
             killed[request] += processes.kill_all(renter)  # a log-in that was under way when the keys were removed
-            self._freezer.forget_purged(request.rental_id)
-            self._launcher.forget(request.rental_id)
-            self._manifests.forget(request.rental_id)
+            self.freezer.forget_purged(request.rental_id)
+            self.launcher.forget(request.rental_id)
+            self.manifests.forget(request.rental_id)
             with suppress(RequestRefused):  # the second search reports what stays
-                transfer.remove_staging(self._paths.staging, request.rental_id)
+                transfer.remove_staging(self.paths.staging, request.rental_id)
             removed[request] += self._remove_named(request) + residue.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -63,7 +62,7 @@ class Purger:
 
     def _remove_named(self, request: RentalOrder) -> int:
         removed = 0
-        for place in residue.find_named(self._paths.root, request.username):
+        for place in residue.find_named(self.paths.root, request.username):
             with closing(os.open(place.parent, trees.OPEN_FOLDER)) as folder, suppress(OSError):
                 removed += trees.remove_entry(folder, place.name)
         return removed
@@ -95,12 +94,12 @@ class Purger:
     def _found(self, request: RentalOrder) -> list[str]:
         left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.pids_of([request.uid])]
         left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
-        left += [f"line in {file}" for file in accounts.found(self._paths.etc, request.username, request.uid)]
-        named = [*residue.find_named(self._paths.root, request.username), self._paths.staging / request.rental_id]
+        left += [f"line in {file}" for file in accounts.found(self.paths.etc, request.username, request.uid)]
+        named = [*residue.find_named(self.paths.root, request.username), self.paths.staging / request.rental_id]
         left += [f"file {place}" for place in named if os.path.lexists(place)]
         return left + [f"IPC {kind} {number}" for kind, number in residue.find_ipc(request.uid)]
 
     def _mounts(self) -> list[str]:
-        if self._paths.root != Path("/"):
-            return [str(self._paths.root)]
+        if self.paths.root != Path("/"):
+            return [str(self.paths.root)]
         return residue.writable_mounts(Path("/proc/self/mountinfo").read_text())

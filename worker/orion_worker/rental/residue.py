@@ -28,7 +28,7 @@ NAMED_PLACES = (
     "home", "var/mail", "var/spool/mail", "var/spool/cron", "var/spool/cron/crontabs", "var/spool/cron/atjobs",
     "var/spool/at", "var/log/lastlog", "etc/orion/keys", "etc/orion/locked",
 )  # fmt: skip
-"""Directories in which an entry with the renter's name is the renter's, whoever owns it."""
+"""Directories in which an entry with the renter's name is the renter's, whatever its owner."""
 _IPC_DESTROYED = 0o1000
 
 
@@ -42,8 +42,6 @@ class ResidueEntry:
     path: str
     uid: int
     """The renter's uid."""
-    theirs: bool
-    """Whether the renter is the owner; else only the group is the renter's."""
 
 
 def writable_mounts(mountinfo: str) -> list[str]:
@@ -73,7 +71,7 @@ def remove(found: ResidueEntry) -> int:
     finds the entry again.
     """
     with suppress(OSError):
-        if found.theirs:
+        if found.status.st_uid == found.uid:
             return remove_entry(found.folder, found.name, found.status)
         _give_back(found)
     return 0
@@ -138,7 +136,7 @@ def _search(
             theirs = status.st_uid in uids
             if theirs or status.st_gid in uids:
                 uid = status.st_uid if theirs else status.st_gid
-                yield ResidueEntry(folder, entry.name, status, f"{path}/{entry.name}", uid, theirs)
+                yield ResidueEntry(folder, entry.name, status, f"{path}/{entry.name}", uid)
             if stat.S_ISDIR(status.st_mode) and not theirs and status.st_dev == device:
                 inner.append(entry.name)
     if inner and depth == DEEPEST:

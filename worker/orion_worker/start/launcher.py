@@ -60,7 +60,7 @@ class Launcher:
         return text_of(self._boot)
 
     def launch(self, record: RentalRecord, command: str, mark: str) -> dict[str, object]:
-        """Run the command unless this run was begun already; return what the report says of it.
+        """Run the command unless this run was begun already; return its part of the report.
 
         The caller holds the rental's lock.
         """

@@ -6,7 +6,7 @@
 The program forks at once, and its caller learns only whether that worked. The command's output goes to
 ~/.orion/start.log, which is opened with the renter's own rights, so a link there leads nowhere that the renter could
 not write anyway. At LARGEST_BYTES the file is renamed to start.log.1. Where the log cannot be written, the output is
-lost and the command goes on.
+lost and the command runs on.
 
 ~/.orion/start.run holds RUN, and how that run ended once it has; this program holds the file's lock while it runs. The
 agent reads it (start/launcher.py), and trusts it for this rental alone.

@@ -28,7 +28,7 @@ def text_of(file: Path) -> str:
 def write_atomically(file: Path, text: str, mode: int = 0o600, group: int = -1, owner: int = -1) -> None:
     """Write a file so that it holds the whole text or what it held before, whenever the machine stops.
 
-    `group`, `owner`: -1 stands for those of this process.
+    `group`, `owner`: -1 means those of this process.
     """
     new = file.with_name(f".{file.name}.new")
     new.unlink(missing_ok=True)

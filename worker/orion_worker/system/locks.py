@@ -32,21 +32,12 @@ def opened_lock(file: Path) -> Iterator[int]:
         yield descriptor
 
 
-def got_lock(descriptor: int, wait_s: float) -> bool:
-    """Take the lock of an open file (flock); return whether it was free within that time."""
-    return _got(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
-
-
-def got_record_lock(descriptor: int, wait_s: float) -> bool:
-    """Take the lock that shadow's own tools take (fcntl, lckpwdf(3)); return whether it was free within that time."""
-    return _got(lambda: fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
-
-
-def _got(try_it: Callable[[], object], wait_s: float) -> bool:
+def got_lock(descriptor: int, wait_s: float, lock: Callable[[int, int], object] = fcntl.flock) -> bool:
+    """Take the lock of an open file, with flock or lockf; return whether it was free within that time."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            try_it()
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # fcntl(2): "EACCES or EAGAIN"
             if time.monotonic() >= deadline:
                 return False

@@ -180,9 +180,9 @@ def signal_all(uid: int, number: signal.Signals) -> bool:
 
     Return False where no process could be made to send it: then the caller signals the processes one by one.
 
-    It is not enough to look for processes and kill those found: a program that goes on in its child and ends the parent
-    has always gone by then (seen). kill(-1) holds the kernel's list of processes, and a fork under way gets the signal
-    too. The sender has the uid as its effective one only, so that the renter cannot signal the sender first.
+    It is not enough to look for processes and kill those found: a program that continues in its child and ends the
+    parent has always gone by then (seen). kill(-1) holds the kernel's list of processes, and a fork under way gets the
+    signal too. The sender has the uid as its effective one only, so that the renter cannot signal the sender first.
     """
     return act_as(uid, lambda: os.kill(-1, number))
 
