@@ -65,7 +65,6 @@ class SshdChild:
         self._start()
 
     def ensure_running(self) -> None:
-        """Start sshd again if it has ended."""
         status = self._command.ended()
         if status is not None:
             say(f"sshd ended with status {status}: starting it again")
@@ -92,7 +91,6 @@ class PortProxyChild:
         self._child: subprocess.Popen[bytes] | None = None
 
     def ensure_running(self) -> None:
-        """Start the port proxy if it does not run."""
         status = self._child.poll() if self._child else None
         if status is not None:
             say(f"the port proxy ended with status {status}: starting it again")
@@ -128,6 +126,15 @@ def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.
             where = traceback.extract_tb(fault.__traceback__)[-1]
             say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; calling again")
             wait_s = AFTER_A_FAULT_S
+
+
+def wait_while_evacuating(home: HomeCaller, node: Node, settings: AgentSettings, sshd: SshdChild) -> None:
+    """Wait until no rental is left here, or the grace is over, which depends on the files that are to be carried."""
+    began = time.monotonic()
+    deadline = began + stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
+    while home.is_evacuating() and time.monotonic() < deadline:
+        sshd.ensure_running()
+        time.sleep(LOOK_OFTEN_S)
 
 
 def exit_in_order(home: HomeCaller, calling: threading.Thread) -> None:
@@ -188,11 +195,7 @@ def run(settings: AgentSettings) -> None:
     say("stop requested")
     home.evacuate()
     hurry.set()
-    began = time.monotonic()
-    deadline = began + stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
-    while home.is_evacuating() and time.monotonic() < deadline:
-        sshd.ensure_running()
-        time.sleep(LOOK_OFTEN_S)
+    wait_while_evacuating(home, node, settings, sshd)
     stopping.set()
     hurry.set()
     exit_in_order(home, calling)

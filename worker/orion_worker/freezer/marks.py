@@ -33,7 +33,7 @@ FENCE_WAITS_S = 0.1
 
 @dataclass(frozen=True)
 class FreezeMark:
-    """The facts of a freeze that its thaw needs."""
+    """The record of a freeze, which its thaw needs."""
 
     stopped_before: frozenset[tuple[int, int]]
     """(pid, start) of processes that their renter had stopped before: a thaw leaves these stopped."""
@@ -80,7 +80,7 @@ class Freezer:
         return sorted(mark.name for mark in self._folder.glob("[!.]*")) if self._folder.is_dir() else []
 
     def over_limit_reason(self, rental_id: str) -> str:
-        """Return what the home holds too much of, if the rental is frozen for that; else an empty text."""
+        """Return the resource that the home uses too much of, if the rental is frozen for that; else an empty text."""
         mark = self._read(rental_id)
         return mark.over_limit if mark else ""
 
@@ -200,7 +200,7 @@ class Freezer:
         (self._folder / rental_id).unlink(missing_ok=True)
 
     def forget_purged(self, rental_id: str) -> None:
-        """Remove all that is noted of a rental."""
+        """Remove the mark and the grace of a purged rental."""
         self.forget(rental_id)
         (self._grace / rental_id).unlink(missing_ok=True)
 

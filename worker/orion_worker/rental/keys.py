@@ -9,7 +9,7 @@ from orion_worker.system.files import write_atomically
 
 
 class KeyFiles:
-    """The file of each renter lies in one of two directories, so that locking and activating are one rename."""
+    """The keys of all renters, each file in one of two directories, so that locking and activating are one rename."""
 
     def __init__(self, paths: WorkerPaths) -> None:
         self._active = paths.keys
@@ -42,7 +42,6 @@ class KeyFiles:
         return _move(self._active / username, self._locked / username)
 
     def forget(self, username: str) -> None:
-        """Remove the keys of this renter."""
         for folder in (self._active, self._locked):
             (folder / username).unlink(missing_ok=True)
 

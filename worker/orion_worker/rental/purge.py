@@ -40,23 +40,22 @@ class Purger:
         """Purge these rentals together; return for each what was removed and, under `left`, the residue."""
         if not requests:
             return []
-        killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
+        killed, removed = Counter[int](), Counter[int]()
         for request in requests:
             renter = {request.uid: request.username, transfer.sender_uid(request.uid): request.username}
             self.keys.forget(request.username)
-            killed[request] += processes.kill_all(renter)
+            killed[request.uid] += processes.kill_all(renter)
             accounts.remove(self.paths.etc, request.username, request.uid)
-            killed[request] += processes.kill_all(renter)  # a log-in that was under way when the keys were removed
+            killed[request.uid] += processes.kill_all(renter)  # a log-in that was under way when the keys were removed
             self.freezer.forget_purged(request.rental_id)
             self.launcher.forget(request.rental_id)
             self.manifests.forget(request.rental_id)
-            with suppress(RequestRefused):  # the second search reports what stays
+            with suppress(RequestRefused):  # if a transfer does not end, the search for residue reports its files
                 transfer.remove_staging(self.paths.staging, request.rental_id)
-            removed[request] += self._remove_named(request) + residue.remove_ipc(request.uid)
-        for uid, number in self._remove_owned({request.uid for request in requests}).items():
-            removed[next(each for each in requests if each.uid == uid)] += number
+            removed[request.uid] += self._remove_named(request) + residue.remove_ipc(request.uid)
+        removed.update(self._remove_owned({request.uid for request in requests}))
         return [
-            {"removed_files": removed[each], "killed": killed[each], **report}
+            {"removed_files": removed[each.uid], "killed": killed[each.uid], **report}
             for each, report in zip(requests, self._find_residue(requests), strict=True)
         ]
 

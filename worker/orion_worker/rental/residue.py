@@ -78,7 +78,6 @@ def remove(found: ResidueEntry) -> int:
 
 
 def find_named(root: Path, username: str) -> list[Path]:
-    """Return the entries of NAMED_PLACES with the renter's name."""
     places = (root / place / username for place in NAMED_PLACES)
     return [place for place in places if os.path.lexists(place)]
 

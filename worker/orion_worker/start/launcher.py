@@ -74,7 +74,6 @@ class Launcher:
         return {"changed": True, "started": not problem} | ({"start_problem": problem} if problem else {})
 
     def forget(self, rental_id: str) -> None:
-        """Remove the mark of a purged rental."""
         (self._marks / rental_id).unlink(missing_ok=True)
 
     def ended(self, record: RentalRecord, now: float) -> dict[str, object] | None:

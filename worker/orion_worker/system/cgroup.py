@@ -29,7 +29,6 @@ class CgroupUsage:
 
 
 def usage(read: Read) -> CgroupUsage:
-    """Return what the container uses."""
     if read("cgroup.controllers") is not None:
         cpu_s = _field(read("cpu.stat"), "usage_usec") / 1e6
         memory = _number(read("memory.current")) - _field(read("memory.stat"), "inactive_file")

@@ -1,4 +1,4 @@
-"""Opening, reading and writing files, so that a killed program leaves no half of one."""
+"""Opening, reading and writing the worker's own files."""
 
 from __future__ import annotations
 

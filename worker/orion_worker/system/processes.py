@@ -231,7 +231,6 @@ def signal_process(pid: int, renters: Mapping[int, str], number: signal.Signals)
 
 
 def own_score() -> int:
-    """Return the score of this process."""
     return int((PROC / "self" / SCORE).read_text())
 
 

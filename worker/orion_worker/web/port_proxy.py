@@ -96,8 +96,8 @@ class PortProxy:
             try:
                 self._rentals.find(token)
             except PortRefusal:
-                for task, its in self._carried.items():
-                    if its == token:
+                for task, other in self._carried.items():
+                    if other == token:
                         task.cancel()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -130,7 +130,7 @@ class PortProxy:
     async def _take_end_message(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str, head: bytes
     ) -> None:
-        """End the connections whose grants the manager says have ended, and answer with those that are open then."""
+        """End the connections with the ended grants in a message of the manager, and answer with those still open."""
         match, size = port_tokens.END_MESSAGE.fullmatch(text), port_tokens.header(head, b"content-length")
         if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
             raise PortRefusal(400, "no_end", "this does not name the grants that have ended")

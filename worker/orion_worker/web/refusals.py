@@ -21,12 +21,10 @@ class PortRefusal(Exception):
 
 
 def wants_html(head: bytes) -> bool:
-    """Return whether the client asks for HTML."""
     return any(line.lower().startswith(b"accept:") and b"text/html" in line.lower() for line in head.split(b"\r\n"))
 
 
 def refusal_response(refusal: PortRefusal, as_html: bool) -> bytes:
-    """Return the HTTP answer of a refusal."""
     title, detail = _TITLES[refusal.status], str(refusal)
     if as_html:
         kind = "text/html; charset=utf-8"

@@ -30,7 +30,6 @@ FOUND = struct.Struct("=BB2x2s2x16s16x4x8x12xII")
 
 
 def listening() -> list[Listener]:
-    """Return the listening TCP sockets of this network namespace."""
     try:
         return [*_ask(socket.AF_INET), *_ask(socket.AF_INET6)]
     except OSError:  # a kernel without tcp_diag
