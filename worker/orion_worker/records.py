@@ -6,15 +6,16 @@ these records, so it cannot harm a later placement.
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from orion_worker.system.files import write_atomically
-from orion_worker.system.locks import got_lock, opened_lock
+from orion_worker.system.locks import Lock, got_lock, opened_lock
 
 Report = dict[str, Any]
 """The report of a command of orion-rental, as JSON carries it."""
@@ -59,8 +60,7 @@ def check_create(record: RentalRecord | None, purged_epoch: int, epoch: int) -> 
         raise RequestRefused("purged", f"epoch {epoch} was purged here (tombstone of epoch {purged_epoch})")
     if record and record.ending:
         raise RequestRefused("purge_unfinished", f"the purge of epoch {record.epoch} is not finished here")
-    if record and epoch < record.epoch:
-        raise RequestRefused("stale_epoch", f"epoch {epoch} is older than epoch {record.epoch}, which was seen here")
+    check_not_newer(record, epoch)
 
 
 def check_unlock(record: RentalRecord | None, purged_epoch: int, epoch: int) -> RentalRecord:
@@ -83,7 +83,7 @@ def check_receive(record: RentalRecord | None, purged_epoch: int, epoch: int) ->
 
 
 def check_not_newer(record: RentalRecord | None, epoch: int) -> None:
-    """Raise RequestRefused if the rental here is of a newer epoch than the order to lock or purge it."""
+    """Raise RequestRefused if the rental here is of a newer epoch than the order."""
     if record and epoch < record.epoch:
         raise RequestRefused("stale_epoch", f"epoch {epoch} is older than epoch {record.epoch}, which was seen here")
 
@@ -101,6 +101,15 @@ def check_boot(boot_id: str, here: str) -> None:
         raise RequestRefused("other_boot", "it is for another life of this worker's container")
 
 
+@contextmanager
+def locked_or_refused(file: Path, wait_s: float, reason: str, lock: Lock = fcntl.flock) -> Iterator[int]:
+    """Hold the lock of a file, and give its descriptor. Raise RequestRefused (`busy`) if it is not free in time."""
+    with opened_lock(file) as descriptor:
+        if not got_lock(descriptor, wait_s, lock):
+            raise RequestRefused("busy", f"{reason}; try again")
+        yield descriptor
+
+
 class RentalRecords:
     """The records as files, one for each rental, each written whole or not at all."""
 
@@ -111,17 +120,13 @@ class RentalRecords:
         for place in (self._folder, self._tombstones, self._locks):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    @contextmanager
-    def locked(self, rental_id: str, wait_s: float) -> Iterator[int]:
+    def locked(self, rental_id: str, wait_s: float) -> AbstractContextManager[int]:
         """Hold the lock of one rental; raise RequestRefused if it is not free within `wait_s`.
 
-        Each rental has its own lock, so a long purge of one delays no other. Gives the descriptor of the lock: a
-        program that inherits it holds the lock for as long as it runs.
+        Each rental has its own lock, so a long purge of one delays no other. A program that inherits the descriptor of
+        the lock, which this gives, holds the lock for as long as it runs.
         """
-        with opened_lock(self._locks / rental_id) as lock:
-            if not got_lock(lock, wait_s):
-                raise RequestRefused("busy", "another command for this rental is still at work; try again")
-            yield lock
+        return locked_or_refused(self._locks / rental_id, wait_s, "another command for this rental is still at work")
 
     def find(self, rental_id: str) -> RentalRecord | None:
         """Return the record of a rental; None where it has none, or was purged at the epoch of its record."""

@@ -7,13 +7,11 @@ tools take (lckpwdf(3)), which ends with its holder.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from orion_worker.records import RequestRefused
+from orion_worker.records import locked_or_refused
 from orion_worker.system.files import write_atomically
-from orion_worker.system.locks import got_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
 """The account files in the order of writing: an account can be used only when its last line is there."""
@@ -81,9 +79,6 @@ def _replace(file: Path, lines: list[str]) -> None:
     write_atomically(file, text, status.st_mode & 0o777, status.st_gid, status.st_uid)
 
 
-@contextmanager
-def _locked(etc: Path) -> Iterator[None]:
-    with opened_lock(etc / ".pwd.lock") as lock:
-        if not got_lock(lock, LOCK_WAIT_S, fcntl.lockf):
-            raise RequestRefused("busy", "another program holds the lock of the account files; try again")
-        yield
+def _locked(etc: Path) -> AbstractContextManager[int]:
+    reason = "another program holds the lock of the account files"
+    return locked_or_refused(etc / ".pwd.lock", LOCK_WAIT_S, reason, fcntl.lockf)

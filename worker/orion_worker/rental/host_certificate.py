@@ -14,14 +14,12 @@ import io
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_worker.records import RequestRefused
+from orion_worker.records import RequestRefused, locked_or_refused
 from orion_worker.system.files import write_atomically
-from orion_worker.system.locks import got_lock, opened_lock
 
 KIND = "ssh-ed25519-cert-v01@openssh.com"
 LONGEST_S = 3600.0 + 60.0
@@ -117,14 +115,10 @@ class RunningSshd:
         self.pid_file = root / "run/sshd.pid"
         self._lock = root / "run/orion/sshd.lock"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[int]:
         """Keep other programs from having sshd start anew. Raise RequestRefused if one does and does not end."""
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with opened_lock(self._lock) as lock:
-            if not got_lock(lock, LOCK_WAIT_S):
-                raise RequestRefused("busy", "another program has sshd start anew, and does not end; try again")
-            yield
+        return locked_or_refused(self._lock, LOCK_WAIT_S, "another program has sshd start anew, and does not end")
 
     def started_at_ns(self) -> int:
         """Return when sshd began to listen, in nanoseconds; 0 while it does not listen."""

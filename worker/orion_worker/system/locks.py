@@ -15,6 +15,8 @@ from pathlib import Path
 
 from orion_worker.system.files import closing
 
+Lock = Callable[[int, int], object]
+"""fcntl.flock, or fcntl.lockf, which shadow's own tools take (lckpwdf(3))."""
 LOOK_EVERY_S = 0.005
 
 
@@ -32,7 +34,7 @@ def opened_lock(file: Path) -> Iterator[int]:
         yield descriptor
 
 
-def got_lock(descriptor: int, wait_s: float, lock: Callable[[int, int], object] = fcntl.flock) -> bool:
+def got_lock(descriptor: int, wait_s: float, lock: Lock = fcntl.flock) -> bool:
     """Take the lock of an open file, with flock or lockf; return whether it was free within that time."""
     deadline = time.monotonic() + wait_s
     while True:
