@@ -1,4 +1,4 @@
-"""The contract: every request and reply of the API, for the manager, the client and the tests.
+"""The requests and replies of the API, for the manager, the client and the tests.
 
 Times are RFC 3339 in UTC. Durations are seconds, and their names end in `_s`. The manager refuses requests with unknown
 fields. The descriptions and the docstrings of the models are also the text of the OpenAPI document.
@@ -23,20 +23,13 @@ MAX_TOKEN_TTL_S = 10 * 365 * 24 * 3600
 DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
-MAX_START = 1000
-"""Characters of a start command, at most."""
-MAX_SLOTS = 256
-"""Slots of one worker, at most. Its host certificate names all its rentals, and OpenSSH reads no more names."""
-MAX_KEYS = 32
-"""Keys of one rental, at most."""
-MAX_COMMENT = 100
-"""Characters of a key's comment that are kept."""
-MIN_PORT, MAX_PORT = 1024, 65535
-"""The ports on which a rental's processes may listen."""
-MAX_PUBLIC_PORTS = 32
-"""Public ports of one rental, at most."""
-MAX_CERTIFICATE_S = 3600
-"""Seconds for which a certificate of a renter's key is valid, at most."""
+MAX_START = 1000  # characters of a start command, at most
+MAX_SLOTS = 256  # slots of one worker, at most: its host certificate names its rentals, and OpenSSH reads 256 names
+MAX_KEYS = 32  # keys of one rental, at most
+MAX_COMMENT = 100  # characters of a key's comment that are kept
+MIN_PORT, MAX_PORT = 1024, 65535  # the ports on which a rental's processes may listen
+MAX_PUBLIC_PORTS = 32  # public ports of one rental, at most
+MAX_CERTIFICATE_S = 3600  # seconds for which a certificate of a renter's key is valid, at most
 
 SSH_KEY_TYPES = (
     "ssh-ed25519",
@@ -48,8 +41,7 @@ SSH_KEY_TYPES = (
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
 MIN_RSA_BITS = 2048
-KEY_FIELDS = range(2, 5)
-"""Numbers of fields of a public key: its type, and one (ed25519) to three (ECDSA on a security key) more."""
+KEY_FIELDS = range(2, 5)  # fields of a public key: its type, and 1 (ed25519) to 3 (ECDSA on a security key) more
 _SSH_KEY = re.compile(
     r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: (?P<comment>[\x21-\x7e][\x20-\x7e]{0,127}))?"
 )
@@ -57,11 +49,8 @@ _SSH_KEY = re.compile(
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
-# Enumerations
-
-
 class WorkerHealth(StrEnum):
-    """What the manager knows of a worker's ability to run rentals."""
+    """The health of a worker: whether it can run rentals, as far as the manager knows."""
 
     JOINING = "joining"
     READY = "ready"
@@ -72,7 +61,7 @@ class WorkerHealth(StrEnum):
 
 
 class WorkerIntent(StrEnum):
-    """What the operators want of a worker."""
+    """The use of a worker that the operators want."""
 
     ACTIVE = "active"
     DRAINING = "draining"
@@ -93,7 +82,7 @@ class RentalState(StrEnum):
 
 
 class Role(StrEnum):
-    """What a token allows."""
+    """The role of a token, which decides what it allows."""
 
     ADMIN = "admin"
     CLIENT = "client"
@@ -106,7 +95,7 @@ NOT_MOVED = "could not be moved: "
 
 
 class Want(StrEnum):
-    """What the manager wants of a rental that a worker holds."""
+    """The state that the manager wants for a rental that a worker holds."""
 
     RUN = "run"
     HOLD = "hold"
@@ -117,10 +106,9 @@ class Want(StrEnum):
 
 
 def one_public_key(text: str) -> str:
-    """Return the text of one OpenSSH public key without its comment.
+    """Return the text of one OpenSSH public key without its comment. Raise ValueError for anything else.
 
-    Raises ValueError for anything else. root writes the key into an authorized_keys file, where an option (`command=`)
-    or a second line would give the renter control.
+    root writes the key into an authorized_keys file, where an option (`command=`) or a second line would give control.
     """
     match = _SSH_KEY.fullmatch(text.strip())
     if not match or match["type"] not in SSH_KEY_TYPES:
@@ -140,7 +128,7 @@ def comment_of(text: str) -> str:
 
 
 def named_key(text: str) -> str:
-    """Return the text of one OpenSSH public key with its comment. Raises ValueError as `one_public_key` does."""
+    """Return the text of one OpenSSH public key with its comment. Raise ValueError as `one_public_key` does."""
     return f"{one_public_key(text)} {comment_of(text)}".rstrip()
 
 
@@ -156,10 +144,7 @@ def fingerprint(public_key: str) -> str:
 
 
 def _ssh_fields(encoded: str) -> list[bytes]:
-    """Return the fields of an SSH key's data, each of which follows its length in four bytes (RFC 4253, 6.6).
-
-    Return an empty list if the data is damaged.
-    """
+    """Return the fields of an SSH key's data, each after its length in four bytes (RFC 4253, 6.6); [] if damaged."""
     try:
         rest = base64.b64decode(encoded, validate=True)
     except ValueError:
@@ -189,16 +174,13 @@ def start_command(text: str) -> str:
     if not text.strip():
         raise ValueError("must be a command; without a command leave the field out")
     if len(text) > MAX_START or not text.isprintable():
-        raise ValueError(
-            f"must be one line of at most {MAX_START} printable characters; put a longer script into a file in the "
-            "rental's home"
-        )
+        advice = "put a longer script into a file in the rental's home"
+        raise ValueError(f"must be one line of at most {MAX_START} printable characters; {advice}")
     return text
 
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
-NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]
-"""A public key with its comment, which people read. An authorized_keys file gets the key without the comment."""
+NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]  # with its comment, which people read
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
@@ -222,19 +204,13 @@ _IN_WORDS = {
     "too_long": "must have at most {max_length} entries",
     "too_short": "must have at least {min_length} entries",
     "string_pattern_mismatch": "must have the form {pattern}",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
+    **dict.fromkeys(["int_type", "int_parsing", "int_from_float"], "must be a whole number"),
+    **dict.fromkeys(["float_type", "float_parsing"], "must be a number"),
+    **dict.fromkeys(["bool_type", "bool_parsing"], "must be true or false"),
     "string_type": "must be text",
     "list_type": "must be a list",
-    "dict_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "enum": "must be {expected}",
-    "literal_error": "must be {expected}",
+    **dict.fromkeys(["dict_type", "model_attributes_type"], "must be an object"),
+    **dict.fromkeys(["enum", "literal_error"], "must be {expected}"),
     "json_invalid": "is not JSON: {error}",
 }
 """The message for each type of a validation error, to be put after the name of the field."""
@@ -248,13 +224,9 @@ def in_words(error: Mapping[str, Any]) -> str:
     """Return the message for one of a ValidationError's `errors()`, to be put after the name of the field."""
     if error["type"] == "string_pattern_mismatch" and "labels" in error["loc"]:
         return _LABELS
-    words = _IN_WORDS.get(error["type"])
-    return (
-        words.format(**error["ctx"]) if words and "{" in words else words or error["msg"].removeprefix("Value error, ")
-    )
-
-
-# Models of every call
+    if words := _IN_WORDS.get(error["type"]):
+        return words.format(**error.get("ctx", {}))
+    return str(error["msg"].removeprefix("Value error, "))
 
 
 class Request(BaseModel):
@@ -275,9 +247,7 @@ class Reply(BaseModel):
 class Load(Request):
     """The resources that a worker uses."""
 
-    cpu: float = Field(
-        0.0, ge=0, le=4096, strict=True, description="Processors in use, averaged since the last heartbeat"
-    )
+    cpu: float = Field(0.0, ge=0, le=4096, strict=True, description="Mean processors in use since the last heartbeat")
     memory_used_bytes: int = Field(0, ge=0, lt=2**53, strict=True)
     memory_limit_bytes: int = Field(0, ge=0, lt=2**53, strict=True, description="0: no limit")
     processes: int = Field(0, ge=0, lt=2**31, strict=True)
@@ -324,15 +294,13 @@ class RegisterReply(Reply):
     session_id: str
     heartbeat_interval_s: float
     lease_s: float
-    door_answer_s: float = Field(
-        description="Seconds for which an answer of the proxy that the manager cannot be reached counts"
-    )
+    door_answer_s: float = Field(description="Seconds for which the proxy's answer that it has no manager counts")
     authorized_keys: list[str] = Field(description="The manager's lines for root's authorized_keys file")
     placements: list[PlacementOrder]
 
 
 class StartEnd(Request):
-    """How one run of a start command ended. `unseen` means that the program that records its output ended as well."""
+    """The end of one run of a start command; `unseen` if the program that records the output ended as well."""
 
     rental_id: Id
     epoch: int = Field(ge=1, lt=2**53, strict=True)
@@ -342,31 +310,21 @@ class StartEnd(Request):
 
 
 FURTHER_FIELDS = ("start_ends",)
-"""Fields of a heartbeat that a worker sends only to a manager that announced them in `takes`, as an older manager would
-refuse them."""
+"""Fields of a heartbeat that a worker sends only to a manager that names them in `takes`: older ones refuse them."""
 
 
 class HeartbeatRequest(Request):
     """A worker's report, sent at regular intervals. Numbers must be JSON numbers, not text."""
 
-    # The manager reads most heartbeats with a faster parser (api/heartbeat.py), which is as strict as this model.
-
+    # api/heartbeat.py reads most heartbeats with a faster parser, which is as strict as this model.
     session_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
     seq: int = Field(ge=0, lt=2**53, strict=True)
     load: Load = Load()
     inventory: Inventory = []
-    lease_s: float = Field(
-        0, ge=0, le=86_400, strict=True, description="The lease of the last reply in seconds; 0 before the first reply"
-    )
+    lease_s: float = Field(0, ge=0, le=86_400, strict=True, description="The last reply's lease in seconds; 0: none")
     start_ends: Annotated[list[StartEnd], Field(max_length=MAX_SLOTS)] = []
-    vacating: bool = Field(
-        False, strict=True, description="Whether the worker is stopping and waits until its rentals have left"
-    )
-    leaving: bool = Field(
-        False,
-        strict=True,
-        description="Whether this is the last heartbeat: the worker has stopped its rentals and ends",
-    )
+    vacating: bool = Field(False, strict=True, description="Whether the worker stops once all its rentals have left")
+    leaving: bool = Field(False, strict=True, description="Whether this is the last heartbeat of a worker that ends")
 
 
 class HeartbeatReply(Reply):
@@ -379,24 +337,18 @@ class HeartbeatReply(Reply):
     takes: list[str] = Field([], description="Optional fields that the next heartbeat may contain, such as start_ends")
 
 
-# Renting
+# Rentals
 
 
 class RentRequest(Request):
-    """What to rent. Without a name or a key the platform makes one."""
+    """The environment to rent. Without a name or a key the platform makes one."""
 
     name: Name | None = None
     ssh_public_key: NamedKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
-    start: StartCommand | None = Field(
-        None,
-        description="A command that the rental's shell runs in its home each time that it becomes active on a worker",
-    )
+    start: StartCommand | None = Field(None, description="A shell command that runs at first and on each new worker")
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
-
-
-# Access to a rental
 
 
 class SshAuthority(Reply):
@@ -433,9 +385,7 @@ class CertificateRequest(Request):
 class CertificateReply(Reply):
     """A certificate that opens a rental."""
 
-    certificate: str = Field(
-        description="The line for a file KEY-cert.pub; it opens this rental until the rental changes its worker"
-    )
+    certificate: str = Field(description="The line for KEY-cert.pub; it opens the rental until its worker changes")
     expires_at: datetime
 
 
@@ -452,13 +402,11 @@ class WebPort(Reply):
     port: int
     public: bool = Field(description="Whether anybody may open the port; if not, the rental's owner and admins may")
     path: str = Field(pattern=r"^/[A-Za-z0-9/-]+$", description="The port's path on the platform's own address")
-    host: str | None = Field(
-        None, pattern=r"^[a-z0-9.-]+$", description="The port's own host name; null if the platform gives out none"
-    )
+    host: str | None = Field(None, pattern=r"^[a-z0-9.-]+$", description="The port's own host name; null: it has none")
 
 
 class ExposeRequest(Request):
-    """Whether anybody may open a port."""
+    """The access to a port: whether anybody may open it."""
 
     public: bool = Field(strict=True)
 
@@ -468,9 +416,6 @@ class WebPortTicket(WebPort):
 
     ticket: str
     expires_in_s: float
-
-
-# State, time and files of a rental
 
 
 class RenewRequest(Request):
@@ -486,12 +431,8 @@ class Snapshot(Reply):
     at: datetime = Field(description="The last time at which the home was found to be as in this snapshot")
     bytes: int
     files: int = Field(description="Number of files, directories and links")
-    skipped: list[str] = Field(
-        description="The first names of files that are missing, or lack attributes or their mode, in the snapshot"
-    )
-    salvage: bool = Field(
-        False, description="Whether this is a recovered snapshot: what a lost worker still had when it came back"
-    )
+    skipped: list[str] = Field(description="The first names of files that are missing or lack attributes or mode")
+    salvage: bool = Field(False, description="Whether this is a recovered snapshot: the files of a lost worker")
 
 
 class Rental(Reply):
@@ -516,20 +457,13 @@ class Rental(Reply):
     last_safe_copy_bytes: int | None = Field(None, description="Bytes of the files and directories of that snapshot")
     copy_problem: str = Field("", description="Why no snapshot of the home can be made at present")
     home_warning: str = Field(
-        "",
-        description="The home's size, if above 80 % of its limit; how often snapshots are made, if less than usual",
+        "", description="The home's size, if above 80 % of its limit; how often snapshots are made, if less than usual"
     )
-    salvage: Snapshot | None = Field(
-        None, description="The newest recovered snapshot with files that the rental does not have; shown for a week"
-    )
+    salvage: Snapshot | None = Field(None, description="The newest recovered snapshot with lost files; for a week")
     start: str | None = Field(None, description="The start command")
     start_problem: str = Field("", description="Why the start command is not run any more")
-    start_end: str = Field(
-        "", description="How the start command ended: status N, signal N or unseen; empty while it runs or will run"
-    )
-    start_ended_at: datetime | None = Field(
-        None, description="When the start command ended, as the rental's worker reports it"
-    )
+    start_end: str = Field("", description="status N, signal N or unseen, once the start command has ended; else empty")
+    start_ended_at: datetime | None = Field(None, description="When the start command ended, as its worker reports it")
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
     explanation: str = Field(description="The reason for the state, for people")
 
@@ -537,13 +471,11 @@ class Rental(Reply):
 class RentReply(Rental):
     """A new rental."""
 
-    ssh_private_key: str | None = Field(
-        None, description="The private key that the platform made, in this reply only; null if a key was given"
-    )
+    ssh_private_key: str | None = Field(None, description="The key that the platform made, in this reply only; or null")
 
 
 class RestoreRequest(Request):
-    """What to restore: give exactly one of `generation` and `empty`."""
+    """The files to restore: give exactly one of `generation` and `empty`."""
 
     generation: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,15}-[1-9][0-9]{0,15}$")] | None = None
     empty: bool = Field(False, description="Start with an empty home")
@@ -556,7 +488,7 @@ class RestoreRequest(Request):
         return self
 
 
-# Workers
+# Workers, tokens, events and the platform
 
 
 class Worker(Reply):
@@ -579,9 +511,7 @@ class Worker(Reply):
 class DrainRequest(Request):
     """Workers to drain at once."""
 
-    worker_ids: list[Id] = Field(
-        min_length=1, max_length=1000, description="No rental is migrated from one of these workers to another"
-    )
+    worker_ids: list[Id] = Field(min_length=1, max_length=1000, description="None of them gets the rentals of another")
 
 
 class Kept(Reply):
@@ -596,9 +526,6 @@ class Pruned(Reply):
 
     forgotten: list[str]
     kept: list[Kept]
-
-
-# Tokens
 
 
 class TokenRequest(Request):
@@ -624,9 +551,6 @@ class TokenReply(Token):
     """A new token with its secret."""
 
     token: str = Field(description="The secret, in this reply only; the platform keeps its hash alone")
-
-
-# Events and jobs
 
 
 class Event(Reply):
@@ -656,9 +580,6 @@ class LogEntry(Reply):
     message: str
 
 
-# The platform
-
-
 class Overdue(Reply):
     """Something that has been in one state for too long."""
 
@@ -680,7 +601,7 @@ class RentalName(Reply):
 
 
 class RestorePlan(Reply):
-    """What restoring a backup would do. A second request with its `id` starts the restore."""
+    """The effect that restoring a backup would have. A second request with its `id` starts the restore."""
 
     id: str
     last_event_at: datetime | None = Field(description="The time of the backup's last event")
@@ -705,14 +626,12 @@ class Status(Reply):
     slots: int
     slots_free: int
     copies_paused: str | None = Field(None, description="Why no snapshots are made at present; null if they are")
-    clock: str | None = Field(
-        None, description="Why the manager does not trust its clock, so that no rental expires; null if it does"
-    )
+    clock: str | None = Field(None, description="Why the manager does not trust its clock (no rental expires), or null")
     overdue: list[Overdue] = Field([], description="Everything that has waited too long, why, and what to do")
 
 
 class ManagerClock(Reply):
-    """Whether the manager trusts its clock."""
+    """The manager's clock: whether the manager trusts it."""
 
     problem: str | None = Field(description="Why the manager does not trust its clock; null if it does")
 
