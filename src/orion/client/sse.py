@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from orion.errors import UnreadableReply
 
-MAX_LINE_BYTES = 1 << 20
-"""Bytes of one line, at most."""
+MAX_LINE_BYTES = 1 << 20  # bytes of one line, at most
 
 
 def messages(chunks: Iterable[bytes]) -> Iterator[str | None]:

@@ -16,15 +16,11 @@ from orion import __version__
 from orion.errors import OrionError, Retryable, UnreadableReply, no_reply, refusal
 from orion.login import Login, proxy_for, tls_context
 
-CONNECT_S = 5.0
-"""Seconds to wait for a connection."""
-ANSWER_S = 20.0
-"""Seconds to wait for a reply, besides the call's own `wait_s`. The proxy and the manager have shorter limits."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 5.0
-"""Seconds between two attempts: after the first failure, and at most."""
+CONNECT_S = 5.0  # seconds to wait for a connection
+ANSWER_S = 20.0  # seconds to wait for a reply, besides the call's own `wait_s`: more than the limits of the platform
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 5.0  # seconds between two attempts: after the first failure, and at most
 
-OnRetry = Callable[[Retryable, float], None]
-"""A function that gets the error and the seconds of the pause that follows."""
+OnRetry = Callable[[Retryable, float], None]  # a function that gets the error and the seconds of the pause that follows
 
 
 def backoff_s(failures: int) -> float:
@@ -48,8 +44,7 @@ class HttpTransport:
         self.sleep = sleep
         self.clock = clock
         self.on_retry: OnRetry = lambda _error, _pause: None
-        self.patience_s = 0.0
-        """Seconds for which every GET is sent again, as it changes nothing, even if its caller asks for fewer."""
+        self.patience_s = 0.0  # seconds for which every GET is sent again at least, as it changes nothing
         self._client = httpx.Client(
             base_url=login.url,
             headers={"Authorization": f"Bearer {login.token}", "User-Agent": f"orion/{__version__}"},
@@ -78,7 +73,7 @@ class HttpTransport:
     ) -> httpx.Response:
         """Send a request and return a successful reply. Repeat it until `retry_for_s` after the first failure.
 
-        Only a retryable error leads to a repetition. Raises OrionError.
+        Repeat it after a retryable error only. Raise OrionError.
         """
         request = self._client.build_request(
             method,
@@ -108,17 +103,16 @@ class HttpTransport:
         self.sleep(pause)
 
     def upload(self, path: str, file: IO[bytes], media_type: str, wait_s: float) -> httpx.Response:
-        """Send a file in parts, once, and return a successful reply. Raises OrionError."""
+        """Send a file in parts, once, and return a successful reply. Raise OrionError."""
+        headers = {"Content-Type": media_type, "Content-Length": str(os.fstat(file.fileno()).st_size)}
         timeout = httpx.Timeout(CONNECT_S, read=wait_s + ANSWER_S, write=ANSWER_S)
-        size = os.fstat(file.fileno()).st_size
-        headers = {"Content-Type": media_type, "Content-Length": str(size)}
         return self._once(self._client.build_request("POST", path, content=file, headers=headers, timeout=timeout))
 
     @contextmanager
     def stream(
         self, path: str, params: Mapping[str, str | float | None], headers: Mapping[str, str], silence_s: float
     ) -> Iterator[Iterator[bytes]]:
-        """Yield the body of a reply as it comes. Raises Unreachable after a silence of `silence_s` seconds."""
+        """Yield the body of a reply as it comes. Raise Unreachable after a silence of `silence_s` seconds."""
         query = {key: value for key, value in params.items() if value is not None}
         timeout = httpx.Timeout(CONNECT_S, read=silence_s, write=ANSWER_S)
         try:
