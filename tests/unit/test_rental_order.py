@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from orion.rental_order import (
     InvalidOrder,
     RentalOrder,
     _number,
+    _optional,
     _text,
     declared_fields,
     rule_of,
@@ -206,8 +207,8 @@ def test_the_documentation_has_each_field_with_its_type(task: ModuleType) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class LargerOrder(RentalOrder):
-    colour: str = field(default="", metadata=_text(r"[a-z]+", "be a colour", used_by=("run",)))
-    size: int = field(default=0, metadata=_number(1, 10, required_by=("run",)))
+    colour: str = _optional("", _text(r"[a-z]+", "be a colour", used_by=("run",)))
+    size: int = _optional(0, _number(1, 10, required_by=("run",)))
 
 
 def test_a_new_field_is_declared_in_one_place() -> None:
