@@ -1,7 +1,6 @@
 """The exceptions that the SDK, the command and `orion connect` raise. Each message says what to do.
 
-This module uses the standard library only: `orion.ssh_client.connect` starts before every SSH session and must not load
-an HTTP client.
+This module uses the standard library only, because `orion.ssh_client.connect` starts before every SSH session.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ class OrionError(Exception):
 
 
 class Retryable(OrionError):
-    """The same call may succeed a little later."""
+    """The call failed, and the same call may succeed a little later."""
 
     retry_after_s: float | None = None
-    """Seconds that the server asked to wait; None where it named no time."""
+    """Seconds that the server asked to wait; None if it named no time."""
 
 
 class InvalidInput(OrionError):
@@ -186,6 +185,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime | None = None) -> ApiError:
     """Return the exception for a reply that is not a success. `headers` must be a case-insensitive mapping."""
     problem = _problem(body)
+    detail = problem.get("detail") or problem.get("title") or f"the platform answered HTTP {status} without a reason"
     kind = _BY_STATUS.get(status, ServerFault if status >= 500 else ApiError)
     if status in {502, 504} and headers.get("X-Orion-Manager") == "unreachable":
         kind = ManagerUnreachable
@@ -194,7 +194,7 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime 
     return kind(
         status,
         str(problem.get("code") or f"http_{status}"),
-        _detail(problem, status),
+        str(detail),
         headers.get("X-Request-ID"),
         [one for one in problem.get("errors") or [] if isinstance(one, dict)],
         _seconds(headers.get("Retry-After"), now or datetime.now(UTC)),
@@ -221,11 +221,6 @@ def _problem(body: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return problem if isinstance(problem, dict) else {}
-
-
-def _detail(problem: Mapping[str, Any], status: int) -> str:
-    text = problem.get("detail") or problem.get("title")
-    return str(text) if text else f"the platform answered HTTP {status} without a reason"
 
 
 def _seconds(retry_after: str | None, now: datetime) -> float | None:

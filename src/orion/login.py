@@ -1,4 +1,4 @@
-"""The platform's address and our token for it, from a small file or from the environment.
+"""The platform's address and the user's token for it, from a small file or from the environment.
 
 This module uses the standard library only, as `orion.errors` does, and imports slow modules only where it needs them.
 """
@@ -27,7 +27,7 @@ class Login(NamedTuple):
     url: str
     token: str
     ca_file: str | None = None
-    """A file with the only certificate (or authority) to trust, in PEM; None means those that the system trusts."""
+    """The file of the only certificate (or authority) to trust, in PEM; None means those that the system trusts."""
 
     def __repr__(self) -> str:
         return f"Login({self.url!r})"  # without the token, which must not get into a log
@@ -43,8 +43,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 def load(environment: Mapping[str, str] = os.environ) -> Login:
     """Return the login of ORION_URL with ORION_TOKEN_FILE (and ORION_CA_FILE), else the one that `orion login` stored.
 
-    Raises NotLoggedIn if only one of the pair is set: the stored token must not be sent to another server, nor another
-    token to the stored server.
+    Raise NotLoggedIn if only one of the pair is set, because a token must not be sent to the server of another login.
     """
     url, token_file = environment.get("ORION_URL"), environment.get("ORION_TOKEN_FILE")
     if url and token_file:
@@ -58,17 +57,15 @@ def load(environment: Mapping[str, str] = os.environ) -> Login:
 def store(login: Login, environment: Mapping[str, str] = os.environ) -> Path:
     """Store the login in a private file and return its path. The certificate file is copied."""
     place = private_folder(environment)
-    ca_file = None
     if login.ca_file:
-        ca_file = place / "ca.pem"
-        write_private(ca_file, Path(login.ca_file).read_text())
-    config = {"url": login.url, "token": login.token, "ca_file": str(ca_file) if ca_file else None}
-    write_private(place / "config.json", json.dumps(config, indent=2) + "\n")
+        write_private(place / "ca.pem", Path(login.ca_file).read_text())
+        login = login._replace(ca_file=str(place / "ca.pem"))
+    write_private(place / "config.json", json.dumps(login._asdict(), indent=2) + "\n")
     return place / "config.json"
 
 
 def private_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of `folder`, made if need be, with mode 0700. Raises LocalFault."""
+    """Return the folder that `folder` names, made if it is missing, with mode 0700. Raise LocalFault."""
     place = folder(environment)
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -96,17 +93,16 @@ def write_private(path: Path, text: str) -> None:
 
 
 def read_token(path: Path) -> str:
-    """Return the token in this file. Raises NotLoggedIn."""
+    """Return the token in this file. Raise NotLoggedIn if there is none."""
     try:
-        text = path.read_text()
+        return clean_token(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise NotLoggedIn(f"cannot read the token in {path}: {reason}") from error
-    return clean_token(text)
 
 
 def clean_token(text: str) -> str:
-    """Return the token without blanks around it. Raises NotLoggedIn if an HTTP header could not carry it."""
+    """Return the token without blanks around it. Raise NotLoggedIn if an HTTP header could not carry it."""
     token = text.strip()
     if not token or not all("!" <= letter <= "~" for letter in token):
         raise NotLoggedIn(
@@ -119,7 +115,7 @@ def clean_token(text: str) -> str:
 def clean_url(text: str) -> str:
     """Return `http(s)://host[:port][/prefix]`. Without a scheme, this machine gets http and any other https.
 
-    A trailing `/api` is dropped, because people copy the API's address from the pages. Raises InvalidInput.
+    Drop a trailing `/api`, because people copy the API's address from the pages. Raise InvalidInput.
     """
     if "://" not in text:
         text = ("http://" if is_this_machine(urlsplit(f"//{text}").hostname or "") else "https://") + text
@@ -150,11 +146,13 @@ def is_this_machine(host: str) -> bool:
 def proxy_for(url: str) -> str | None:
     """Return the forward proxy that the environment sets for this address, for HTTP calls and WebSockets alike.
 
-    Return None for this machine, even if NO_PROXY does not name it. Raises InvalidInput for a proxy of another kind.
+    Return None for this machine, even if NO_PROXY does not name it. Raise InvalidInput for a proxy of another kind.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if is_this_machine(host) or not _may_have_proxies():
+    # On systems other than Linux the desktop's settings count, too.
+    may_have_proxies = sys.platform != "linux" or any(name.lower().endswith("_proxy") for name in os.environ)
+    if is_this_machine(host) or not may_have_proxies:
         return None
     import urllib.request  # noqa: PLC0415 - this module takes long to load
 
@@ -171,15 +169,10 @@ def proxy_for(url: str) -> str | None:
     return proxy
 
 
-def _may_have_proxies() -> bool:
-    """Return whether a proxy may be set; on systems other than Linux, the desktop's settings count, too."""
-    return sys.platform != "linux" or any(name.lower().endswith("_proxy") for name in os.environ)
-
-
 def tls_context(login: Login) -> ssl.SSLContext:
-    """Return a context that verifies the server. Raises InvalidInput if the certificate file cannot be used.
+    """Return a context that verifies the server. Raise InvalidInput if the certificate file cannot be used.
 
-    For plain http the context trusts nobody, because the system's authorities take long to load.
+    The context for plain http trusts no authority, because the system's authorities take long to load.
     """
     import ssl  # noqa: PLC0415 - this module takes long to load
 

@@ -1,12 +1,11 @@
-"""OpenSSH's arguments for hosts whose keys are pinned: for the manager, Ansible's inventory, and `orion ssh`."""
+"""The arguments of OpenSSH for hosts whose keys are pinned, for the manager, Ansible's inventory and `orion ssh`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import NewType
 
-Pinned = NewType("Pinned", list[str])
-"""The ssh arguments that pin one host. Only the functions below make them."""
+Pinned = NewType("Pinned", list[str])  # the ssh arguments that pin one host. Only the functions below make them
 
 
 def ssh_command(
@@ -16,9 +15,9 @@ def ssh_command(
     flags: Sequence[str] = (),
     command: Sequence[str] = (),
 ) -> list[str]:
-    """Return the argument list of an ssh to a pinned host. `options`: the values of -o.
+    """Return the argument list of an ssh to a pinned host. `options` are the values of -o.
 
-    Of an option that is named twice, ssh takes the first; so no option can turn off the check of the host key.
+    ssh takes the first value of an option that is given twice, so no option can turn off the check of the host key.
     """
     return ["ssh", *pinned, *option_arguments(options), *flags, "--", destination, *command]
 
@@ -38,15 +37,13 @@ def pinned_host_arguments(alias: str, host_keys: Sequence[str]) -> Pinned:
         raise ValueError(f"no host key is known for {alias}")
     key = min(host_keys, key=lambda line: (not line.startswith("ssh-ed25519 "), line))
     key_type, encoded = key.split()[:2]
-    algorithms = ",".join(host_key_algorithms(key_type))
-    return _pinned(alias, f"{alias} {key_type} {encoded}", f"HostKeyAlgorithms={algorithms}")
+    return _pinned(
+        alias, f"{alias} {key_type} {encoded}", f"HostKeyAlgorithms={','.join(host_key_algorithms(key_type))}"
+    )
 
 
 def pinned_authority_arguments(alias: str, authority: str) -> Pinned:
-    """Return the options that accept a host which this authority has certified under this alias, and no other.
-
-    `authority` is a line as in a file known_hosts, which the caller has checked.
-    """
+    """Return the options that accept a host which this checked known_hosts line certifies under this alias alone."""
     return _pinned(alias, authority)
 
 
