@@ -36,18 +36,14 @@ from orion.errors import (
 from orion.login import Login
 from orion.ssh_client import frames, hosts, stream
 
-OPEN_S = 20.0
-"""Seconds for each step of opening a connection."""
+OPEN_S = 20.0  # seconds for each step of opening a connection
 SAY_EVERY_S = 5.0
 """Seconds between two lines about what the session waits for. One question waits on the server for as long."""
 KEEP_TRYING_S = 120.0
 """Seconds to wait for a rental. A takeover begins 90 s after a worker falls silent, or 2 s after it dies."""
-PAUSE_S = 1.0
-"""Seconds between two attempts to reach a worker."""
-CHUNK_BYTES = 1 << 18
-"""Bytes that are read or written at once, at most."""
-MAX_BUFFERED = 1 << 20
-"""Bytes that are buffered in each direction before reading pauses."""
+PAUSE_S = 1.0  # seconds between two attempts to reach a worker
+CHUNK_BYTES = 1 << 18  # bytes that are read or written at once, at most
+MAX_BUFFERED = 1 << 20  # bytes that are buffered in each direction before reading pauses
 PING_EVERY_S = 20.0
 """Seconds between two pings, which keep the connection alive in gateways on the way.
 
@@ -58,18 +54,12 @@ AFTER_STDIN_S = 5.0
 
 A WebSocket cannot be closed in one direction alone, so the other side does not learn of the end of stdin. Its output is
 delivered until it closes the connection or is silent for this long."""
-LAST_WORD_S = 1.0
-"""Seconds to wait for the last bytes to leave, or for ssh to end."""
-REPORT = "ORION_CONNECT_REPORT"
-"""The variable that names the file for the report on how the session ended."""
-MOVED = 4001
-"""The platform's close code for a rental that left its worker, or whose worker is down."""
-NOTICE = "X-Orion-Notice"
-"""The platform's header with a notice for everybody who opens a session."""
-REMARK = "X-Orion-Remark"
-"""The platform's header with a remark that is shown at interactive log-ins only."""
-SAID = "ORION_CONNECT_SAID"
-"""The variable that `orion ssh` sets because it has shown the remark itself."""
+LAST_WORD_S = 1.0  # seconds to wait for the last bytes to leave, or for ssh to end
+REPORT = "ORION_CONNECT_REPORT"  # the variable that names the file for the report on how the session ended
+MOVED = 4001  # the platform's close code for a rental that left its worker, or whose worker is down
+NOTICE = "X-Orion-Notice"  # the platform's header with a notice for everybody who opens a session
+REMARK = "X-Orion-Remark"  # the platform's header with a remark that is shown at interactive log-ins only
+SAID = "ORION_CONNECT_SAID"  # the variable that `orion ssh` sets because it has shown the remark itself
 TIDY = (
     "\x1b7\x1b[?1049l"  # save the cursor and leave the alternate screen; without one, that only restores the cursor
     "\x1b[!p\x1b[0m\x1b>"  # margins, insert mode, cursor keys, cursor, colours, keypad
@@ -113,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def relay(account: Login, rental_id: str) -> None:
-    """Carry bytes in both directions until one side ends. Raises OrionError."""
+    """Carry bytes in both directions until one side ends. Raise OrionError."""
     report: dict[str, object] = {"lost": False, "there": False, "reason": ""}
     patience = Patience()
     sent_by_ssh = b""
@@ -231,8 +221,7 @@ class Carrier:
         """Take over the connection and send `sent_before`: the bytes of ssh that an earlier worker never answered."""
         self._connection = connection
         self._incoming = frames.Incoming()
-        self.sent_by_ssh = sent_before
-        """All bytes that ssh has sent, until the worker sends its first ones."""
+        self.sent_by_ssh = sent_before  # all bytes that ssh has sent, until the worker sends its first ones
         self._has_begun = False
         self._began = time.monotonic()
         self._patience = Patience()
@@ -250,7 +239,7 @@ class Carrier:
     def run(self) -> bool:
         """Carry bytes until either side ends, and return whether this side did.
 
-        Raises Lost if the connection broke after the worker had sent something, NeverBegan if the rental left a worker
+        Raise Lost if the connection broke after the worker had sent something, NeverBegan if the rental left a worker
         that had sent nothing, and another OrionError if the connection broke before that.
         """
         try:

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from hashlib import sha1
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-NORMAL = 1000
-"""The close code of a connection that ends as intended."""
-LONGEST_CONTROL = 125
-"""Bytes of content of a control frame, at most (RFC 6455, 5.5)."""
+NORMAL = 1000  # the close code of a connection that ends as intended
+LONGEST_CONTROL = 125  # bytes of content of a control frame, at most (RFC 6455, 5.5)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
@@ -57,15 +55,12 @@ class Incoming:
 
     def __init__(self) -> None:
         self._waiting = b""
-        self._left = 0
-        """Bytes that are still to come of the present data frame."""
-        self.closed: tuple[int, str] | None = None
-        """Code and reason of the server's close frame; None until it comes."""
-        self.to_answer: list[bytes] = []
-        """Frames to send in answer to the server's pings."""
+        self._left = 0  # bytes that are still to come of the present data frame
+        self.closed: tuple[int, str] | None = None  # code and reason of the server's close frame; None until it comes
+        self.to_answer: list[bytes] = []  # frames to send in answer to the server's pings
 
     def feed(self, received: bytes) -> Iterator[bytes]:
-        """Yield the messages' bytes among those received. Raises ProtocolError."""
+        """Yield the messages' bytes among those received. Raise ProtocolError."""
         rest = self._waiting + received if self._waiting else received
         self._waiting = b""
         while rest and self.closed is None:

@@ -32,22 +32,17 @@ from orion.errors import InvalidInput, LocalFault, OrionError, UnreadableReply, 
 from orion.login import Login
 from orion.ssh_client import stream
 
-DOMAIN = "orion"
-"""The last part of a rental's host name."""
-ANSWER_S = 15.0
-"""Seconds to wait for each step of a request."""
-PAGE = 500
-"""Rentals in one page of a list."""
+DOMAIN = "orion"  # the last part of a rental's host name
+ANSWER_S = 15.0  # seconds to wait for each step of a request
+PAGE = 500  # rentals in one page of a list
 MAX_LISTED = 2000
 """Rentals that are read of one list, at most. An administrator's own rentals are read from a list of their own."""
-CERTIFICATE_S = 3600
-"""Seconds for which a new certificate is valid."""
+CERTIFICATE_S = 3600  # seconds for which a new certificate is valid
 CONNECT_TIMEOUT_S = 180
 """Seconds that ssh waits for a worker to answer: longer than `orion connect` waits for a rental (KEEP_TRYING_S)."""
 ENOUGH_S = 600
 """Seconds for which a stored certificate must still be valid to be used again, so that later log-ins work, too."""
-CHECK_S = 10.0
-"""Seconds within which ssh must have read its new configuration."""
+CHECK_S = 10.0  # seconds within which ssh must have read its new configuration
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 """Words that no shell, no ssh and no other reader of ssh's configuration treats specially."""
 _GLOB_CLASSES = {"*": "[*]", "?": "[?]", "[": "[[]", '"': "[!-#]", "%": "[#-&]", "$": "[#-&]", "\\": "[Z-^]"}
@@ -70,7 +65,7 @@ def is_configured() -> bool:
 
 
 def learn(account: Login) -> None:
-    """Ask the platform for the rentals and its authority, and write the files. Raises OrionError."""
+    """Ask the platform for the rentals and its authority, and write the files. Raise OrionError."""
     authority = str(_ask(account, "/api/ssh-authority").get("known_hosts"))
     own, others = own_and_others(account)
     write(own, others, authority)
@@ -88,7 +83,7 @@ def learn_again() -> bool:
 def write(own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], authority: str) -> None:
     """Write all three files.
 
-    Raises UnreadableReply for values that ssh could misread, LocalFault for text that ssh refuses, and OSError.
+    Raise UnreadableReply for values that ssh could misread, LocalFault for text that ssh refuses, and OSError.
     """
     check_authority(authority)
     check_folder()
@@ -118,7 +113,7 @@ def check_folder() -> None:
 
 
 def include_line() -> str:
-    """Return the line that includes `config`. Raises InvalidInput as `check_folder` does."""
+    """Return the line that includes `config`. Raise InvalidInput as `check_folder` does."""
     check_folder()
     return _include(folder() / "config")
 
@@ -279,7 +274,7 @@ def certificate_file(rental_id: str) -> Path:
 def certify(account: Login, rental_id: str, epoch: int) -> None:
     """Store a certificate of our own key for the rental at this epoch, unless a fresh one is stored.
 
-    Raises OrionError.
+    Raise OrionError.
     """
     file = certificate_file(rental_id)
     with suppress(OSError, ValueError, IndexError):  # a certificate that `orion ssh` stored has no epoch and no times
@@ -313,7 +308,7 @@ def check_certificate(line: str) -> None:
 
 
 def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
-    """Return the rental once it is active or has ended, or as it is after `wait_s`. Raises OrionError."""
+    """Return the rental once it is active or has ended, or as it is after `wait_s`. Raise OrionError."""
     return _ask(account, f"/api/rentals/{rental_id}?state=active&wait_s={wait_s:g}", within_s=ANSWER_S + wait_s)
 
 
@@ -321,7 +316,7 @@ def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mappin
     """Return the living rentals of this login's owner, and those of other people, which an administrator sees.
 
     If all rentals belong to one owner, they count as own ones, as no two of them have the same name. So for a client
-    one list is enough. Raises OrionError.
+    one list is enough. Raise OrionError.
     """
     found = _rentals(account)
     if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MAX_LISTED:
@@ -346,7 +341,7 @@ def _rentals(account: Login, which: str = "") -> list[Mapping[str, Any]]:
 def _ask(
     account: Login, path: str, body: Mapping[str, Any] | None = None, within_s: float = ANSWER_S
 ) -> dict[str, Any]:
-    """Send a GET, or a POST if there is a body, and return the JSON of the reply. Raises OrionError."""
+    """Send a GET, or a POST if there is a body, and return the JSON of the reply. Raise OrionError."""
     import http.client  # noqa: PLC0415 - this module takes long to load, and opening a session does not need it
 
     try:

@@ -17,15 +17,13 @@ from orion import __version__, login
 from orion.errors import InvalidInput, Unreachable, UnreadableReply, no_reply
 from orion.login import Login
 
-MAX_HEAD_BYTES = 64 << 10
-"""Bytes of a reply's head, at most."""
-MAX_REFUSAL_BYTES = 64 << 10
-"""Bytes that are read of a refusal's body, at most."""
+MAX_HEAD_BYTES = 64 << 10  # bytes of a reply's head, at most
+MAX_REFUSAL_BYTES = 64 << 10  # bytes that are read of a refusal's body, at most
 PORTS = {"http": 80, "https": 443}
 
 
 def connect(account: Login, within_s: float) -> socket.socket:
-    """Return a verified connection to the platform. Raises OrionError.
+    """Return a verified connection to the platform. Raise OrionError.
 
     `within_s` is the limit of each step in seconds, and stays the connection's timeout.
     """
@@ -42,7 +40,7 @@ def connect(account: Login, within_s: float) -> socket.socket:
 
 
 def ask(stream: socket.socket, account: Login, path: str, headers: Mapping[str, str]) -> tuple[Head, bytes]:
-    """Send a GET and return the head of the reply with the bytes that follow it. Raises OSError."""
+    """Send a GET and return the head of the reply with the bytes that follow it. Raise OSError."""
     send(stream, account, path, headers)
     return _reply(stream, account.url)
 
@@ -54,7 +52,7 @@ def send(
     headers: Mapping[str, str],
     body: Mapping[str, Any] | None = None,
 ) -> None:
-    """Send a GET, or a POST if there is a body. Raises OSError."""
+    """Send a GET, or a POST if there is a body. Raise OSError."""
     parts = urlsplit(account.url)
     content = b"" if body is None else json.dumps(body).encode()
     if body is not None:
@@ -80,7 +78,7 @@ class Head(dict[str, str]):
 
 
 def rest_of_refusal(stream: socket.socket, head: Head, begun: bytes) -> bytes:
-    """Return the first MAX_REFUSAL_BYTES of the body that begins with `begun`. Raises OSError."""
+    """Return the first MAX_REFUSAL_BYTES of the body that begins with `begun`. Raise OSError."""
     length = head.get("content-length") or ""
     wanted = min(int(length), MAX_REFUSAL_BYTES) if length.isdecimal() else MAX_REFUSAL_BYTES
     while len(begun) < wanted and (part := stream.recv(wanted - len(begun))):
