@@ -18,10 +18,8 @@ from orion.wire import RentalName, RestorePlan
 
 commands = typer.Typer(no_args_is_help=True, help="Back up and restore the platform.")
 
-RESTART_S = 60.0
-"""Seconds to wait for the manager's restart."""
-_SHOWN = 10
-"""Rentals that are named before the rest is only counted."""
+RESTART_S = 60.0  # seconds to wait for the manager's restart
+_SHOWN = 10  # rentals that are named before the rest is only counted
 
 
 @commands.command()
@@ -118,7 +116,7 @@ def _names(rentals: list[RentalName]) -> str:
 
 
 def _wait_for_restart(orion: Orion) -> None:
-    """Return when the manager has stopped answering and answers again. Raises LocalFault after RESTART_S.
+    """Return when the manager has stopped answering and answers again. Raise LocalFault after RESTART_S.
 
     Return as well if it answers every question for a quarter of that time: then it restarted between two of them.
     """

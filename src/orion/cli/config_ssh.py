@@ -113,7 +113,7 @@ def _content(file: Path) -> bytes:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Replace the file in one step and keep its mode; a new file gets mode 0600. Raises LocalFault."""
+    """Replace the file in one step and keep its mode; a new file gets mode 0600. Raise LocalFault."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = file.stat().st_mode & 0o7777 if file.exists() else 0o600

@@ -7,8 +7,7 @@ import re
 from orion.errors import InvalidInput
 
 _UNITS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-_BELOW = {"s": 120, "min": 120, "h": 48}
-"""The number of each unit from which `rough` uses the next larger unit."""
+_BELOW = {"s": 120, "min": 120, "h": 48}  # the number of each unit from which `rough` uses the next larger unit
 _WRITTEN = re.compile(r"(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 
 

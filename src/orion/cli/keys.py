@@ -16,8 +16,7 @@ from orion.cli import output
 from orion.errors import InvalidInput, LocalFault
 from orion.wire import comment_of, named_key, one_public_key
 
-REMEMBERED = 1000
-"""Rentals whose key is recorded, at most; the oldest records are dropped."""
+REMEMBERED = 1000  # rentals whose key is recorded, at most; the oldest records are dropped
 
 
 def own_key() -> Path:
@@ -141,7 +140,7 @@ def _known() -> dict[str, str]:
 
 @contextmanager
 def _locked() -> Iterator[Path]:
-    """Yield the folder of the keys while no other command can change the files in it. Raises LocalFault."""
+    """Yield the folder of the keys while no other command can change the files in it. Raise LocalFault."""
     try:
         place = login.private_folder()
         handle = os.open(place / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

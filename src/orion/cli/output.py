@@ -19,12 +19,9 @@ from rich.text import Text
 from orion.cli import durations
 from orion.errors import ApiError, OrionError
 
-Tell = Callable[[str], None]
-"""A function that changes the text of a progress line."""
-MIN_FOLDED_WIDTH = 10
-"""Columns of the terminal that a folded cell of a table has, at least."""
-PROGRESS_AFTER_S = 0.4
-"""Seconds after which a progress line appears."""
+Tell = Callable[[str], None]  # a function that changes the text of a progress line
+MIN_FOLDED_WIDTH = 10  # columns of the terminal that a folded cell of a table has, at least
+PROGRESS_AFTER_S = 0.4  # seconds after which a progress line appears
 
 
 def plain(text: object) -> str:

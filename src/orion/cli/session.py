@@ -56,7 +56,7 @@ def _note_if_interrupted(if_interrupted: str) -> Iterator[None]:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a person for confirmation, unless `yes`. Raises InvalidInput if stdin is not a terminal."""
+    """Ask a person for confirmation, unless `yes`. Raise InvalidInput if stdin is not a terminal."""
     if yes:
         return
     if not typer.get_text_stream("stdin").isatty():

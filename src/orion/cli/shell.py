@@ -35,19 +35,15 @@ from orion.ssh_client.hosts import (
 from orion.ssh_command import pinned_authority_arguments, ssh_command
 from orion.wire import Rental, RentalState
 
-START_LOG = ".orion/start.log"
-"""The log of the start command, in the rental's home (see orion_worker/start/program.py)."""
+START_LOG = ".orion/start.log"  # the log of the start command, in the rental's home (see orion_worker/start/program.py)
 SHOW_LOG = ["tail", "-n", "1000"]
-OLDEST_OPENSSH = (8, 5)
-"""The first version of OpenSSH with KnownHostsCommand."""
-SHORT_S = 5.0
-"""Seconds below which a lost session counts as short."""
+OLDEST_OPENSSH = (8, 5)  # the first version of OpenSSH with KnownHostsCommand
+SHORT_S = 5.0  # seconds below which a lost session counts as short
 MAX_SHORT = 3
 """Number of short sessions in a row after which `orion ssh` gives up, as the cause is not the loss of a worker."""
 RECONNECT_S = 120.0
 """Seconds to wait for a lost rental. A silent worker is down after 90 s, and a restart of the manager takes less."""
-DEATH_KNOWN_S = 3.0
-"""Seconds within which the manager surely knows that a worker was killed: twice the usual time."""
+DEATH_KNOWN_S = 3.0  # seconds within which the manager surely knows that a worker was killed: twice the usual time
 PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux new-session -A -s orion"
 """A command that attaches to the tmux session, or makes it. It sets another TERM if the worker does not know ours."""
 
@@ -57,8 +53,7 @@ class SshRequest:
     """A command line for a rental, and the options of the log-in."""
 
     command: tuple[str, ...] = ()
-    identity: Path | None = None
-    """The private key's file; None means orion's own key."""
+    identity: Path | None = None  # the private key's file; None means orion's own key
     tty: bool = False
     certified: bool = False
     forward_agent: bool = False
@@ -130,7 +125,7 @@ def logs(
 
 
 def _find(rental: str, wait: str) -> Rental:
-    """Return the rental once it is active, and print its warnings. Raises OrionError."""
+    """Return the rental once it is active, and print its warnings. Raise OrionError."""
     _check_version()
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
@@ -247,7 +242,7 @@ def _new_certificate(orion: Orion, rental: Rental, identity: Path) -> Path:
 def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: float) -> int:
     """Run ssh, again after each lost connection, and return its exit status once it ends by itself.
 
-    Raises OrionError if the rental does not come back.
+    Raise OrionError if the rental does not come back.
     """
     short = 0
     while True:
@@ -280,7 +275,7 @@ def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: f
 
 
 def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) -> Rental:
-    """Return the rental once it is active. Raises Ended or StillWaiting."""
+    """Return the rental once it is active. Raise Ended or StillWaiting."""
     if rental.state is not RentalState.ACTIVE and rental.state not in ENDED:
         tell(situation(rental))
         rental = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))

@@ -18,22 +18,17 @@ from typing import Any
 from orion.errors import LocalFault
 from orion.ssh_client.connect import REPORT, SAID
 
-LOST = 255
-"""ssh's exit status after a connection that failed or broke."""
+LOST = 255  # ssh's exit status after a connection that failed or broke
 
 
 @dataclass(frozen=True)
 class Left:
     """How ssh ended."""
 
-    status: int
-    """The exit status."""
-    lost: bool
-    """Whether the connection was lost, so that ssh did not end by itself."""
-    at_worker: bool
-    """Whether the connection was lost at the rental's worker, not on the way to the platform."""
-    reason: str
-    """The reason for the loss, or an empty text."""
+    status: int  # the exit status
+    lost: bool  # whether the connection was lost, so that ssh did not end by itself
+    at_worker: bool  # whether the connection was lost at the rental's worker, not on the way to the platform
+    reason: str  # the reason for the loss, or an empty text
 
 
 def is_usable(shell: str) -> bool:
@@ -51,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def run(arguments: Sequence[str]) -> Left:
-    """Run ssh and return how it ended. Raises LocalFault if ssh is not installed."""
+    """Run ssh and return how it ended. Raise LocalFault if ssh is not installed."""
     with tempfile.TemporaryDirectory(prefix="orion-") as folder:
         report = Path(folder) / "report"
         with _Shadow() as shadow:
