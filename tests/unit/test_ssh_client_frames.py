@@ -9,6 +9,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import SERVER, State
 from websockets.protocol import Protocol as Library
 
+from orion.errors import UnreadableReply
 from orion.ssh_client import frames
 
 CONTENTS = [b"", b"x", b"y" * 125, b"z" * 126, bytes(range(256)) * 256, b"w" * 65536]
@@ -74,7 +75,7 @@ def test_a_long_frame_is_passed_on_as_it_comes() -> None:
     ids=["text", "an unknown frame", "a reserved bit", "a mask", "a ping too long", "a pong too long"],
 )
 def test_an_unexpected_frame_is_refused(sent: bytes) -> None:
-    with pytest.raises(frames.ProtocolError):
+    with pytest.raises(UnreadableReply):
         list(frames.Incoming().feed(sent))
 
 

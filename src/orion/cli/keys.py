@@ -14,6 +14,7 @@ from pathlib import Path
 from orion import login
 from orion.cli import output
 from orion.errors import InvalidInput, LocalFault
+from orion.ssh_client.hosts import identities
 from orion.wire import comment_of, named_key, one_public_key
 
 REMEMBERED = 1000  # rentals whose key is recorded, at most; the oldest records are dropped
@@ -75,7 +76,7 @@ def remember(rental_id: str, identity: Path) -> None:
     """Record which key opens the rental. If that fails, print a note, because the rental exists already."""
     try:
         with _locked() as place:
-            known = {**_known(), rental_id: str(identity)}
+            known = {**identities(), rental_id: str(identity)}
             _write(place, dict(list(known.items())[-REMEMBERED:]))
     except (LocalFault, OSError) as error:
         output.note(f"orion: {error}; log in with the option -i {identity}")
@@ -83,14 +84,14 @@ def remember(rental_id: str, identity: Path) -> None:
 
 def forget(rental_id: str) -> None:
     """Delete the record of the rental's key."""
-    if rental_id in _known():
+    if rental_id in identities():
         with _locked() as place:
-            _write(place, {key: value for key, value in _known().items() if key != rental_id})
+            _write(place, {key: value for key, value in identities().items() if key != rental_id})
 
 
 def identity_of(rental_id: str) -> Path | None:
     """Return the file to pass to `ssh -i`, or None if this machine did not rent the rental."""
-    known = _known().get(rental_id)
+    known = identities().get(rental_id)
     return Path(known) if known else None
 
 
@@ -127,15 +128,6 @@ def _run_keygen(path: Path) -> None:
 
 def _write(place: Path, known: dict[str, str]) -> None:
     login.write_private(place / "keys.json", json.dumps(known, indent=2) + "\n")
-
-
-def _known() -> dict[str, str]:
-    """Return the recorded key file of each rental, by the rental's id."""
-    try:
-        known = json.loads((login.folder() / "keys.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 @contextmanager

@@ -1,11 +1,8 @@
 """`orion connect RENTAL_ID`: the ProxyCommand of ssh, which connects stdin and stdout to the rental's worker.
 
-The bytes pass through a WebSocket to the platform, which relays them to the worker's sshd. This program does not
-interpret SSH: ssh itself verifies the worker. Because ssh starts this program for every session, it must start fast, so
-it loads only a small part of the standard library.
-
-If the rental is queued or migrating, the program waits and says so. When it ends, it writes how to the file that
-ORION_CONNECT_REPORT names; `orion ssh` reads that file to decide whether to reconnect.
+The bytes pass through a WebSocket to the platform, which relays them to the worker's sshd; ssh itself verifies the
+worker. ssh starts this program for every session, so it loads only a small part of the standard library. While the
+rental is queued or migrating, it waits and says so. At its end it writes a report for `orion ssh` (see REPORT).
 """
 
 from __future__ import annotations
@@ -37,23 +34,17 @@ from orion.login import Login
 from orion.ssh_client import frames, hosts, stream
 
 OPEN_S = 20.0  # seconds for each step of opening a connection
-SAY_EVERY_S = 5.0
-"""Seconds between two lines about what the session waits for. One question waits on the server for as long."""
-KEEP_TRYING_S = 120.0
-"""Seconds to wait for a rental. A takeover begins 90 s after a worker falls silent, or 2 s after it dies."""
+SAY_EVERY_S = 5.0  # seconds between two lines about the reason for waiting, and for which one request waits
+KEEP_TRYING_S = 120.0  # seconds to wait for a rental: a takeover begins 90 s after its worker falls silent, or sooner
 PAUSE_S = 1.0  # seconds between two attempts to reach a worker
 CHUNK_BYTES = 1 << 18  # bytes that are read or written at once, at most
 MAX_BUFFERED = 1 << 20  # bytes that are buffered in each direction before reading pauses
 PING_EVERY_S = 20.0
-"""Seconds between two pings, which keep the connection alive in gateways on the way.
-
-A missing pong is no failure: if a renter stops reading (Ctrl-S, a suspended ssh), nobody reads pongs either. ssh
-detects a dead worker by its own ServerAliveInterval."""
+"""Seconds between two pings, which keep the connection alive in gateways. A missing pong is no failure: when a renter
+stops reading (Ctrl-S), pongs are not read either. ssh detects a dead worker by its own ServerAliveInterval."""
 AFTER_STDIN_S = 5.0
-"""Seconds of silence after which a session ends whose stdin has ended.
-
-A WebSocket cannot be closed in one direction alone, so the other side does not learn of the end of stdin. Its output is
-delivered until it closes the connection or is silent for this long."""
+"""Seconds of silence after which a session ends whose stdin has ended. The worker does not learn of that end, as a
+WebSocket cannot be closed in one direction alone, and its output is delivered until then."""
 LAST_WORD_S = 1.0  # seconds to wait for the last bytes to leave, or for ssh to end
 REPORT = "ORION_CONNECT_REPORT"  # the variable that names the file for the report on how the session ended
 MOVED = 4001  # the platform's close code for a rental that left its worker, or whose worker is down
@@ -70,11 +61,11 @@ TIDY = (
 
 
 class Lost(OrionError):
-    """A session was lost after the worker had sent something."""
+    """The error for a session that is lost after the worker sent something."""
 
 
 class NeverBegan(OrionError):
-    """The rental left its worker before the worker had sent anything."""
+    """The error for a rental that left its worker before the worker sent anything."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -105,8 +96,7 @@ def main(arguments: Sequence[str]) -> int:
 def relay(account: Login, rental_id: str) -> None:
     """Carry bytes in both directions until one side ends. Raise OrionError."""
     report: dict[str, object] = {"lost": False, "there": False, "reason": ""}
-    patience = Patience()
-    sent_by_ssh = b""
+    patience, sent_by_ssh = Patience(), b""
     try:
         while True:
             connection, early = _open(account, rental_id, patience)
@@ -131,8 +121,7 @@ def relay(account: Login, rental_id: str) -> None:
 
 def certify(account: Login, rental_id: str) -> None:
     """Get a certificate for a rental whose key this machine does not have. Wait while it is queued or migrating."""
-    patience = Patience()
-    wait_s = 0.0
+    patience, wait_s = Patience(), 0.0
     while True:
         rental = hosts.look_up(account, rental_id, wait_s)
         state, wait_s = str(rental.get("state")), SAY_EVERY_S
@@ -145,7 +134,7 @@ def certify(account: Login, rental_id: str) -> None:
 
 
 class Patience:
-    """Tells the user what the session waits for, and raises the reason after KEEP_TRYING_S."""
+    """The waiting for a rental, with its reasons for the user and its end after KEEP_TRYING_S."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -186,12 +175,7 @@ def _open(account: Login, rental_id: str, patience: Patience) -> tuple[socket.so
 
 def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.socket, bytes]:
     key = frames.new_key()
-    upgrade = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": key,
-    }
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key}
     connection = stream.connect(account, OPEN_S)
     try:
         connection.settimeout(OPEN_S + wait_s)
@@ -215,7 +199,7 @@ def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.so
 
 
 class Carrier:
-    """Carries the bytes of one connection in both directions, in one thread as an SSL connection demands."""
+    """The carrier of one connection's bytes in both directions, in one thread as an SSL connection demands."""
 
     def __init__(self, connection: socket.socket, early: bytes, sent_before: bytes = b"") -> None:
         """Take over the connection and send `sent_before`: the bytes of ssh that an earlier worker never answered."""
@@ -251,7 +235,8 @@ class Carrier:
 
     def _run(self) -> bool:
         while self._incoming.closed is None or self._to_write:
-            if self._reader_gone or self._is_over():
+            is_over = not self._stdin_open and time.monotonic() - self._last_received >= AFTER_STDIN_S
+            if self._reader_gone or is_over:
                 self._close()
                 return True
             self._step()
@@ -268,12 +253,8 @@ class Carrier:
         """Return whether the platform closed the connection, as when a worker is lost; else it broke on the way."""
         return self._incoming.closed is not None
 
-    def _is_over(self) -> bool:
-        """Return whether stdin has ended and the other side was silent for AFTER_STDIN_S."""
-        return not self._stdin_open and time.monotonic() - self._last_received >= AFTER_STDIN_S
-
     def _step(self) -> None:
-        """Wait until something can be read or written, and do so."""
+        """Wait until bytes can be read or written, and carry them."""
         now = time.monotonic()
         if now - self._last_ping >= PING_EVERY_S:
             self._last_ping = now
@@ -361,15 +342,11 @@ class Carrier:
             self._take(part)
 
     def _take(self, part: bytes) -> None:
-        try:
-            for content in self._incoming.feed(part):
-                self._to_write += content if self._to_write else content[self._write_at_once(content) :]
-                self._last_received = time.monotonic()
-                self._has_begun = True
-        except frames.ProtocolError as error:
-            raise UnreadableReply(str(error)) from error
-        for answer in self._incoming.to_answer:
-            self._to_send += answer
+        for content in self._incoming.feed(part):
+            self._to_write += content if self._to_write else content[self._write_at_once(content) :]
+            self._last_received = time.monotonic()
+            self._has_begun = True
+        self._to_send += b"".join(self._incoming.to_answer)
         self._incoming.to_answer.clear()
 
     def _send(self) -> None:
@@ -431,10 +408,7 @@ def _say(text: str, tidy: bool = False) -> None:
 
 
 def _is_log_in() -> bool:
-    """Return whether ssh, our parent, reads from a terminal. scp, sftp, rsync and git give it a pipe.
-
-    Return False if that cannot be seen, so that a program that copies files never gets unexpected output.
-    """
+    """Return whether ssh, our parent, surely reads from a terminal. scp, sftp, rsync and git give it a pipe."""
     try:
         reads = Path(f"/proc/{os.getppid()}/fd/0").readlink()
     except OSError:

@@ -1,8 +1,7 @@
 """The client's side of a WebSocket (RFC 6455), reduced to what `orion connect` needs: a stream of binary messages.
 
-A WebSocket library takes longer to load than a whole SSH session takes to open. This module does no input or output of
-its own: it turns bytes into bytes. It passes on the content of a frame as it comes, so a large frame needs no more
-memory than a small one.
+A WebSocket library takes longer to load than an SSH session takes to open. This module does no input or output, and
+passes on the content of a frame as it comes, so a large frame needs no more memory than a small one.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ from binascii import b2a_base64
 from collections.abc import Iterator
 from hashlib import sha1
 
+from orion.errors import UnreadableReply
+
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 NORMAL = 1000  # the close code of a connection that ends as intended
 LONGEST_CONTROL = 125  # bytes of content of a control frame, at most (RFC 6455, 5.5)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-
-
-class ProtocolError(Exception):
-    """The server sent something that does not belong to this WebSocket."""
 
 
 def new_key() -> str:
@@ -60,7 +57,7 @@ class Incoming:
         self.to_answer: list[bytes] = []  # frames to send in answer to the server's pings
 
     def feed(self, received: bytes) -> Iterator[bytes]:
-        """Yield the messages' bytes among those received. Raise ProtocolError."""
+        """Yield the messages' bytes among those received. Raise UnreadableReply."""
         rest = self._waiting + received if self._waiting else received
         self._waiting = b""
         while rest and self.closed is None:
@@ -90,9 +87,9 @@ class Incoming:
             code = int.from_bytes(content[:2], "big") if len(content) > 1 else NORMAL
             self.closed = code, content[2:].decode(errors="replace")
         elif opcode == TEXT:
-            raise ProtocolError("the platform sent text instead of SSH data")
+            raise UnreadableReply("the platform sent text instead of SSH data")
         elif opcode != PONG:
-            raise ProtocolError("the platform sent an invalid WebSocket frame")
+            raise UnreadableReply("the platform sent an invalid WebSocket frame")
 
 
 def _header(received: bytes) -> tuple[int, int, int] | None:
@@ -101,11 +98,11 @@ def _header(received: bytes) -> tuple[int, int, int] | None:
         return None
     opcode, size, begin = received[0] & 0x0F, received[1] & 0x7F, 2
     if received[0] & 0x70 or received[1] & 0x80:
-        raise ProtocolError("the platform sent an invalid WebSocket frame")
+        raise UnreadableReply("the platform sent an invalid WebSocket frame")
     if opcode == TEXT:
         return opcode, begin, 0
     if opcode >= CLOSE and size > LONGEST_CONTROL:
-        raise ProtocolError("the platform sent an invalid WebSocket frame")
+        raise UnreadableReply("the platform sent an invalid WebSocket frame")
     if size > LONGEST_CONTROL:
         more = 2 if size == 126 else 8
         begin += more

@@ -1,14 +1,14 @@
-"""The configuration by which this machine's ssh reaches our rentals: three files beside the login.
+"""The configuration by which this machine's ssh reaches the user's rentals: three files beside the login.
 
     config        one block for each living rental (its user, its keys, the name that its worker must prove), a command
                   that looks up an unknown name, and the verification of every host
     rentals       the same blocks, which `config` includes after that command
     known_hosts   one line: the platform's authority for host certificates
 
-`orion config-ssh`, `rent` and `release` write the files, and so does `orion connect --learn`, which ssh itself runs for
-a name that it does not know. `config` contains the blocks, too, because not every tool follows an Include of an
-included file. A line that ssh refuses would break every ssh of this user, so the files are replaced only after the
-machine's ssh has accepted the new text. This module uses the standard library only, as `orion.ssh_client.connect` does.
+`orion config-ssh`, `rent` and `release` write them, and so does `orion connect --learn`, which ssh runs for an unknown
+name. `config` contains the blocks, too, because not every tool follows an Include of an included file. A line that ssh
+refuses would break every ssh of this user, so the machine's ssh must first accept the new text. This module uses the
+standard library only, as `orion.ssh_client.connect` does.
 """
 
 from __future__ import annotations
@@ -35,16 +35,12 @@ from orion.ssh_client import stream
 DOMAIN = "orion"  # the last part of a rental's host name
 ANSWER_S = 15.0  # seconds to wait for each step of a request
 PAGE = 500  # rentals in one page of a list
-MAX_LISTED = 2000
-"""Rentals that are read of one list, at most. An administrator's own rentals are read from a list of their own."""
+MAX_LISTED = 2000  # rentals that are read of one list, at most; an administrator's own ones have their own list
 CERTIFICATE_S = 3600  # seconds for which a new certificate is valid
-CONNECT_TIMEOUT_S = 180
-"""Seconds that ssh waits for a worker to answer: longer than `orion connect` waits for a rental (KEEP_TRYING_S)."""
-ENOUGH_S = 600
-"""Seconds for which a stored certificate must still be valid to be used again, so that later log-ins work, too."""
+CONNECT_TIMEOUT_S = 180  # seconds that ssh waits for a worker: longer than `orion connect` does (KEEP_TRYING_S)
+ENOUGH_S = 600  # seconds for which a stored certificate must still be valid to be used, so that later log-ins work, too
 CHECK_S = 10.0  # seconds within which ssh must have read its new configuration
-_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
-"""Words that no shell, no ssh and no other reader of ssh's configuration treats specially."""
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # a word that no shell and no reader of ssh's configuration interprets
 _GLOB_CLASSES = {"*": "[*]", "?": "[?]", "[": "[[]", '"': "[!-#]", "%": "[#-&]", "$": "[#-&]", "\\": "[Z-^]"}
 """Classes of glob(7) that stand for a special character and match at most four others. Versions of ssh differ in how
 they read such a character itself in an Include."""
@@ -67,8 +63,7 @@ def is_configured() -> bool:
 def learn(account: Login) -> None:
     """Ask the platform for the rentals and its authority, and write the files. Raise OrionError."""
     authority = str(_ask(account, "/api/ssh-authority").get("known_hosts"))
-    own, others = own_and_others(account)
-    write(own, others, authority)
+    write(*own_and_others(account), authority)
 
 
 def learn_again() -> bool:
@@ -81,15 +76,12 @@ def learn_again() -> bool:
 
 
 def write(own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], authority: str) -> None:
-    """Write all three files.
-
-    Raise UnreadableReply for values that ssh could misread, LocalFault for text that ssh refuses, and OSError.
-    """
+    """Write all three files. Raise UnreadableReply if ssh could misread a value, LocalFault if ssh refuses the text."""
     check_authority(authority)
     check_folder()
     login.private_folder()
     folder().mkdir(mode=0o700, exist_ok=True)
-    known = "".join(blocks(own, others, _identities()))
+    known = "".join(blocks(own, others, identities()))
     text = configuration(known)
     check_by_ssh(text)
     login.write_private(folder() / "known_hosts", f"{authority}\n")
@@ -119,13 +111,11 @@ def include_line() -> str:
 
 
 def check_by_ssh(text: str) -> None:
-    """Raise LocalFault if the machine's ssh does not accept this text as a configuration, or misreads it.
+    """Raise LocalFault if the machine has an ssh that refuses or misreads this text as its configuration.
 
-    Accept any text if the machine has no ssh. The check does not run the commands in the text, because it names a user
-    for whom they do not apply.
+    The check does not run the commands in the text, because it names a user for whom they do not apply.
     """
-    program = shutil.which("ssh")
-    if program is None:
+    if not (program := shutil.which("ssh")):
         return
     candidate = folder() / "candidate"
     command = [program, "-F", str(candidate), "-G", "-l", "r-check", f"check.{DOMAIN}"]
@@ -135,9 +125,8 @@ def check_by_ssh(text: str) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=CHECK_S, errors="replace"
         )
     except subprocess.TimeoutExpired as error:
-        raise LocalFault(
-            f"ssh took longer than {CHECK_S:.0f} s to read its new configuration: nothing changed"
-        ) from error
+        detail = f"ssh took longer than {CHECK_S:.0f} s to read its new configuration: nothing changed"
+        raise LocalFault(detail) from error
     finally:
         candidate.unlink(missing_ok=True)
     if done.returncode or "orion.connect --unknown" not in done.stdout:
@@ -149,7 +138,7 @@ def check_by_ssh(text: str) -> None:
 
 
 def configuration(known: str) -> str:
-    """Return the text of `config`. `known` are the blocks of the known rentals.
+    """Return the text of `config` with these blocks of the known rentals.
 
     No command contains a host name that a user typed, because ssh passes its commands to a shell.
     """
@@ -226,9 +215,8 @@ def connect_command(argument: str) -> str:
 
 
 def _encoded(word: str) -> str:
-    if _PLAIN.fullmatch(word):
-        return word
-    return f"$(echo {binascii.b2a_base64(os.fsencode(word), newline=False).decode()}|base64 -d)"
+    encoded = binascii.b2a_base64(os.fsencode(word), newline=False).decode()
+    return word if _PLAIN.fullmatch(word) else f"$(echo {encoded}|base64 -d)"
 
 
 def _include(path: Path) -> str:
@@ -253,7 +241,8 @@ def _identity_lines(rental_id: str, username: str, hosts: list[str], recorded: s
     yield f"    CertificateFile {quoted(certificate_file(rental_id))}\n"
 
 
-def _identities() -> dict[str, str]:
+def identities() -> dict[str, str]:
+    """Return the recorded key file of each rental, by the rental's id."""
     try:
         known = json.loads((login.folder() / "keys.json").read_text())
     except (OSError, ValueError):
@@ -272,10 +261,7 @@ def certificate_file(rental_id: str) -> Path:
 
 
 def certify(account: Login, rental_id: str, epoch: int) -> None:
-    """Store a certificate of our own key for the rental at this epoch, unless a fresh one is stored.
-
-    Raise OrionError.
-    """
+    """Store a certificate of our own key for the rental at this epoch, unless a fresh one is stored."""
     file = certificate_file(rental_id)
     with suppress(OSError, ValueError, IndexError):  # a certificate that `orion ssh` stored has no epoch and no times
         stored_epoch, wall, monotonic = map(int, file.read_text().split()[2].split("/"))
@@ -294,8 +280,8 @@ def certify(account: Login, rental_id: str, epoch: int) -> None:
 def _is_fresh(wall: int, monotonic: int) -> bool:
     """Return whether a certificate that was made at these seconds of the two clocks is valid for long enough.
 
-    The worker's clock decides when it ends, and this machine does not know that clock. Neither of its own clocks is
-    sure: the wall clock may be set, and the monotonic clock stops while the machine sleeps. So the older age counts.
+    The worker's clock decides, which this machine does not know. Neither of its own clocks is sure: the wall clock may
+    be set, and the monotonic clock stops while the machine sleeps. So the older age counts.
     """
     ages_s = (time.time() - wall, time.monotonic() - monotonic)
     return min(ages_s) >= 0 and max(ages_s) < CERTIFICATE_S - ENOUGH_S
@@ -315,8 +301,7 @@ def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
 def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Return the living rentals of this login's owner, and those of other people, which an administrator sees.
 
-    If all rentals belong to one owner, they count as own ones, as no two of them have the same name. So for a client
-    one list is enough. Raise OrionError.
+    Rentals of one owner alone count as own ones, as no two of them have the same name; so a client reads one list.
     """
     found = _rentals(account)
     if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MAX_LISTED:
@@ -327,14 +312,11 @@ def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mappin
 
 
 def _rentals(account: Login, which: str = "") -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
-    after = ""
-    while len(found) < MAX_LISTED:
-        page = _ask(account, f"/api/rentals?limit={PAGE}{which}{after}")
+    page = _ask(account, f"/api/rentals?limit={PAGE}{which}")
+    found: list[Mapping[str, Any]] = list(page.get("items") or [])
+    while page.get("next") and len(found) < MAX_LISTED:
+        page = _ask(account, f"/api/rentals?limit={PAGE}{which}&after={page['next']}")
         found += page.get("items") or []
-        if not page.get("next"):
-            break
-        after = f"&after={page['next']}"
     return found
 
 

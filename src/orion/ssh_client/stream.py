@@ -1,7 +1,7 @@
 """Raw connections to the platform for `orion connect`, and HTTP requests over them.
 
-A connection uses the environment's forward proxy, and TLS with the login's certificate if the login's address is https.
-This module uses the standard library only, as `orion.errors` does.
+A connection uses the environment's forward proxy, and TLS if the login's address is https. This module uses the
+standard library only, as `orion.errors` does.
 """
 
 from __future__ import annotations
@@ -46,11 +46,7 @@ def ask(stream: socket.socket, account: Login, path: str, headers: Mapping[str, 
 
 
 def send(
-    stream: socket.socket,
-    account: Login,
-    path: str,
-    headers: Mapping[str, str],
-    body: Mapping[str, Any] | None = None,
+    stream: socket.socket, account: Login, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None = None
 ) -> None:
     """Send a GET, or a POST if there is a body. Raise OSError."""
     parts = urlsplit(account.url)
@@ -91,9 +87,8 @@ def _through_proxy(proxy: str | None, host: str, port: int, within_s: float) -> 
         return socket.create_connection((host, port), within_s)
     parts = urlsplit(proxy)
     if parts.scheme != "http":
-        raise InvalidInput(
-            f"orion connect can use http proxies only, not {proxy}: unset its variable, or set NO_PROXY={host}"
-        )
+        advice = f"unset its variable, or set NO_PROXY={host}"
+        raise InvalidInput(f"orion connect can use http proxies only, not {proxy}: {advice}")
     stream = socket.create_connection((parts.hostname or "", parts.port or 80), within_s)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
@@ -110,8 +105,7 @@ def _through_proxy(proxy: str | None, host: str, port: int, within_s: float) -> 
 def _reply(stream: socket.socket, url: str) -> tuple[Head, bytes]:
     received = b""
     while b"\r\n\r\n" not in received:
-        part = stream.recv(MAX_HEAD_BYTES)
-        if not part:
+        if not (part := stream.recv(MAX_HEAD_BYTES)):
             raise ConnectionResetError(f"{url} closed the connection")
         received += part
         if len(received) > MAX_HEAD_BYTES:
