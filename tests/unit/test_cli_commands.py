@@ -737,7 +737,7 @@ def test_a_worker_is_declared_gone_only_after_a_yes(platform: ScriptedPlatform, 
     platform.answer("POST", "/api/workers/w-aaaa2222/gone", worker(health="down"))
     assert "add --yes" in orion("workers", "gone", "0123456789ab").err
     assert [call.method for call in platform.calls] == ["GET"]
-    assert "its rentals go on elsewhere" in orion("workers", "gone", "0123456789ab", "--yes").out
+    assert "its rentals continue elsewhere" in orion("workers", "gone", "0123456789ab", "--yes").out
 
 
 @pytest.fixture

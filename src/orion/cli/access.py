@@ -9,6 +9,7 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
+from typer import Argument, Option
 
 from orion import login as logins
 from orion.cli import durations, output
@@ -31,21 +32,15 @@ class TokenRole(StrEnum):
 def login(
     url: Annotated[
         str,
-        typer.Argument(
-            metavar="URL", help="The platform's address, such as http://localhost:8080.", show_default=False
-        ),
+        Argument(metavar="URL", help="The platform's address, such as http://localhost:8080."),
     ],
     token_file: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Read the token from this file; - is stdin. Without this option orion asks for it."
-        ),
+        Option(metavar="FILE", help="A file with the token; - is stdin. Without it orion asks for the token."),
     ] = None,
     ca_file: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="The platform's certificate in PEM, if this machine does not trust its authority."
-        ),
+        Option(metavar="FILE", help="The platform's certificate in PEM, if this machine does not trust it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,24 +53,18 @@ def login(
         next(orion.rentals(limit=1), None)
     kept_in = logins.store(account)
     if account.url.startswith("http://") and not logins.is_this_machine(urlsplit(account.url).hostname or ""):
-        output.note(
-            "orion: plain http sends the token unencrypted, so others on the network can read it. "
-            "Use https instead (port 8443)",
-            "yellow",
-        )
-    if as_json:
-        return output.emit({"url": account.url, "config": str(kept_in)})
-    return output.say(f"logged in to {account.url}; the login is kept in {kept_in}")
+        risk = "plain http sends the token unencrypted, so others on the network can read it"
+        output.note(f"orion: {risk}. Use https instead (port 8443)", "yellow")
+    stored = {"url": account.url, "config": str(kept_in)}
+    output.result(stored, as_json, f"logged in to {account.url}; the login is kept in {kept_in}")
 
 
 @tokens.command("create")
 def create_token(
-    name: Annotated[
-        str, typer.Argument(help="The name of the token's user, who owns all rentals made with it.", show_default=False)
-    ],
-    role: Annotated[TokenRole, typer.Option(help="What the token allows.")] = TokenRole.CLIENT,
+    name: Annotated[str, Argument(help="The name of the token's user, who owns all rentals made with it.")],
+    role: Annotated[TokenRole, Option(help="What the token allows.")] = TokenRole.CLIENT,
     ttl: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="How long the token is valid. Default: until it is revoked.")
+        str | None, Option(metavar="DURATION", help="How long the token is valid. Default: until it is revoked.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,10 +75,9 @@ def create_token(
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TOKEN_TTL_S) if ttl is not None else None
     with platform() as (orion, _tell):
         made = orion.create_token(name, role.value, ttl_s)
-    if as_json:
-        return output.emit(made)
-    output.note(f"token {output.plain(made.id)} of {output.plain(made.name)}, {made.role.value}; it is shown only now:")
-    return output.say(output.plain(made.token))
+    if not as_json:
+        output.note(output.plain(f"token {made.id} of {made.name}, {made.role.value}; it is shown only now:"))
+    output.result(made, as_json, made.token)
 
 
 @tokens.command("ls")
@@ -100,14 +88,7 @@ def list_tokens(as_json: AsJson = False) -> None:
     if as_json:
         return output.emit(found)
     rows = [
-        [
-            one.id,
-            one.name,
-            one.role.value,
-            output.when(one.created_at),
-            output.when(one.expires_at),
-            output.when(one.revoked_at),
-        ]
+        [one.id, one.name, one.role.value, *map(output.when, (one.created_at, one.expires_at, one.revoked_at))]
         for one in found
     ]
     return output.table(["ID", "NAME", "ROLE", "MADE", "ENDS", "REVOKED"], rows, wide="NAME")
@@ -115,9 +96,7 @@ def list_tokens(as_json: AsJson = False) -> None:
 
 @tokens.command("revoke")
 def revoke_token(
-    token: Annotated[
-        str, typer.Argument(help="The token's id, or its name if no other token has it.", show_default=False)
-    ],
+    token: Annotated[str, Argument(help="The token's id, or its name if no other token has it.")],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -130,9 +109,7 @@ def revoke_token(
     confirm(f"Revoke {found.id} ({found.role.value} of {found.name})?", yes)
     with platform() as (orion, _tell):
         orion.revoke_token(found.id)
-    if as_json:
-        return output.emit({"revoked": found.id})
-    return output.say(f"{output.plain(found.id)} is revoked.")
+    output.result({"revoked": found.id}, as_json, f"{found.id} is revoked.")
 
 
 def _token(file: Path | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from orion.cli import output
 from orion.cli.session import AsJson, Yes, confirm, platform
@@ -24,7 +25,7 @@ _SHOWN = 10  # rentals that are named before the rest is only counted
 
 @commands.command()
 def backup(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to make; - is stdout.", show_default=False)],
+    file: Annotated[str, Argument(metavar="FILE", help="The file to make; - is stdout.")],
     as_json: AsJson = False,
 ) -> None:
     """Write a copy of the database to a file.
@@ -45,11 +46,9 @@ def backup(
         raise LocalFault(f"{target} cannot be written: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
-    if as_json:
-        return output.emit({"file": str(target), "bytes": target.stat().st_size})
-    return output.say(
-        f"{target}: {target.stat().st_size >> 10} KiB. It does not contain the secrets: see docs/operations.md"
-    )
+    size = target.stat().st_size
+    text = f"{target}: {size >> 10} KiB. It does not contain the secrets: see docs/operations.md"
+    return output.result({"file": str(target), "bytes": size}, as_json, text)
 
 
 @commands.command("confirm-clock")
@@ -58,18 +57,16 @@ def confirm_clock(yes: Yes = False, as_json: AsJson = False) -> None:
     with platform() as (orion, _tell):
         problem = orion.status().clock
     if problem is None:
-        return output.emit({"confirmed": False}) if as_json else output.say("The manager already trusts its clock.")
-    confirm(
-        f"The manager's clock: {output.plain(problem)}. Is it right now? Rentals that are over by it end at once", yes
-    )
+        return output.result({"confirmed": False}, as_json, "The manager already trusts its clock.")
+    confirm(f"The manager's clock: {problem}. Is it right now? Rentals that are over by it end at once", yes)
     with platform() as (orion, _tell):
         orion.confirm_clock()
-    return output.emit({"confirmed": True}) if as_json else output.say("The manager trusts its clock from now on.")
+    return output.result({"confirmed": True}, as_json, "The manager trusts its clock from now on.")
 
 
 @commands.command()
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `orion admin backup`.", show_default=False)],
+    file: Annotated[Path, Argument(metavar="FILE", help="A file of `orion admin backup`.")],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -86,10 +83,9 @@ def restore(
     with platform("restarting the manager", if_interrupted) as (orion, _tell):
         done = orion.restore(plan)
         _wait_for_restart(orion)
-    if as_json:
-        return output.emit({**plan.model_dump(mode="json"), **done.model_dump(mode="json")})
-    output.say(f"restored; the former database is kept beside it as {output.plain(done.kept_as)}")
-    return output.say("To watch the workers come back, run: orion status")
+    both = plan.model_dump(mode="json") | done.model_dump(mode="json")
+    kept = f"restored; the former database is kept beside it as {done.kept_as}"
+    output.result(both, as_json, kept, "To watch the workers come back, run: orion status")
 
 
 def _write(partial: Path) -> None:
@@ -101,9 +97,8 @@ def _write(partial: Path) -> None:
 
 
 def _show(plan: RestorePlan) -> None:
-    output.say(
-        f"The backup's last event was {output.when(plan.last_event_at)}, and it has {plan.rentals} living rentals."
-    )
+    last = output.when(plan.last_event_at)
+    output.say(f"The backup's last event was {last}, and it has {plan.rentals} living rentals.")
     if plan.forgotten:
         output.say(f"Not in the backup, so locked on their workers until you decide: {_names(plan.forgotten)}")
     if plan.revived:

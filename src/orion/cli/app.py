@@ -16,8 +16,7 @@ from orion import __version__
 from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys, rentals, shell, snapshots, web_ports
 from orion.errors import InvalidInput, OrionError
 
-PIPE_CLOSED = 128 + signal.SIGPIPE
-"""The exit status of a program that the kernel ends because nobody reads its output any more."""
+PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit status of a program that SIGPIPE ends
 
 _EPILOG = """\b
 Exit status, for scripts:
@@ -142,8 +141,7 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 
     Arguments after `ssh RENTAL` belong to the command that runs there, and do not count.
     """
-    rest = list(arguments)
-    words = 0
+    rest, words = list(arguments), 0
     while rest and rest[0] != "--":
         argument = rest.pop(0)
         if argument == "--json":

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from orion import login
 from orion.cli import keys, output, staying
@@ -22,8 +22,8 @@ REMARK = (
 
 
 def config_ssh(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Undo what this command wrote.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    remove: Annotated[bool, Option("--remove", help="Undo what this command wrote.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make your rentals reachable as NAME.orion.
@@ -133,17 +133,10 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def _report(file: Path, before: bytes, after: bytes, dry_run: bool, as_json: bool) -> None:
-    if as_json:
-        return output.emit({"file": str(file), "changed": before != after, "dry_run": dry_run})
-    if before == after:
-        return output.say(f"{file} needs no change.")
-    if not dry_run:
-        return output.say(f"{file} was changed.")
-    lines = difflib.unified_diff(_lines(before), _lines(after), str(file), f"{file} (new)", n=1, lineterm="")
-    for line in lines:
+    if as_json or before == after or not dry_run:
+        text = f"{file} needs no change." if before == after else f"{file} was changed."
+        return output.result({"file": str(file), "changed": before != after, "dry_run": dry_run}, as_json, text)
+    old, new = (content.decode(errors="replace").splitlines() for content in (before, after))
+    for line in difflib.unified_diff(old, new, str(file), f"{file} (new)", n=1, lineterm=""):
         output.say(output.plain(line))
     return None
-
-
-def _lines(content: bytes) -> list[str]:
-    return content.decode(errors="replace").splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from orion.cli import output
 from orion.cli.session import AsJson, platform
@@ -16,12 +16,12 @@ from orion.wire import MAX_PAGE, Event
 
 
 def events(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also show new events as they happen.")] = False,
-    rental: Annotated[str | None, typer.Option(help="Show only events of this rental.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Show only events of this worker.")] = None,
-    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the newest events to show.")] = 20,
+    follow: Annotated[bool, Option("--follow", "-f", help="Also show new events as they happen.")] = False,
+    rental: Annotated[str | None, Option(help="Show only events of this rental.")] = None,
+    worker: Annotated[str | None, Option(help="Show only events of this worker.")] = None,
+    last: Annotated[int, Option("--last", "-n", min=0, help="How many of the newest events to show.")] = 20,
     after: Annotated[
-        int | None, typer.Option(metavar="ID", help="Show all events after the one with this id instead.")
+        int | None, Option(metavar="ID", help="Show all events after the one with this id instead.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

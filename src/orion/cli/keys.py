@@ -46,8 +46,9 @@ def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
     The default is orion's own key, which is made if it does not exist.
     """
     if chosen is None:
-        _make_own_key()
         chosen = own_key()
+        if not chosen.exists():
+            _make_own_key()
     public = chosen if chosen.suffix == ".pub" else chosen.with_name(chosen.name + ".pub")
     try:
         found = listed(public.read_text())
@@ -96,23 +97,17 @@ def identity_of(rental_id: str) -> Path | None:
 
 
 def _make_own_key() -> None:
-    if own_key().exists():
-        return
     try:
-        _make_key_once()
+        with _locked() as place:
+            if own_key().exists():
+                return
+            with tempfile.TemporaryDirectory(dir=place, prefix=".key-") as folder:
+                made = Path(folder) / "key"
+                _run_keygen(made)
+                made.with_suffix(".pub").replace(own_key().with_suffix(".pub"))
+                made.replace(own_key())
     except LocalFault as error:
         raise LocalFault(f"{error}; or rent with your own key: --key FILE") from error
-
-
-def _make_key_once() -> None:
-    with _locked() as place:
-        if own_key().exists():
-            return
-        with tempfile.TemporaryDirectory(dir=place, prefix=".key-") as folder:
-            made = Path(folder) / "key"
-            _run_keygen(made)
-            made.with_suffix(".pub").replace(own_key().with_suffix(".pub"))
-            made.replace(own_key())
     output.note(f"made an SSH key for your rentals: {own_key()}")
 
 

@@ -1,4 +1,4 @@
-"""Functions that print: tables and sentences for people, JSON for programs, and no control characters."""
+"""The output of the commands: tables and sentences for people, JSON for programs, and no control characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orion.cli import durations
-from orion.errors import ApiError, OrionError
+from orion.errors import Ambiguous, ApiError, OrionError
 
 Tell = Callable[[str], None]  # a function that changes the text of a progress line
 MIN_FOLDED_WIDTH = 10  # columns of the terminal that a folded cell of a table has, at least
@@ -43,13 +43,16 @@ def note(text: str, style: str = "") -> None:
 
 def emit(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
     """Print JSON on stdout: an object, or an array for a list."""
-    if isinstance(value, BaseModel):
-        ready: Any = value.model_dump(mode="json")
-    elif isinstance(value, dict):
-        ready = value
-    else:
-        ready = [one.model_dump(mode="json") for one in value]
-    print(json.dumps(ready, indent=2))
+    print(json.dumps(value, indent=2, default=lambda model: model.model_dump(mode="json")))
+
+
+def result(value: BaseModel | Sequence[BaseModel] | dict[str, Any], as_json: bool, *lines: str) -> None:
+    """Print the value as JSON, or else these lines without control characters."""
+    if as_json:
+        return emit(value)
+    for line in lines:
+        say(plain(line))
+    return None
 
 
 def emit_line(value: BaseModel) -> None:
@@ -57,7 +60,7 @@ def emit_line(value: BaseModel) -> None:
     print(json.dumps(value.model_dump(mode="json")), flush=True)
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None = None) -> None:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str) -> None:
     """Print a table. Only the column `wide` is folded if the terminal is narrow; the others keep their width.
 
     If the terminal is too narrow even for that, print each row as a list, so that no name or id is ever cut.
@@ -74,13 +77,13 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | No
     return console.print(grid)
 
 
-def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None) -> int:
-    """Return how many columns of the terminal a table needs at least."""
-    width = -2  # the last column has no gap behind it
-    for position, heading in enumerate(headings):
-        longest = max(cell_len(text) for text in (heading, *(row[position] for row in rows)))
-        width += 2 + (min(longest, MIN_FOLDED_WIDTH) if heading == wide else longest)
-    return width
+def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str) -> int:
+    """Return the number of columns of the terminal that a table needs at least."""
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    folded = [
+        min(width, MIN_FOLDED_WIDTH) if name == wide else width for name, width in zip(headings, widths, strict=True)
+    ]
+    return sum(folded) + 2 * (len(folded) - 1)
 
 
 def _lists(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -120,13 +123,17 @@ def progress(text: str) -> Iterator[Tell]:
 
 def failure(error: OrionError, as_json: bool) -> None:
     """Print the error on stderr, as a sentence or as a JSON object."""
-    if as_json:
-        print(json.dumps({"error": _described(error)}), file=sys.stderr)
-        return
     text = f"orion: {plain(error)}"
-    if isinstance(error, ApiError) and error.status >= 500 and error.request_id:
-        text += f"\n  (search the platform's log for request {plain(error.request_id)})"
-    note(text, "red")
+    described: dict[str, Any] = {"code": error.code, "detail": str(error), "exit_code": error.exit_code}
+    if isinstance(error, ApiError):
+        described |= {"status": error.status, "request_id": error.request_id, "errors": error.errors}
+        if error.status >= 500 and error.request_id:
+            text += f"\n  (search the platform's log for request {plain(error.request_id)})"
+    if isinstance(error, Ambiguous) and error.candidates:
+        described["candidates"] = error.candidates
+    if as_json:
+        return print(json.dumps({"error": described}), file=sys.stderr)
+    return note(text, "red")
 
 
 def when(moment: datetime | None, absent: str = "-") -> str:
@@ -158,11 +165,3 @@ def _stdout() -> Console:
         # A pipe has no width, so lines for the program that reads it are not folded.
         console.width = 500
     return console
-
-
-def _described(error: OrionError) -> dict[str, Any]:
-    described: dict[str, Any] = {"code": error.code, "detail": str(error), "exit_code": error.exit_code}
-    if isinstance(error, ApiError):
-        described |= {"status": error.status, "request_id": error.request_id, "errors": error.errors}
-    candidates = getattr(error, "candidates", None)
-    return described | ({"candidates": candidates} if candidates else {})

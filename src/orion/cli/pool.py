@@ -10,19 +10,16 @@ from itertools import count
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from orion.cli import durations, output
-from orion.cli.durations import rough
 from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
 from orion.errors import Ended, NotFound, StillWaiting
 from orion.ssh_command import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
-DEFAULT_RESUME_WAIT = "30s"
-RENTALS_EVERY = 10
-"""Number of questions about a worker for each question about its rentals, of which there may be thousands."""
+RENTALS_EVERY = 10  # requests for a worker for each request for its rentals, of which there may be thousands
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
-
 
 commands = typer.Typer(invoke_without_command=True)
 
@@ -38,12 +35,11 @@ def workers(context: typer.Context, as_json: AsJson = False) -> None:
         return output.emit(found)
     if not found:
         return output.note("no worker has joined yet. To start some, run: WORKERS=3 make up")
-    output.table(
-        ["ID", "HOSTNAME", "HEALTH", "FREE", "LOAD", "HEARTBEAT", "LABELS"], [_row(one) for one in found], wide="LABELS"
-    )
+    headings = ["ID", "HOSTNAME", "HEALTH", "FREE", "LOAD", "HEARTBEAT", "LABELS"]
+    output.table(headings, [_row(one) for one in found], wide="LABELS")
     for one in found:
         if one.explanation and one.health is not WorkerHealth.READY:
-            output.say(f"{output.plain(one.id)}: {output.plain(one.explanation)}")
+            output.say(output.plain(f"{one.id}: {one.explanation}"))
     return None
 
 
@@ -55,12 +51,8 @@ def prune(as_json: AsJson = False) -> None:
     """
     with platform() as (orion, _tell):
         done = orion.prune_workers()
-    if as_json:
-        return output.emit(done)
-    output.say(f"Forgotten: {output.plain(', '.join(done.forgotten)) or 'none'}.")
-    for one in done.kept:
-        output.say(output.plain(f"Kept: {one.id}: {one.why}"))
-    return None
+    kept = [f"Kept: {one.id}: {one.why}" for one in done.kept]
+    output.result(done, as_json, f"Forgotten: {', '.join(done.forgotten) or 'none'}.", *kept)
 
 
 @commands.command()
@@ -75,16 +67,13 @@ def gone(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
     confirm(f"Is the container of {found.id} ({found.hostname}) really removed or stopped? ({warning})", yes)
     with platform() as (orion, _tell):
         declared = orion.declare_gone(found.id)
-    if as_json:
-        return output.emit(declared)
-    return output.say(
-        f"{output.plain(found.id)} is down; its rentals go on elsewhere. To watch them, run: orion events -f"
-    )
+    text = f"{found.id} is down; its rentals continue elsewhere. To watch them, run: orion events -f"
+    output.result(declared, as_json, text)
 
 
 def drain(
     worker: WorkerName,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is drained.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait until it is drained.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Migrate all rentals away from a worker.
@@ -95,12 +84,10 @@ def drain(
         drained = orion.drain(orion.find_worker(worker).id)
     if not no_wait:
         drained = _wait_until_drained(drained)
-    if as_json:
-        return output.emit(drained)
-    if drained.intent is WorkerIntent.ACTIVE:
+    if drained.intent is WorkerIntent.ACTIVE and not as_json:
         raise Ended(f"{drained.id} is not being drained any more: somebody resumed it")
     more = "" if drained.intent is WorkerIntent.DRAINED else "; the drain continues, see: orion workers"
-    return output.say(f"{output.plain(drained.id)} is {drained.intent.value}{more}.")
+    output.result(drained, as_json, f"{drained.id} is {drained.intent.value}{more}.")
 
 
 def _wait_until_drained(worker: Worker) -> Worker:
@@ -130,14 +117,9 @@ def _wait_until_drained(worker: Worker) -> Worker:
 def resume(
     worker: WorkerName,
     give_up: Annotated[
-        bool,
-        typer.Option(
-            "--give-up", help="Also delete its rentals that the database does not know, with all their files."
-        ),
+        bool, Option("--give-up", help="Also delete its rentals that the database does not know, with their files.")
     ] = False,
-    wait: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long to wait until it is ready, at most; 0 means not at all.")
-    ] = DEFAULT_RESUME_WAIT,
+    wait: Annotated[str, Option(metavar="DURATION", help="How long to wait until it is ready; 0: not at all.")] = "30s",
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,9 +158,7 @@ def remove(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> Non
     confirm(f"Forget {found.id} ({found.hostname}, {found.health.value})?", yes)
     with platform() as (orion, _tell):
         orion.remove_worker(found.id)
-    if as_json:
-        return output.emit({"removed": found.id})
-    return output.say(f"{output.plain(found.id)} is forgotten.")
+    output.result({"removed": found.id}, as_json, f"{found.id} is forgotten.")
 
 
 def status(as_json: AsJson = False) -> None:
@@ -199,16 +179,15 @@ def status(as_json: AsJson = False) -> None:
         ]
     )
     for late in found.overdue:
-        output.say(
-            output.plain(f"{late.kind} {late.name} ({late.id}) {late.state} for {rough(late.since_s)}: {late.why}")
-        )
-        output.say(f"  {output.plain(late.what_to_do)}")
+        since = f"{late.state} for {durations.rough(late.since_s)}"
+        output.say(output.plain(f"{late.kind} {late.name} ({late.id}) {since}: {late.why}"))
+        output.say(output.plain(f"  {late.what_to_do}"))
     return None
 
 
 def inventory(
-    list_all: Annotated[bool, typer.Option("--list", help="Print all hosts; the default.")] = False,
-    host: Annotated[str | None, typer.Option(help="Print the variables of one host.")] = None,
+    list_all: Annotated[bool, Option("--list", help="Print all hosts; the default.")] = False,
+    host: Annotated[str | None, Option(help="Print the variables of one host.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the workers for ansible-playbook -i."""
@@ -248,15 +227,10 @@ def _is_safe(worker: Worker) -> bool:
 
 
 def _row(worker: Worker) -> list[str]:
-    return [
-        worker.id,
-        worker.hostname,
-        _health(worker),
-        f"{worker.slots_free}/{worker.slots}",
-        f"{worker.load.cpu:.1f} cpu {worker.load.memory_used_bytes >> 20} MiB",
-        output.when(worker.last_heartbeat_at),
-        output.labels(worker.labels),
-    ]
+    free = f"{worker.slots_free}/{worker.slots}"
+    load = f"{worker.load.cpu:.1f} cpu {worker.load.memory_used_bytes >> 20} MiB"
+    heartbeat, labels = output.when(worker.last_heartbeat_at), output.labels(worker.labels)
+    return [worker.id, worker.hostname, _health(worker), free, load, heartbeat, labels]
 
 
 def _health(worker: Worker) -> str:

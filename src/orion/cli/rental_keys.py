@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from orion.cli import keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
@@ -35,7 +36,7 @@ def add_key(
     context: typer.Context,
     file: Annotated[
         Path | None,
-        typer.Argument(help="A file with one public key on each line; - is stdin. The default is orion's own key."),
+        Argument(help="A file with one public key on each line; - is stdin. The default is orion's own key."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def add_key(
 @commands.command("rm")
 def remove_key(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(help="The key's id or fingerprint (orion keys RENTAL ls).", show_default=False)],
+    key: Annotated[str, Argument(help="The key's id or fingerprint (orion keys RENTAL ls).")],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,9 +73,8 @@ def remove_key(
         known = orion.keys(rental.id)
     found = next((one for one in known if key in {one.id, one.fingerprint}), None)
     if found is None:
-        raise NotFound(
-            404, "not_found", f"{rental.name} has no key {key!r}. List its keys with: orion keys {rental.name} ls"
-        )
+        detail = f"{rental.name} has no key {key!r}. List its keys with: orion keys {rental.name} ls"
+        raise NotFound(404, "not_found", detail)
     confirm(f"Remove the key {found.fingerprint} from {rental.name}?", yes)
     if_interrupted = f"the key may have been removed; see: orion keys {rental.name} ls"
     with platform("removing the key", if_interrupted) as (orion, _tell):
@@ -94,24 +94,16 @@ def _show(found: list[Key], as_json: bool) -> None:
     if as_json:
         return output.emit(found)
     here, nowhere = keys.on_this_machine(), ("-", "")
-    rows = [
-        [
-            one.id,
-            one.fingerprint,
-            one.public_key.split()[0],
-            "yes" if one.in_place else "not yet",
-            one.comment or here.get(one.public_key, nowhere)[1] or "-",
-            here.get(one.public_key, nowhere)[0],
-        ]
-        for one in found
-    ]
-    return output.table(
-        ["ID", "FINGERPRINT", "KIND", "IN PLACE", "COMMENT", "ON THIS MACHINE"], rows, wide="FINGERPRINT"
-    )
+    rows = []
+    for one in found:
+        file, comment = here.get(one.public_key, nowhere)
+        kind, in_place = one.public_key.split()[0], "yes" if one.in_place else "not yet"
+        rows.append([one.id, one.fingerprint, kind, in_place, one.comment or comment or "-", file])
+    headings = ["ID", "FINGERPRINT", "KIND", "IN PLACE", "COMMENT", "ON THIS MACHINE"]
+    return output.table(headings, rows, wide="FINGERPRINT")
 
 
 def _wait_for_all(found: list[Key]) -> None:
     if not all(one.in_place for one in found):
-        raise StillWaiting(
-            "the keys are changed, but the rental's worker does not have them yet; the platform sends them by itself"
-        )
+        detail = "the rental's worker does not have them yet; the platform sends them by itself"
+        raise StillWaiting(f"the keys are changed, but {detail}")

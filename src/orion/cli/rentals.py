@@ -6,58 +6,33 @@ import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from orion import login
 from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client.sdk import ENDED
 from orion.errors import Ended, InvalidInput, NotMigrated, OrionError, StillWaiting
-from orion.wire import (
-    DEFAULT_TTL_S,
-    DEFAULT_WAIT_S,
-    MAX_TTL_S,
-    MAX_WAIT_S,
-    MIN_TTL_S,
-    LogEntry,
-    Rental,
-    RentalState,
-)
+from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_TTL_S, MAX_WAIT_S, MIN_TTL_S, LogEntry, Rental, RentalState
 
-Ttl = Annotated[
-    str, typer.Option(metavar="DURATION", help="The rental's time from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")
-]
+Ttl = Annotated[str, Option(metavar="DURATION", help="The rental's time from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")]
 Wait = Annotated[
-    str,
-    typer.Option(
-        metavar="DURATION", help="How long to wait at most; 0 means not at all. The platform continues in any case."
-    ),
+    str, Option(metavar="DURATION", help="How long to wait; 0 means not at all. The platform continues in any case.")
 ]
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
 DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
-DEFAULT_MIGRATION_WAIT = "10m"
 
 
 def rent(
-    name: Annotated[str | None, typer.Option(help="The rental's name. Default: a random name.")] = None,
+    name: Annotated[str | None, Option(help="The rental's name. Default: a random name.")] = None,
     ttl: Ttl = DEFAULT_TTL,
     key: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Your public key. Default: orion's own key, which is made when it is first needed."
-        ),
+        Path | None, Option(metavar="FILE", help="Your public key. Default: orion's own key, made when first needed.")
     ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label for the rental; may be repeated.")
-    ] = None,
+    label: Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="A label; may be repeated.")] = None,
     start: Annotated[
-        str | None,
-        typer.Option(
-            "--start",
-            metavar="COMMAND",
-            help="A command that the rental's shell runs at first and again on each new worker.",
-        ),
+        str | None, Option(metavar="COMMAND", help="A shell command to run at first and again on each new worker.")
     ] = None,
     wait: Wait = DEFAULT_WAIT,
     as_json: AsJson = False,
@@ -67,14 +42,8 @@ def rent(
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
     login.load()  # first, so that no key is made without a login
     public_key, identity = keys.public_key(key)
-    request: dict[str, Any] = {
-        "name": name,
-        "ssh_public_key": public_key,
-        "ttl_s": ttl_s,
-        "labels": labels,
-        "start": start,
-    }
-    request["idempotency_key"] = secrets.token_urlsafe(24)
+    request: dict[str, Any] = {"name": name, "ssh_public_key": public_key, "ttl_s": ttl_s, "labels": labels}
+    request |= {"start": start, "idempotency_key": secrets.token_urlsafe(24)}
     try:
         with platform("renting") as (orion, tell):
             rental: Rental = orion.rent(**request, wait_s=min(within_s, MAX_WAIT_S))
@@ -123,7 +92,7 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
 
 
 def ls(
-    ended: Annotated[bool, typer.Option("--ended", "-a", help="Also show ended rentals.")] = False,
+    ended: Annotated[bool, Option("--ended", "-a", help="Also show ended rentals.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List your rentals; an admin sees all."""
@@ -138,17 +107,15 @@ def ls(
     output.table(headings, [_row(one, owners) for one in rentals], wide="NAME")
     for one in rentals:
         if one.state not in {RentalState.ACTIVE, RentalState.RELEASED} and one.explanation:
-            output.say(f"{output.plain(one.name)}: {output.plain(one.explanation)}")
-        for notice in notices(one):
-            output.say(notice)
-        if one.start_problem:
-            output.say(f"{output.plain(one.name)}: {output.plain(one.start_problem)}")
+            output.say(output.plain(f"{one.name}: {one.explanation}"))
+        for notice in [*notices(one), *([f"{one.name}: {one.start_problem}"] if one.start_problem else [])]:
+            output.say(output.plain(notice))
     return None
 
 
 def show(
     rental: RentalName,
-    log: Annotated[bool, typer.Option("--log", help="Show its provisioning jobs on workers instead.")] = False,
+    log: Annotated[bool, Option("--log", help="Show its provisioning jobs on workers instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a rental's details, even after its end."""
@@ -172,10 +139,8 @@ def start(rental: RentalName, as_json: AsJson = False) -> None:
     """
     with platform() as (orion, _tell):
         started = orion.start(orion.find_rental(rental).id)
-    if as_json:
-        return output.emit(started)
-    name = output.plain(started.name)
-    return output.say(f"{name} runs its start command. To see its output, run: orion logs {name}")
+    name = started.name
+    output.result(started, as_json, f"{name} runs its start command. To see its output, run: orion logs {name}")
 
 
 def thaw(rental: RentalName, as_json: AsJson = False) -> None:
@@ -186,14 +151,12 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
     with platform() as (orion, _tell):
         before = orion.find_rental(rental)
         thawed = orion.thaw(before.id)
-    if as_json:
-        return output.emit(thawed)
-    name = output.plain(thawed.name)
-    if thawed.copy_problem in {"", before.copy_problem}:  # a thaw sets another problem: the time of the next freeze
-        output.say(f"{name} was not frozen: nothing has changed.")
-        return output.say(_no_snapshot(thawed)) if thawed.copy_problem else None
-    output.say(f"{name} runs again: {output.plain(thawed.copy_problem)}.")
-    return output.say(f"Remove files, or release the rental. To log in, run: orion ssh {name}")
+    name, problem = thawed.name, thawed.copy_problem
+    if problem in {"", before.copy_problem}:  # a thaw sets another problem: the time of the next freeze
+        unchanged = [f"{name} was not frozen: nothing has changed.", *([_no_snapshot(thawed)] if problem else [])]
+        return output.result(thawed, as_json, *unchanged)
+    log_in = f"Remove files, or release the rental. To log in, run: orion ssh {name}"
+    return output.result(thawed, as_json, f"{name} runs again: {problem}.", log_in)
 
 
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
@@ -201,12 +164,10 @@ def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
     with platform() as (orion, _tell):
         renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
-    if as_json:
-        return output.emit(renewed)
-    return output.say(f"{output.plain(renewed.name)} ends {_end(renewed)}.")
+    output.result(renewed, as_json, f"{renewed.name} ends {_end(renewed)}.")
 
 
-def migrate(rental: RentalName, wait: Wait = DEFAULT_MIGRATION_WAIT, as_json: AsJson = False) -> None:
+def migrate(rental: RentalName, wait: Wait = "10m", as_json: AsJson = False) -> None:
     """Migrate a rental to another worker.
 
     It keeps all its files. Its processes end, and its start command runs again.
@@ -226,7 +187,7 @@ def migrate(rental: RentalName, wait: Wait = DEFAULT_MIGRATION_WAIT, as_json: As
     if after.worker_id == before.worker_id:
         raise NotMigrated(f"{after.name} stays on its worker: {after.explanation}")
     if not as_json:
-        output.say(f"{output.plain(after.name)} is on worker {output.plain(after.worker_id or '-')} now.")
+        output.say(output.plain(f"{after.name} is on worker {after.worker_id or '-'} now."))
 
 
 def _is_settled(rental: Rental) -> bool:
@@ -265,47 +226,37 @@ def situation(rental: Rental) -> str:
 
 def notices(rental: Rental) -> list[str]:
     """Return the warnings about a rental's files, one line each, without control characters."""
-    name, found = output.plain(rental.name), []
+    found = []
     if rental.copy_problem:
         found.append(_no_snapshot(rental))
     elif rental.home_warning:
-        found.append(f"{name}: {output.plain(rental.home_warning)}")
+        found.append(f"{rental.name}: {rental.home_warning}")
     if rental.salvage:
-        found.append(f"{name} has a recovered snapshot of files that it lost with a worker: {_recovered(rental)}")
-    return found
+        lost = "a recovered snapshot of files that it lost with a worker"
+        found.append(f"{rental.name} has {lost}: {_recovered(rental)}")
+    return [output.plain(one) for one in found]
 
 
 def _no_snapshot(rental: Rental) -> str:
-    return f"no snapshot of {output.plain(rental.name)} can be made: {output.plain(rental.copy_problem)}"
+    return f"no snapshot of {rental.name} can be made: {rental.copy_problem}"
 
 
 def _recovered(rental: Rental) -> str:
     """Return a recovered snapshot and the command, such as `1-4, 12 kB, of 3 min ago: orion restore lab --from 1-4`."""
-    if rental.salvage is None:
+    if (one := rental.salvage) is None:
         return ""
-    snapshot, snapshot_id = rental.salvage, output.plain(rental.salvage.generation)
-    restore = f"orion restore {output.plain(rental.name)} --from {snapshot_id}"
-    return f"{snapshot_id}, {output.size(snapshot.bytes)}, of {output.when(snapshot.at)}: {restore}"
+    size, age = output.size(one.bytes), output.when(one.at)
+    return f"{one.generation}, {size}, of {age}: orion restore {rental.name} --from {one.generation}"
 
 
-def _row(rental: Rental, owner: bool) -> list[str]:
-    cells = [
-        rental.name,
-        rental.id,
-        _state(rental),
-        rental.worker_id or "-",
-        output.when(rental.expires_at),
-        output.when(rental.last_safe_copy_at) + ("!" if rental.copy_problem else ""),
-        output.size(rental.last_safe_copy_bytes),
-    ]
-    return [*cells, rental.owner] if owner else cells
-
-
-def _state(rental: Rental) -> str:
-    """Return the state; after the end of the start command with that end, such as `active (start: status 3)`."""
-    if not rental.start_end:
-        return rental.state.value
-    return f"{rental.state.value} (start: {rental.start_end.replace('unseen', 'ended')})"
+def _row(rental: Rental, with_owner: bool) -> list[str]:
+    state = rental.state.value
+    if rental.start_end:
+        state += f" (start: {rental.start_end.replace('unseen', 'ended')})"
+    ends, size = output.when(rental.expires_at), output.size(rental.last_safe_copy_bytes)
+    snapshot = output.when(rental.last_safe_copy_at) + ("!" if rental.copy_problem else "")
+    cells = [rental.name, rental.id, state, rental.worker_id or "-", ends, snapshot, size]
+    return [*cells, rental.owner] if with_owner else cells
 
 
 def _start_end(rental: Rental) -> str:
@@ -321,33 +272,23 @@ def _show_log(entries: list[LogEntry], as_json: bool) -> None:
         return output.emit(entries)
     if not entries:
         return output.note("there were no provisioning jobs yet")
-    return output.table(
-        ["WHEN", "ACTION", "WORKER", "EPOCH", "OUTCOME", "SECONDS", "MESSAGE"],
-        [
-            [
-                output.when(one.at),
-                one.action,
-                one.worker_id,
-                str(one.epoch),
-                "done" if one.ok else "failed",
-                f"{one.seconds:.3f}",
-                one.message,
-            ]
-            for one in entries
-        ],
-        wide="MESSAGE",
-    )
+    rows = []
+    for one in entries:
+        outcome, seconds = "done" if one.ok else "failed", f"{one.seconds:.3f}"
+        rows.append([output.when(one.at), one.action, one.worker_id, str(one.epoch), outcome, seconds, one.message])
+    headings = ["WHEN", "ACTION", "WORKER", "EPOCH", "OUTCOME", "SECONDS", "MESSAGE"]
+    return output.table(headings, rows, wide="MESSAGE")
 
 
 def _details(rental: Rental) -> list[tuple[str, str]]:
-    """Return the fields of `orion show`."""
+    worker = rental.worker_id or "-"
     return [
         ("name", rental.name),
         ("id", rental.id),
         ("owner", rental.owner),
         ("state", rental.state.value),
         ("reason", rental.explanation or "-"),
-        ("worker", _worker(rental)),
+        ("worker", f"{worker}, migrating to {rental.moving_to}" if rental.moving_to else worker),
         ("epoch", str(rental.epoch)),
         ("user", rental.username),
         ("labels", output.labels(rental.labels)),
@@ -362,11 +303,6 @@ def _details(rental: Rental) -> list[tuple[str, str]]:
         *([("start end", _start_end(rental))] if rental.start_end else []),
         *([("start problem", rental.start_problem)] if rental.start_problem else []),
     ]
-
-
-def _worker(rental: Rental) -> str:
-    worker = rental.worker_id or "-"
-    return f"{worker}, migrating to {rental.moving_to}" if rental.moving_to else worker
 
 
 def _last_snapshot(rental: Rental) -> str:

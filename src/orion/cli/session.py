@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from orion.cli import output
 from orion.client.sdk import Orion
-from orion.errors import InvalidInput, Retryable
+from orion.errors import InvalidInput
 
 
 def _also_before_the_command(context: typer.Context, value: bool) -> bool:
@@ -19,11 +20,11 @@ def _also_before_the_command(context: typer.Context, value: bool) -> bool:
 
 
 AsJson = Annotated[
-    bool, typer.Option("--json", callback=_also_before_the_command, help="Print JSON; also errors, on stderr.")
+    bool, Option("--json", callback=_also_before_the_command, help="Print JSON; also errors, on stderr.")
 ]
-RentalName = Annotated[str, typer.Argument(metavar="RENTAL", help="The rental's name or id.", show_default=False)]
-WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id or hostname.", show_default=False)]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+RentalName = Annotated[str, Argument(metavar="RENTAL", help="The rental's name or id.")]
+WorkerName = Annotated[str, Argument(metavar="WORKER", help="The worker's id or hostname.")]
+Yes = Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 @contextmanager
@@ -32,23 +33,10 @@ def platform(doing: str = "", if_interrupted: str = "") -> Iterator[tuple[Orion,
 
     Ctrl-C prints `if_interrupted`, which says what continues on the platform.
     """
-    with (
-        _note_if_interrupted(if_interrupted),
-        Orion.logged_in() as orion,
-        output.progress(doing or "asking the platform") as tell,
-    ):
-
-        def retrying(error: Retryable, pause_s: float) -> None:
-            tell(f"{error}; trying again in {pause_s:.0f} s")
-
-        orion.when_retrying(retrying)
-        yield orion, tell
-
-
-@contextmanager
-def _note_if_interrupted(if_interrupted: str) -> Iterator[None]:
     try:
-        yield
+        with Orion.logged_in() as orion, output.progress(doing or "asking the platform") as tell:
+            orion.when_retrying(lambda error, pause_s: tell(f"{error}; trying again in {pause_s:.0f} s"))
+            yield orion, tell
     except KeyboardInterrupt:
         if if_interrupted:
             output.note(f"\norion: {output.plain(if_interrupted)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from orion import login
 from orion.cli import durations, keys, output, staying
@@ -22,35 +23,28 @@ from orion.cli.rentals import notices, situation
 from orion.cli.session import AsJson, RentalName, platform
 from orion.client.sdk import ENDED, Orion
 from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
+from orion.ssh_client import hosts
 from orion.ssh_client.connect import TIDY
 from orion.ssh_client.connect import main as relay
-from orion.ssh_client.hosts import (
-    certificate_file,
-    check_authority,
-    check_certificate,
-    check_names,
-    connect_command,
-    quoted,
-)
 from orion.ssh_command import pinned_authority_arguments, ssh_command
 from orion.wire import Rental, RentalState
 
 START_LOG = ".orion/start.log"  # the log of the start command, in the rental's home (see orion_worker/start/program.py)
-SHOW_LOG = ["tail", "-n", "1000"]
 OLDEST_OPENSSH = (8, 5)  # the first version of OpenSSH with KnownHostsCommand
 SHORT_S = 5.0  # seconds below which a lost session counts as short
-MAX_SHORT = 3
-"""Number of short sessions in a row after which `orion ssh` gives up, as the cause is not the loss of a worker."""
-RECONNECT_S = 120.0
-"""Seconds to wait for a lost rental. A silent worker is down after 90 s, and a restart of the manager takes less."""
+MAX_SHORT = 3  # short sessions in a row after which `orion ssh` gives up, as the cause is not the loss of a worker
+RECONNECT_S = 120.0  # seconds to wait for a lost rental: a silent worker is down after 90 s, a restart takes less
 DEATH_KNOWN_S = 3.0  # seconds within which the manager surely knows that a worker was killed: twice the usual time
 PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux new-session -A -s orion"
 """A command that attaches to the tmux session, or makes it. It sets another TERM if the worker does not know ours."""
 
+Identity = Annotated[Path | None, Option("--identity", "-i", metavar="FILE", help="The private key to log in with.")]
+Wait = Annotated[str, Option(metavar="DURATION", help="How long to wait while the rental is queued or migrating.")]
+
 
 @dataclass(frozen=True)
 class SshRequest:
-    """A command line for a rental, and the options of the log-in."""
+    """The command to run in a rental, and the options of the log-in."""
 
     command: tuple[str, ...] = ()
     identity: Path | None = None  # the private key's file; None means orion's own key
@@ -61,28 +55,15 @@ class SshRequest:
 
 def ssh(
     rental: RentalName,
-    command: Annotated[
-        list[str] | None, typer.Argument(help="A command to run instead of a shell.", show_default=False)
-    ] = None,
-    identity: Annotated[
-        Path | None, typer.Option("--identity", "-i", metavar="FILE", help="The private key to log in with.")
-    ] = None,
-    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
-    cert: Annotated[
-        bool, typer.Option("--cert", help="Log in with a certificate for an hour instead of a key of the rental.")
-    ] = False,
-    persist: Annotated[
-        bool, typer.Option("--persist", help="Run in tmux, so that the next session shows the same screen.")
-    ] = False,
+    command: Annotated[list[str] | None, Argument(help="A command to run instead of a shell.")] = None,
+    identity: Identity = None,
+    tty: Annotated[bool, Option("--tty", "-t", help="Give the command a terminal.")] = False,
+    cert: Annotated[bool, Option("--cert", help="Log in with a certificate for an hour instead of a key.")] = False,
+    persist: Annotated[bool, Option("--persist", help="Run in tmux, which the next session shows again.")] = False,
     forward_agent: Annotated[
-        bool,
-        typer.Option(
-            "--forward-agent", "-A", help="Let programs in the rental use your SSH agent during this session."
-        ),
+        bool, Option("--forward-agent", "-A", help="Let the rental's programs use your SSH agent during this session.")
     ] = False,
-    wait: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long to wait while the rental is queued or migrating.")
-    ] = "60s",
+    wait: Wait = "60s",
     as_json: AsJson = False,
 ) -> None:
     """Open a shell in a rental, or run a command.
@@ -94,8 +75,9 @@ def ssh(
     Options for orion come before RENTAL; everything after it is the command.
     """
     found = _find(rental, wait)
-    request = _request(found, _after_two_dashes(command or []), identity, tty, cert, persist)
-    request = replace(request, forward_agent=forward_agent)
+    words = command or []
+    words = words[1:] if words[:1] == ["--"] else words  # `--` ends the options, as for ssh
+    request = replace(_request(found, words, identity, tty, cert, persist), forward_agent=forward_agent)
     arguments = _opening(found, request)
     if sys.stdin.isatty() and (persist or not request.command):
         raise typer.Exit(_stay(found, request, arguments, durations.parse(wait)))
@@ -104,13 +86,9 @@ def ssh(
 
 def logs(
     rental: RentalName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also show new output as it comes.")] = False,
-    identity: Annotated[
-        Path | None, typer.Option("--identity", "-i", metavar="FILE", help="The private key to log in with.")
-    ] = None,
-    wait: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long to wait while the rental is queued or migrating.")
-    ] = "60s",
+    follow: Annotated[bool, Option("--follow", "-f", help="Also show new output as it comes.")] = False,
+    identity: Identity = None,
+    wait: Wait = "60s",
     as_json: AsJson = False,
 ) -> None:
     """Show the output of a rental's start command.
@@ -120,7 +98,7 @@ def logs(
     found = _find(rental, wait)
     if found.start is None:
         raise InvalidInput(f"{found.name} has no start command. To rent with one, run: orion rent --start COMMAND")
-    command = SHOW_LOG + (["-F"] if follow else []) + [START_LOG]
+    command = ["tail", "-n", "1000", *(["-F"] if follow else []), START_LOG]
     _become(_opening(found, _request(found, command, identity)))
 
 
@@ -145,7 +123,7 @@ def _opening(rental: Rental, request: SshRequest) -> list[str]:
 
 def terminal(
     rental: RentalName,
-    show: Annotated[bool, typer.Option("--open", help="Open the address in this machine's browser.")] = False,
+    show: Annotated[bool, Option("--open", help="Open the address in this machine's browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print an address that opens a terminal.
@@ -155,16 +133,13 @@ def terminal(
     """
     with platform(f"looking for {rental}") as (orion, _tell):
         url = orion.terminal_url(orion.find_rental(rental).id)
-    if as_json:
-        output.emit({"url": url})
-    else:
-        output.say(url)
+    output.result({"url": url}, as_json, url)
     if show and not webbrowser.open(url):
         raise LocalFault("no browser was found on this machine: open the address in a browser within a minute")
 
 
 def connect(
-    rental_id: Annotated[str, typer.Argument(metavar="RENTAL_ID", help="The rental's id.", show_default=False)],
+    rental_id: Annotated[str, Argument(metavar="RENTAL_ID", help="The rental's id.")],
 ) -> None:
     """Connect stdin and stdout to a rental.
 
@@ -178,12 +153,14 @@ def ssh_arguments(rental: Rental, authority: str, request: SshRequest, certifica
 
     The server's values are checked first, because ssh would run some of them as commands.
     """
-    check_names(rental.id, rental.name, rental.username)
-    check_authority(authority)
+    hosts.check_names(rental.id, rental.name, rental.username)
+    hosts.check_authority(authority)
     options = [
-        f"ProxyCommand={connect_command(rental.id)}",
-        *_identity_options(request.identity),
-        *([f"CertificateFile={quoted(certificate)}"] if certificate else []),
+        f"ProxyCommand={hosts.connect_command(rental.id)}",
+        # Without IdentitiesOnly an agent with many keys uses up the attempts before this key is tried.
+        "IdentitiesOnly=yes",
+        f"IdentityFile={hosts.quoted(request.identity or keys.own_key())}",
+        *([f"CertificateFile={hosts.quoted(certificate)}"] if certificate else []),
         # Connections are not shared: a shared one could lead to the worker on which the rental was before.
         "ControlMaster=no",
         "ControlPath=none",
@@ -219,24 +196,15 @@ def _request(
     return SshRequest(tuple(command), identity, tty, cert)
 
 
-def _after_two_dashes(command: list[str]) -> list[str]:
-    return command[1:] if command[:1] == ["--"] else command  # `--` ends the options, as for ssh
-
-
 def _arguments(orion: Orion, rental: Rental, request: SshRequest) -> list[str]:
-    authority = orion.ssh_authority().known_hosts
-    certificate = _new_certificate(orion, rental, request.identity) if request.certified and request.identity else None
-    return ssh_arguments(rental, authority, request, certificate)
-
-
-def _new_certificate(orion: Orion, rental: Rental, identity: Path) -> Path:
-    public_key, _ = keys.public_key(identity)
-    certificate = orion.certificate(rental.id, public_key).certificate
-    check_certificate(certificate)
-    login.private_folder()
-    file = certificate_file(rental.id)
-    login.write_private(file, f"{certificate}\n")
-    return file
+    authority, file = orion.ssh_authority().known_hosts, None
+    if request.certified and request.identity:
+        certificate = orion.certificate(rental.id, keys.public_key(request.identity)[0]).certificate
+        hosts.check_certificate(certificate)
+        login.private_folder()
+        file = hosts.certificate_file(rental.id)
+        login.write_private(file, f"{certificate}\n")
+    return ssh_arguments(rental, authority, request, file)
 
 
 def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: float) -> int:
@@ -253,9 +221,8 @@ def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: f
         sys.stderr.write(TIDY)
         short = short + 1 if time.monotonic() - began < SHORT_S else 0
         if short >= MAX_SHORT:
-            raise OrionError(
-                f"the connection was lost {short} times in a row: {left.reason or 'the reason is unknown'}"
-            )
+            reason = left.reason or "the reason is unknown"
+            raise OrionError(f"the connection was lost {short} times in a row: {reason}")
         output.note(f"orion: the connection to {output.plain(rental.name)} is lost; reconnecting", "yellow")
         with platform(f"waiting for {rental.name}") as (orion, tell):
             orion.be_patient(RECONNECT_S)
@@ -267,10 +234,8 @@ def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: f
             _active(orion, now, 0, tell)
             arguments = _arguments(orion, now, request)
         if now.epoch != rental.epoch:
-            snapshot = output.when(now.last_safe_copy_at, "none")
-            output.note(
-                f"orion: {output.plain(now.name)} is on another worker now; its last snapshot: {snapshot}", "yellow"
-            )
+            snapshot = f"its last snapshot: {output.when(now.last_safe_copy_at, 'none')}"
+            output.note(f"orion: {output.plain(now.name)} is on another worker now; {snapshot}", "yellow")
         rental = now
 
 
@@ -286,12 +251,6 @@ def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) ->
     return rental
 
 
-def _identity_options(identity: Path | None) -> list[str]:
-    # Without IdentitiesOnly an agent with many keys uses up the attempts before this key is tried.
-    identity = identity or keys.own_key()
-    return ["IdentitiesOnly=yes", f"IdentityFile={quoted(identity)}"]
-
-
 def _check_version() -> None:
     """Raise LocalFault if OpenSSH is too old for `ssh_arguments`. Accept an ssh whose version is not known."""
     try:
@@ -301,10 +260,8 @@ def _check_version() -> None:
     found = re.match(r"OpenSSH_(\d+)\.(\d+)", asked.stderr)
     if found and (int(found[1]), int(found[2])) < OLDEST_OPENSSH:
         needed, here = ".".join(map(str, OLDEST_OPENSSH)), f"{found[1]}.{found[2]}"
-        raise LocalFault(
-            f"orion ssh needs OpenSSH {needed} or newer, and this machine has {here}. Run orion config-ssh once, "
-            "then ssh NAME.orion"
-        )
+        advice = "Run orion config-ssh once, then ssh NAME.orion"
+        raise LocalFault(f"orion ssh needs OpenSSH {needed} or newer, and this machine has {here}. {advice}")
 
 
 def _become(arguments: list[str]) -> None:

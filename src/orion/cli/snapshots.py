@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from orion.cli import output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.errors import InvalidInput
+from orion.wire import Snapshot
 
 
 def snapshots(rental: RentalName, as_json: AsJson = False) -> None:
@@ -20,29 +21,22 @@ def snapshots(rental: RentalName, as_json: AsJson = False) -> None:
         return output.emit(kept)
     if not kept:
         return output.note(f"there is no snapshot of {output.plain(found.name)} yet")
-    rows = [
-        [
-            one.generation,
-            "recovered" if one.salvage else "regular",
-            output.when(one.at),
-            output.size(one.bytes),
-            str(one.files),
-            ", ".join(one.skipped) or "-",
-        ]
-        for one in kept
-    ]
+    rows = [_row(one) for one in kept]
     return output.table(["SNAPSHOT", "KIND", "AGE", "SIZE", "FILES", "INCOMPLETE"], rows, wide="INCOMPLETE")
+
+
+def _row(one: Snapshot) -> list[str]:
+    kind, skipped = "recovered" if one.salvage else "regular", ", ".join(one.skipped) or "-"
+    return [one.generation, kind, output.when(one.at), output.size(one.bytes), str(one.files), skipped]
 
 
 def restore(
     rental: RentalName,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="SNAPSHOT", help="A snapshot that `orion snapshots` lists.")
+        str | None, Option("--from", metavar="SNAPSHOT", help="A snapshot that `orion snapshots` lists.")
     ] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Start with an empty home instead.")] = False,
-    discard: Annotated[
-        bool, typer.Option("--discard", help="Do not make a snapshot of the present files first.")
-    ] = False,
+    empty: Annotated[bool, Option("--empty", help="Start with an empty home instead.")] = False,
+    discard: Annotated[bool, Option("--discard", help="Do not make a snapshot of the present files first.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +53,4 @@ def restore(
     if_interrupted = f"{found.name} may start again {what} all the same; see: orion show {found.name}"
     with platform(f"making a snapshot of {found.name}", if_interrupted) as (orion, _tell):
         restored = orion.restore_files(found.id, source, empty=empty, discard=discard)
-    if as_json:
-        return output.emit(restored)
-    return output.say(f"{output.plain(restored.name)} starts again {what}. To watch it, run: orion events -f")
+    output.result(restored, as_json, f"{restored.name} starts again {what}. To watch it, run: orion events -f")

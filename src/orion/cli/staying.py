@@ -1,4 +1,4 @@
-"""Runs ssh as a child process, so that `orion ssh` can start it again after a lost connection.
+"""ssh as a child process, so that `orion ssh` can start it again after a lost connection.
 
 Signals, the terminal and the exit status behave as if ssh itself had been started.
 """
@@ -23,7 +23,7 @@ LOST = 255  # ssh's exit status after a connection that failed or broke
 
 @dataclass(frozen=True)
 class Left:
-    """How ssh ended."""
+    """The end of ssh."""
 
     status: int  # the exit status
     lost: bool  # whether the connection was lost, so that ssh did not end by itself
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> Left:
 
 
 class _Shadow:
-    """Handles signals while ssh runs: it passes them on, except those that the terminal sends to ssh anyway.
+    """The handlers of signals while ssh runs: they pass them on, except those that the terminal sends to ssh anyway.
 
     The handlers are set before ssh starts, and a signal that comes before is passed on when ssh runs. So no signal ends
     this process alone and leaves ssh with the terminal.

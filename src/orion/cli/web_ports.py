@@ -5,7 +5,7 @@ from __future__ import annotations
 import webbrowser
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from orion.cli import output
 from orion.cli.session import AsJson, RentalName, platform
@@ -14,13 +14,11 @@ from orion.wire import MAX_PORT, MIN_PORT
 
 Port = Annotated[
     int,
-    typer.Argument(
-        min=MIN_PORT, max=MAX_PORT, help="The port on which a program in the rental listens.", show_default=False
-    ),
+    Argument(min=MIN_PORT, max=MAX_PORT, help="The port on which a program in the rental listens."),
 ]
 ByPath = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--path",
         help="Print an address below the platform's own. Use this where names such as 8000-ID.localhost do not work.",
     ),
@@ -30,7 +28,7 @@ ByPath = Annotated[
 def open_port(
     rental: RentalName,
     port: Port,
-    browser: Annotated[bool, typer.Option("--browser", help="Open the address in this machine's browser.")] = False,
+    browser: Annotated[bool, Option("--browser", help="Open the address in this machine's browser.")] = False,
     by_path: ByPath = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,12 +40,9 @@ def open_port(
         rental_id = orion.find_rental(rental).id
         ticket = orion.web_port_ticket(rental_id, port)
         url = orion.opening_url(rental_id, ticket, own_host=not by_path)
-    if as_json:
-        output.emit({"url": url})
-    else:
-        if by_path or ticket.host is None:
-            output.note(f"orion: {_below_a_path(rental, port, has_host=ticket.host is not None)}", "yellow")
-        output.say(output.plain(url))
+    if not as_json and (by_path or ticket.host is None):
+        output.note(f"orion: {_below_a_path(rental, port, has_host=ticket.host is not None)}", "yellow")
+    output.result({"url": url}, as_json, url)
     if browser and not webbrowser.open(url):
         raise LocalFault("no browser was found on this machine: open the address in a browser within a minute")
 
@@ -67,7 +62,7 @@ def expose(
     rental: RentalName,
     port: Port,
     public: Annotated[
-        bool | None, typer.Option("--public/--private", help="Open to everybody, or to the rental's owner alone.")
+        bool | None, Option("--public/--private", help="Open to everybody, or to the rental's owner alone.")
     ] = None,
     by_path: ByPath = False,
     as_json: AsJson = False,
@@ -81,11 +76,9 @@ def expose(
     with platform() as (orion, _tell):
         exposed = orion.expose(orion.find_rental(rental).id, port, public)
         url = orion.port_url(exposed, own_host=not by_path)
-    if as_json:
-        return output.emit({**exposed.model_dump(), "url": url})
-    if exposed.public:
-        return output.say(f"Anybody may open {output.plain(url)}")
-    return output.say(f"Only the rental's owner may open it now, with: orion open {output.plain(rental)} {port}")
+    private = f"Only the rental's owner may open it now, with: orion open {rental} {port}"
+    text = f"Anybody may open {url}" if exposed.public else private
+    output.result({**exposed.model_dump(), "url": url}, as_json, text)
 
 
 def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) -> None:
@@ -97,5 +90,5 @@ def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) 
         return output.emit(found)
     if not found:
         return output.note(f"no port is public. The owner may open one with: orion open {output.plain(rental)} PORT")
-    rows = [[str(one.port), output.plain(url)] for one, url in zip(found, urls, strict=True)]
+    rows = [[str(one.port), url] for one, url in zip(found, urls, strict=True)]
     return output.table(["PORT", "ADDRESS"], rows, wide="ADDRESS")
