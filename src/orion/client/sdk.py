@@ -168,10 +168,7 @@ class Orion:
         return self._call(wire.Rental, "POST", "rentals", rental_id, "renew", body=body)
 
     def release(self, rental_id: str, *, wait_s: float | None = None) -> wire.Rental:
-        """End the rental. With `wait_s`, wait until it has ended: check `state` in the reply.
-
-        The request is repeatable, so it is sent again over a broken connection.
-        """
+        """End the rental, through broken connections. With `wait_s`, wait until it has ended: check `state`."""
         waits: dict[str, Any] = {"params": {"wait_s": wait_s}, "wait_s": wait_s or 0, "retry_for_s": RENT_RETRY_S}
         return self._call(wire.Rental, "DELETE", "rentals", rental_id, **waits)
 
@@ -251,10 +248,7 @@ class Orion:
         return list(self._pages(wire.Key, "rentals", rental_id, "keys"))
 
     def add_key(self, rental_id: str, ssh_public_key: str, wait_s: float = wire.DEFAULT_WAIT_S) -> list[wire.Key]:
-        """Add a key and return all keys; `in_place` tells whether the worker has them.
-
-        The request is repeatable, so it is sent again over a broken connection.
-        """
+        """Add a key, through broken connections, and return all; `in_place` tells whether the worker has them."""
         body = _valid(wire.AddKeyRequest, ssh_public_key=ssh_public_key, wait_s=wait_s)
         waits = {"wait_s": wait_s, "retry_for_s": RENT_RETRY_S}
         return self._call(wire.Page[wire.Key], "POST", "rentals", rental_id, "keys", body=body, **waits).items
@@ -277,12 +271,8 @@ class Orion:
         return self._call(wire.TerminalTicket, "POST", "rentals", rental_id, "terminal")
 
     def terminal_url(self, rental_id: str) -> str:
-        """Return an address that opens a terminal in a browser, once, within a minute.
-
-        The ticket follows the #, because browsers do not send that part of an address to any server.
-        """
-        ticket = self.terminal_ticket(rental_id).ticket
-        return f"{self.url}/terminal/#{quote(rental_id, safe='')}/{quote(ticket, safe='')}"
+        """Return an address that opens a terminal in a browser, once, within a minute."""
+        return f"{self.url}/terminal/#{_quoted(rental_id, self.terminal_ticket(rental_id).ticket)}"
 
     # Web ports
 
@@ -300,12 +290,9 @@ class Orion:
         return self._call(wire.WebPortTicket, "POST", "rentals", rental_id, "ports", str(port), "ticket")
 
     def opening_url(self, rental_id: str, ticket: wire.WebPortTicket, own_host: bool = True) -> str:
-        """Return an address that opens the port in a browser, once, within a minute.
-
-        The ticket follows the #, because browsers do not send that part of an address to any server.
-        """
-        fragment = "/".join(quote(part, safe="") for part in (rental_id, str(ticket.port), ticket.ticket))
-        return f"{self._base(ticket, own_host)}/.orion/open/#{fragment}"
+        """Return an address that opens the port in a browser, once, within a minute."""
+        # The ticket follows the #, because browsers do not send that part of an address to any server.
+        return f"{self._base(ticket, own_host)}/.orion/open/#{_quoted(rental_id, str(ticket.port), ticket.ticket)}"
 
     def port_url(self, port: wire.WebPort, own_host: bool = True) -> str:
         """Return the port's address, for those who may open it."""
@@ -313,10 +300,7 @@ class Orion:
         return f"{base}/" if base != self.url else f"{base}{port.path}"
 
     def _base(self, port: wire.WebPort, own_host: bool) -> str:
-        """Return the platform's address with the port's own host name, if there is one and the caller wants it.
-
-        With a host name of its own a page is separated from all others by the browser; without it, by a sandbox.
-        """
+        """Return the platform's address with the port's own host name, if there is one and the caller wants it."""
         if port.host is None or not own_host:
             return self.url
         parts = urlsplit(self.url)
@@ -333,10 +317,7 @@ class Orion:
         return self._call(wire.Worker, "GET", "workers", worker_id)
 
     def find_worker(self, id_or_hostname: str) -> wire.Worker:
-        """Return the worker of this id, else of this hostname.
-
-        Several workers have one hostname after a container is made again; then the one that is not down is meant.
-        """
+        """Return the worker of this id, else of this hostname: if several have it, the one that is not down."""
         workers = list(self.workers())
         if same_id := [worker for worker in workers if worker.id == id_or_hostname]:
             return same_id[0]
@@ -427,8 +408,7 @@ class Orion:
     ) -> Iterator[wire.Event]:
         """Yield the past events, oldest or newest first; ask for pages of `limit` as they are needed.
 
-        The platform keeps the newest events only. An event of the kind `events.missed` says which of the events after
-        `after` were removed.
+        The platform keeps the newest events only. An event `events.missed` says which ones after `after` were removed.
         """
         query = {"after": after, "rental_id": rental_id, "worker_id": worker_id, "limit": limit}
         return self._pages(wire.Event, "events", **query, newest_first=_flag(newest_first))
@@ -539,14 +519,15 @@ class Orion:
 
 
 def _path(*parts: str) -> str:
-    return "/".join(("/api", *(quote(part, safe="") for part in parts)))
+    return f"/api/{_quoted(*parts)}"
+
+
+def _quoted(*parts: str) -> str:
+    return "/".join(quote(part, safe="") for part in parts)
 
 
 def _valid(model: type[_Model], **fields: Any) -> _Model:
-    """Return a request. Leave out fields that are None, so that the server's defaults apply.
-
-    Raise InvalidInput if a field has a value that the server would refuse.
-    """
+    """Return a request without fields that are None. Raise InvalidInput if the server would refuse a value."""
     try:
         return model(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
