@@ -76,16 +76,17 @@ def private_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return place
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace the file in one step. Other users cannot read it at any time."""
+def write_private(path: Path, content: str | bytes, mode: int = 0o600) -> None:
+    """Replace the file in one step. Users whom `mode` does not admit cannot read it at any time."""
     import tempfile  # noqa: PLC0415 - this module takes long to load
 
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "w" if isinstance(content, str) else "wb") as file:
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fchmod(handle, mode)
+            os.fsync(handle)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
