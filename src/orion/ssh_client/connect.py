@@ -109,7 +109,8 @@ def relay(account: Login, rental_id: str) -> None:
                     patience.wait_after(error)
                     sent_by_ssh = carrier.sent_by_ssh
                 finally:
-                    report["there"] = carrier.was_closed
+                    # The platform closed the connection, as when a worker is lost; else it broke on the way.
+                    report["there"] = carrier.incoming.closed is not None
     except OrionError as error:
         report |= {"lost": True, "reason": str(error)}
         raise
@@ -204,7 +205,7 @@ class Carrier:
     def __init__(self, connection: socket.socket, early: bytes, sent_before: bytes = b"") -> None:
         """Take over the connection and send `sent_before`: the bytes of ssh that an earlier worker never answered."""
         self._connection = connection
-        self._incoming = frames.Incoming()
+        self.incoming = frames.Incoming()
         self.sent_by_ssh = sent_before  # all bytes that ssh has sent, until the worker sends its first ones
         self._has_begun = False
         self._began = time.monotonic()
@@ -227,31 +228,22 @@ class Carrier:
         that had sent nothing, and another OrionError if the connection broke before that.
         """
         try:
-            return self._run()
+            while self.incoming.closed is None or self._to_write:
+                is_over = not self._stdin_open and time.monotonic() - self._last_received >= AFTER_STDIN_S
+                if self._reader_gone or is_over:
+                    self._close()
+                    return True
+                self._step()
+            code, reason = self.incoming.closed
+            if code == MOVED:
+                raise NeverBegan(f"the rental is not on that worker any more: {reason}")
+            if code != frames.NORMAL:
+                raise OrionError(reason or "the connection to the rental was cut")
+            return not self._stdin_open
         except OrionError as error:
             if self._has_begun:
                 raise Lost(str(error)) from error
             raise
-
-    def _run(self) -> bool:
-        while self._incoming.closed is None or self._to_write:
-            is_over = not self._stdin_open and time.monotonic() - self._last_received >= AFTER_STDIN_S
-            if self._reader_gone or is_over:
-                self._close()
-                return True
-            self._step()
-        code, reason = self._incoming.closed
-        if code == MOVED:
-            moved = f"the rental is not on that worker any more: {reason}"
-            raise OrionError(moved) if self._has_begun else NeverBegan(moved)
-        if code != frames.NORMAL:
-            raise OrionError(reason or "the connection to the rental was cut")
-        return not self._stdin_open
-
-    @property
-    def was_closed(self) -> bool:
-        """Return whether the platform closed the connection, as when a worker is lost; else it broke on the way."""
-        return self._incoming.closed is not None
 
     def _step(self) -> None:
         """Wait until bytes can be read or written, and carry them."""
@@ -280,7 +272,7 @@ class Carrier:
     def _wanted(self) -> dict[int, int]:
         """Return the events to wait for, by file descriptor."""
         of_connection = 0
-        if self._incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
+        if self.incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
             of_connection |= select.POLLIN
         if self._to_send:
             of_connection |= select.POLLOUT
@@ -328,7 +320,7 @@ class Carrier:
             return len(content)
 
     def _receive(self) -> None:
-        while self._incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
+        while self.incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
             try:
                 part = self._connection.recv(CHUNK_BYTES)
             except BlockingIOError:
@@ -342,12 +334,12 @@ class Carrier:
             self._take(part)
 
     def _take(self, part: bytes) -> None:
-        for content in self._incoming.feed(part):
+        for content in self.incoming.feed(part):
             self._to_write += content if self._to_write else content[self._write_at_once(content) :]
             self._last_received = time.monotonic()
             self._has_begun = True
-        self._to_send += b"".join(self._incoming.to_answer)
-        self._incoming.to_answer.clear()
+        self._to_send += b"".join(self.incoming.to_answer)
+        self.incoming.to_answer.clear()
 
     def _send(self) -> None:
         while self._to_send:
@@ -425,7 +417,3 @@ def _is_raw(number: int) -> bool:
     except (termios.error, OSError):
         return False
     return not modes[1] & termios.OPOST and not modes[3] & termios.ICANON
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
