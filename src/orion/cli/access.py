@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from orion import login as logins
 from orion.cli import durations, output
-from orion.cli.session import AsJson, Yes, confirm, platform
+from orion.cli.session import AsJson, Yes, ask, confirm
 from orion.client.sdk import Orion
 from orion.login import Login
 from orion.wire import MAX_TOKEN_TTL_S, MIN_TTL_S
@@ -73,8 +73,7 @@ def create_token(
     The token is printed once, alone on stdout, and cannot be shown again.
     """
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TOKEN_TTL_S) if ttl is not None else None
-    with platform() as (orion, _tell):
-        made = orion.create_token(name, role.value, ttl_s)
+    made = ask(lambda orion: orion.create_token(name, role.value, ttl_s))
     if not as_json:
         output.note(output.plain(f"token {made.id} of {made.name}, {made.role.value}; it is shown only now:"))
     output.result(made, as_json, made.token)
@@ -83,8 +82,7 @@ def create_token(
 @tokens.command("ls")
 def list_tokens(as_json: AsJson = False) -> None:
     """List the tokens, without their secrets."""
-    with platform() as (orion, _tell):
-        found = list(orion.tokens())
+    found = ask(lambda orion: list(orion.tokens()))
     if as_json:
         return output.emit(found)
     rows = [
@@ -104,11 +102,9 @@ def revoke_token(
 
     Its rentals continue. Sessions that it opened end.
     """
-    with platform() as (orion, _tell):
-        found = orion.find_token(token)
+    found = ask(lambda orion: orion.find_token(token))
     confirm(f"Revoke {found.id} ({found.role.value} of {found.name})?", yes)
-    with platform() as (orion, _tell):
-        orion.revoke_token(found.id)
+    ask(lambda orion: orion.revoke_token(found.id))
     output.result({"revoked": found.id}, as_json, f"{found.id} is revoked.")
 
 

@@ -12,7 +12,7 @@ import typer
 from typer import Argument
 
 from orion.cli import output
-from orion.cli.session import AsJson, Yes, confirm, platform
+from orion.cli.session import AsJson, Yes, ask, confirm, platform
 from orion.client.sdk import Orion
 from orion.errors import InvalidInput, LocalFault, Retryable
 from orion.wire import RentalName, RestorePlan
@@ -54,13 +54,11 @@ def backup(
 @commands.command("confirm-clock")
 def confirm_clock(yes: Yes = False, as_json: AsJson = False) -> None:
     """Make the manager trust its clock again."""
-    with platform() as (orion, _tell):
-        problem = orion.status().clock
+    problem = ask(lambda orion: orion.status().clock)
     if problem is None:
         return output.result({"confirmed": False}, as_json, "The manager already trusts its clock.")
     confirm(f"The manager's clock: {problem}. Is it right now? Rentals that are over by it end at once", yes)
-    with platform() as (orion, _tell):
-        orion.confirm_clock()
+    ask(lambda orion: orion.confirm_clock())
     return output.result({"confirmed": True}, as_json, "The manager trusts its clock from now on.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import IO, Annotated, Any
 
@@ -53,31 +53,20 @@ def _everywhere(
         raise typer.Exit
 
 
-app.command()(access.login)
-app.command()(rentals.rent)
+def _add(*functions: Callable[..., None]) -> None:
+    """Add a command for each function, under the function's name."""
+    for function in functions:
+        app.command()(function)
+
+
+_add(access.login, rentals.rent)
 app.command(context_settings={"allow_interspersed_args": False})(shell.ssh)
-app.command("config-ssh")(config_ssh.config_ssh)
-app.command()(shell.connect)
-app.command()(shell.terminal)
+_add(config_ssh.config_ssh, shell.connect, shell.terminal)
 app.command("open")(web_ports.open_port)
-app.command()(web_ports.expose)
-app.command()(web_ports.ports)
-app.command()(rentals.ls)
-app.command()(rentals.show)
-app.command()(rentals.start)
-app.command()(shell.logs)
-app.command()(rentals.thaw)
-app.command()(rentals.renew)
-app.command()(rentals.migrate)
-app.command()(rentals.release)
-app.command()(snapshots.snapshots)
-app.command()(snapshots.restore)
-app.command()(feed.events)
-app.command()(pool.status)
-app.command()(pool.drain)
-app.command()(pool.resume)
-app.command()(pool.remove)
-app.command()(pool.inventory)
+_add(web_ports.expose, web_ports.ports)
+_add(rentals.ls, rentals.show, rentals.start, shell.logs, rentals.thaw, rentals.renew, rentals.migrate, rentals.release)
+_add(snapshots.snapshots, snapshots.restore, feed.events)
+_add(pool.status, pool.drain, pool.resume, pool.remove, pool.inventory)
 app.add_typer(rental_keys.commands, name="keys")
 app.add_typer(access.tokens, name="token")
 app.add_typer(pool.commands, name="workers")

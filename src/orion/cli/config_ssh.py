@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -31,21 +30,20 @@ def config_ssh(
     ssh, scp, rsync, VS Code and Ansible then find them. The command adds one line at the beginning of ~/.ssh/config,
     which includes a file beside the login. It may be repeated.
     """
-    file = _ssh_config()
+    file = (Path.home() / ".ssh" / "config").resolve()  # so that a link is not replaced
     before = _content(file)
     after = without(before) if remove else with_include(before)
     if not dry_run:
+        made_by_us = remove and _made_by_us().exists()
         if remove:
-            made_by_us = _made_by_us().exists()
             _made_by_us().unlink(missing_ok=True)
             hosts.remove()
         else:
-            made_by_us = False
             _check_home()
             account = login.load()
             keys.public_key(None)
             hosts.learn(account)
-            hosts.check_by_ssh(include_line().decode())
+            hosts.check_by_ssh(hosts.include_line())
             if not file.exists():
                 _made_by_us().touch(mode=0o600)
         if made_by_us and not after:
@@ -59,21 +57,18 @@ def config_ssh(
             output.note("ssh needs a shell in $SHELL, and yours cannot run commands: run SHELL=/bin/sh ssh NAME.orion")
 
 
-def include_line() -> bytes:
-    """Return the line that includes our configuration."""
-    return hosts.include_line().encode()
-
-
 def with_include(before: bytes) -> bytes:
     """Return ssh's configuration with our two lines first: after a Host line they would apply to that host only."""
-    if before.startswith(REMARK + include_line()):
-        return before
-    return REMARK + include_line() + without(before)
+    return before if before.startswith(_our_lines()) else _our_lines() + without(before)
 
 
 def without(before: bytes) -> bytes:
     """Return ssh's configuration without our two lines, wherever they are."""
-    return before.replace(REMARK + include_line(), b"")
+    return before.replace(_our_lines(), b"")
+
+
+def _our_lines() -> bytes:
+    return REMARK + hosts.include_line().encode()
 
 
 def refresh() -> None:
@@ -98,11 +93,6 @@ def _check_home() -> None:
         raise LocalFault(f"{home} is another user's home: run this command as that user, or set HOME to your own home")
 
 
-def _ssh_config() -> Path:
-    """Return the path of ssh's configuration file, with links resolved, so that a link is not replaced."""
-    return (Path.home() / ".ssh" / "config").resolve()
-
-
 def _content(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -116,18 +106,7 @@ def _replace(file: Path, content: bytes) -> None:
     """Replace the file in one step and keep its mode; a new file gets mode 0600. Raise LocalFault."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = file.stat().st_mode & 0o7777 if file.exists() else 0o600
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".config.")
-        try:
-            with os.fdopen(handle, "wb") as new:
-                new.write(content)
-                new.flush()
-                os.fchmod(handle, mode)
-                os.fsync(handle)
-            Path(name).replace(file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        login.write_private(file, content, file.stat().st_mode & 0o7777 if file.exists() else 0o600)
     except OSError as error:
         raise LocalFault(f"cannot write {file}: {error.strerror}") from error
 

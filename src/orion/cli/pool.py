@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from orion.cli import durations, output
-from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
+from orion.cli.session import AsJson, WorkerName, Yes, ask, confirm, platform
 from orion.errors import Ended, NotFound, StillWaiting
 from orion.ssh_command import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
@@ -29,8 +29,7 @@ def workers(context: typer.Context, as_json: AsJson = False) -> None:
     """List the workers of the pool."""
     if context.invoked_subcommand is not None:
         return None
-    with platform() as (orion, _tell):
-        found = list(orion.workers())
+    found = ask(lambda orion: list(orion.workers()))
     if as_json:
         return output.emit(found)
     if not found:
@@ -49,8 +48,7 @@ def prune(as_json: AsJson = False) -> None:
 
     A worker that may have the only copy of a rental's files is kept. The others are forgotten after an hour anyway.
     """
-    with platform() as (orion, _tell):
-        done = orion.prune_workers()
+    done = ask(lambda orion: orion.prune_workers())
     kept = [f"Kept: {one.id}: {one.why}" for one in done.kept]
     output.result(done, as_json, f"Forgotten: {', '.join(done.forgotten) or 'none'}.", *kept)
 
@@ -61,12 +59,10 @@ def gone(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
 
     Its rentals are then taken over at once.
     """
-    with platform() as (orion, _tell):
-        found = orion.find_worker(worker)
+    found = ask(lambda orion: orion.find_worker(worker))
     warning = "if it only lost its network, its rentals run twice until its lease ends"
     confirm(f"Is the container of {found.id} ({found.hostname}) really removed or stopped? ({warning})", yes)
-    with platform() as (orion, _tell):
-        declared = orion.declare_gone(found.id)
+    declared = ask(lambda orion: orion.declare_gone(found.id))
     text = f"{found.id} is down; its rentals continue elsewhere. To watch them, run: orion events -f"
     output.result(declared, as_json, text)
 
@@ -80,8 +76,7 @@ def drain(
 
     They keep all their files. The worker gets no new rentals until it is resumed.
     """
-    with platform() as (orion, _tell):
-        drained = orion.drain(orion.find_worker(worker).id)
+    drained = ask(lambda orion: orion.drain(orion.find_worker(worker).id))
     if not no_wait:
         drained = _wait_until_drained(drained)
     if drained.intent is WorkerIntent.ACTIVE and not as_json:
@@ -128,12 +123,10 @@ def resume(
     Use this after a drain or a quarantine. The platform first checks the worker, which takes some seconds.
     """
     within_s = durations.parse(wait)
-    with platform() as (orion, _tell):
-        found = orion.find_worker(worker)
+    found = ask(lambda orion: orion.find_worker(worker))
     if give_up:
         confirm(f"Delete the rentals on {found.id} that the database does not know, with all their files?", yes)
-    with platform() as (orion, _tell):
-        resumed = orion.resume(found.id, give_up=give_up)
+    resumed = ask(lambda orion: orion.resume(found.id, give_up=give_up))
     if_interrupted = f"{found.id} is resumed, and its check continues; see: orion workers"
     with platform(f"waiting until {found.id} is ready", if_interrupted) as (orion, tell):
         resumed = orion.wait_until_ready(resumed, within_s, lambda one: tell(_situation(one)))
@@ -153,18 +146,15 @@ def _situation(worker: Worker) -> str:
 
 def remove(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
     """Forget a worker that will not come back."""
-    with platform() as (orion, _tell):
-        found = orion.find_worker(worker)
+    found = ask(lambda orion: orion.find_worker(worker))
     confirm(f"Forget {found.id} ({found.hostname}, {found.health.value})?", yes)
-    with platform() as (orion, _tell):
-        orion.remove_worker(found.id)
+    ask(lambda orion: orion.remove_worker(found.id))
     output.result({"removed": found.id}, as_json, f"{found.id} is forgotten.")
 
 
 def status(as_json: AsJson = False) -> None:
     """Show the state of the platform."""
-    with platform() as (orion, _tell):
-        found = orion.status()
+    found = ask(lambda orion: orion.status())
     if as_json:
         return output.emit(found)
     output.fields(
@@ -192,8 +182,7 @@ def inventory(
 ) -> None:
     """Print the workers for ansible-playbook -i."""
     del list_all, as_json  # the options of an inventory program; the output is JSON in any case
-    with platform() as (orion, _tell):
-        hosts = ansible_hosts(orion.workers())
+    hosts = ask(lambda orion: ansible_hosts(orion.workers()))
     if host is None:
         return output.emit({"workers": {"hosts": sorted(hosts)}, "_meta": {"hostvars": hosts}})
     if host not in hosts:

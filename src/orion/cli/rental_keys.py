@@ -10,7 +10,7 @@ import typer
 from typer import Argument
 
 from orion.cli import keys, output
-from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
+from orion.cli.session import AsJson, RentalName, Yes, ask, confirm, platform
 from orion.errors import InvalidInput, NotFound, StillWaiting
 from orion.wire import Key
 
@@ -26,8 +26,7 @@ def _keys_of(context: typer.Context, rental: RentalName) -> None:
 @commands.command("ls")
 def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
     """List the keys that open the rental."""
-    with platform() as (orion, _tell):
-        found = orion.keys(orion.find_rental(context.obj).id)
+    found = ask(lambda orion: orion.keys(orion.find_rental(context.obj).id))
     return _show(found, as_json)
 
 
@@ -77,8 +76,7 @@ def remove_key(
         raise NotFound(404, "not_found", detail)
     confirm(f"Remove the key {found.fingerprint} from {rental.name}?", yes)
     if_interrupted = f"the key may have been removed; see: orion keys {rental.name} ls"
-    with platform("removing the key", if_interrupted) as (orion, _tell):
-        left = orion.remove_key(rental.id, found.id)
+    left = ask(lambda orion: orion.remove_key(rental.id, found.id), "removing the key", if_interrupted)
     _show(left, as_json)
     _wait_for_all(left)
 

@@ -10,7 +10,7 @@ from typer import Option
 
 from orion import login
 from orion.cli import config_ssh, durations, keys, output
-from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
+from orion.cli.session import AsJson, RentalName, Yes, ask, confirm, platform
 from orion.client.sdk import ENDED
 from orion.errors import Ended, InvalidInput, NotMigrated, OrionError, StillWaiting
 from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_TTL_S, MAX_WAIT_S, MIN_TTL_S, LogEntry, Rental, RentalState
@@ -96,8 +96,7 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List your rentals; an admin sees all."""
-    with platform() as (orion, _tell):
-        rentals = list(orion.rentals(ended=ended))
+    rentals = ask(lambda orion: list(orion.rentals(ended=ended)))
     if as_json:
         return output.emit(rentals)
     if not rentals:
@@ -137,8 +136,7 @@ def start(rental: RentalName, as_json: AsJson = False) -> None:
 
     This also works if the platform no longer runs it by itself. Processes of an earlier run are not stopped.
     """
-    with platform() as (orion, _tell):
-        started = orion.start(orion.find_rental(rental).id)
+    started = ask(lambda orion: orion.start(orion.find_rental(rental).id))
     name = started.name
     output.result(started, as_json, f"{name} runs its start command. To see its output, run: orion logs {name}")
 
@@ -162,8 +160,7 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
     """Set a rental's time, counted from now."""
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
-    with platform() as (orion, _tell):
-        renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
+    renewed = ask(lambda orion: orion.renew(orion.find_rental(rental).id, ttl_s))
     output.result(renewed, as_json, f"{renewed.name} ends {_end(renewed)}.")
 
 
@@ -173,8 +170,7 @@ def migrate(rental: RentalName, wait: Wait = "10m", as_json: AsJson = False) -> 
     It keeps all its files. Its processes end, and its start command runs again.
     """
     within_s = durations.parse(wait)
-    with platform() as (orion, _tell):
-        before = orion.find_rental(rental)
+    before = ask(lambda orion: orion.find_rental(rental))
     if_interrupted = f"if the migration of {before.name} has begun, it continues; see: orion show {before.name}"
     with platform(f"migrating {before.name}", if_interrupted) as (orion, tell):
         after = orion.migrate(before.id, wait_s=min(within_s, MAX_WAIT_S))
@@ -198,8 +194,7 @@ def _is_settled(rental: Rental) -> bool:
 def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_json: AsJson = False) -> None:
     """End a rental and delete all its files."""
     within_s = durations.parse(wait)
-    with platform() as (orion, _tell):
-        found = orion.find_rental(rental, ended=True)
+    found = ask(lambda orion: orion.find_rental(rental, ended=True))
     if found.state not in ENDED:
         confirm(f"Release {found.name} and delete all its files?", yes)
     if_interrupted = f"if the release of {found.name} has begun, it continues; see: orion show {found.id}"

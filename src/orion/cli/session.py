@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from typer import Argument, Option
@@ -24,6 +24,7 @@ AsJson = Annotated[
 ]
 RentalName = Annotated[str, Argument(metavar="RENTAL", help="The rental's name or id.")]
 WorkerName = Annotated[str, Argument(metavar="WORKER", help="The worker's id or hostname.")]
+_Reply = TypeVar("_Reply")
 Yes = Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
@@ -41,6 +42,12 @@ def platform(doing: str = "", if_interrupted: str = "") -> Iterator[tuple[Orion,
         if if_interrupted:
             output.note(f"\norion: {output.plain(if_interrupted)}")
         raise
+
+
+def ask(call: Callable[[Orion], _Reply], doing: str = "", if_interrupted: str = "") -> _Reply:
+    """Return the result of one call of the platform. The other arguments are those of `platform`."""
+    with platform(doing, if_interrupted) as (orion, _tell):
+        return call(orion)
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -20,7 +20,7 @@ from typer import Argument, Option
 from orion import login
 from orion.cli import durations, keys, output, staying
 from orion.cli.rentals import notices, situation
-from orion.cli.session import AsJson, RentalName, platform
+from orion.cli.session import AsJson, RentalName, ask, platform
 from orion.client.sdk import ENDED, Orion
 from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
 from orion.ssh_client import hosts
@@ -131,8 +131,7 @@ def terminal(
     It is for a browser and works once, within a minute, on machines without ssh. Unlike with ssh, the platform can read
     the traffic.
     """
-    with platform(f"looking for {rental}") as (orion, _tell):
-        url = orion.terminal_url(orion.find_rental(rental).id)
+    url = ask(lambda orion: orion.terminal_url(orion.find_rental(rental).id), f"looking for {rental}")
     output.result({"url": url}, as_json, url)
     if show and not webbrowser.open(url):
         raise LocalFault("no browser was found on this machine: open the address in a browser within a minute")

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from orion.cli import output
-from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
+from orion.cli.session import AsJson, RentalName, Yes, ask, confirm, platform
 from orion.errors import InvalidInput
 from orion.wire import Snapshot
 
@@ -46,8 +46,7 @@ def restore(
     """
     if (source is None) != empty:
         raise InvalidInput("give either --from SNAPSHOT or --empty. List the snapshots with: orion snapshots RENTAL")
-    with platform() as (orion, _tell):
-        found = orion.find_rental(rental)
+    found = ask(lambda orion: orion.find_rental(rental))
     what = "with an empty home" if empty else f"with snapshot {source}"
     confirm(f"Stop {found.name}, end all its processes, and start it again {what}?", yes)
     if_interrupted = f"{found.name} may start again {what} all the same; see: orion show {found.name}"
