@@ -90,8 +90,7 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
-NOT_MOVED = "could not be moved: "
-"""The beginning of a rental's explanation after a migration that failed; the rental stays on its worker."""
+NOT_MOVED = "could not be moved: "  # the beginning of a rental's explanation after a migration that failed
 
 
 class Want(StrEnum):
@@ -162,10 +161,8 @@ def _ssh_fields(encoded: str) -> list[bytes]:
 def plain_name(text: str) -> str:
     """Return the name. Raise ValueError if it could do harm in a shell, in a URL or as a host name."""
     if not _NAME.fullmatch(text):
-        raise ValueError(
-            "must be lowercase letters, digits and hyphens, at most 40, such as my-lab; "
-            "it begins with a letter and does not end with a hyphen"
-        )
+        form = "must be lowercase letters, digits and hyphens, at most 40, such as my-lab"
+        raise ValueError(f"{form}; it begins with a letter and does not end with a hyphen")
     return text
 
 
@@ -309,8 +306,7 @@ class StartEnd(Request):
     ago_s: float = Field(0, ge=0, le=1e9, strict=True, description="Seconds since the run ended")
 
 
-FURTHER_FIELDS = ("start_ends",)
-"""Fields of a heartbeat that a worker sends only to a manager that names them in `takes`: older ones refuse them."""
+FURTHER_FIELDS = ("start_ends",)  # fields of a heartbeat for managers that name them in `takes`: older ones refuse them
 
 
 class HeartbeatRequest(Request):
