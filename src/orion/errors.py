@@ -172,14 +172,7 @@ class NoAnswer(ApiError, Retryable):
     exit_code = 5
 
 
-_BY_STATUS: dict[int, type[ApiError]] = {
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
-    422: InvalidRequest,
-    429: RateLimited,
-}
+_BY_STATUS = {401: Unauthorized, 403: Forbidden, 404: NotFound, 409: Conflict, 422: InvalidRequest, 429: RateLimited}
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime | None = None) -> ApiError:

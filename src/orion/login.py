@@ -164,9 +164,8 @@ def proxy_for(url: str) -> str | None:
     if proxy and "://" not in proxy:
         proxy = f"http://{proxy}"
     if proxy and not proxy.startswith(("http://", "https://")):
-        raise InvalidInput(
-            f"orion cannot use the proxy {proxy} of the environment: unset its variable, or set NO_PROXY={host}"
-        )
+        advice = f"unset its variable, or set NO_PROXY={host}"
+        raise InvalidInput(f"orion cannot use the proxy {proxy} of the environment: {advice}")
     return proxy
 
 

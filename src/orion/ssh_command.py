@@ -28,18 +28,16 @@ def option_arguments(options: Iterable[str]) -> list[str]:
 
 
 def pinned_host_arguments(alias: str, host_keys: Sequence[str]) -> Pinned:
-    """Return the options that accept these host keys under this alias, and no other key or file.
+    """Return the options that accept these host keys (lines of a .pub file) under this alias, and no other key or file.
 
-    `host_keys` are lines as in a .pub file: type, key. The values hold no character that a shell or ssh would
-    interpret: an alias is one of our ids, a key is base-64.
+    No shell and no ssh interprets a character of the values: an alias is one of our ids, a key is base-64.
     """
     if not host_keys:
         raise ValueError(f"no host key is known for {alias}")
     key = min(host_keys, key=lambda line: (not line.startswith("ssh-ed25519 "), line))
     key_type, encoded = key.split()[:2]
-    return _pinned(
-        alias, f"{alias} {key_type} {encoded}", f"HostKeyAlgorithms={','.join(host_key_algorithms(key_type))}"
-    )
+    algorithms = ",".join(host_key_algorithms(key_type))
+    return _pinned(alias, f"{alias} {key_type} {encoded}", f"HostKeyAlgorithms={algorithms}")
 
 
 def pinned_authority_arguments(alias: str, authority: str) -> Pinned:

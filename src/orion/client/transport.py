@@ -71,10 +71,7 @@ class HttpTransport:
         wait_s: float = 0.0,
         retry_for_s: float = 0.0,
     ) -> httpx.Response:
-        """Send a request and return a successful reply. Repeat it until `retry_for_s` after the first failure.
-
-        Repeat it after a retryable error only. Raise OrionError.
-        """
+        """Send a request and return a successful reply. Repeat it for `retry_for_s` after a retryable error."""
         request = self._client.build_request(
             method,
             path,
