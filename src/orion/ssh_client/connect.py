@@ -19,17 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from orion import login
-from orion.errors import (
-    ApiError,
-    InvalidInput,
-    ManagerUnreachable,
-    NoAnswer,
-    OrionError,
-    UnreadableReply,
-    no_reply,
-    refusal,
-)
+from orion import errors, login
+from orion.errors import ApiError, InvalidInput, OrionError, UnreadableReply
 from orion.login import Login
 from orion.ssh_client import frames, hosts, stream
 
@@ -168,7 +159,7 @@ def _open(account: Login, rental_id: str, patience: Patience) -> tuple[socket.so
             wait_s = SAY_EVERY_S
             if error.code == "not_active" and error.retry_after_s is not None:
                 patience.wait_after(error, pause_s=0)
-            elif error.code == "worker_unreachable" or isinstance(error, ManagerUnreachable | NoAnswer):
+            elif error.code == "worker_unreachable" or isinstance(error, errors.ManagerUnreachable | errors.NoAnswer):
                 patience.wait_after(error)
             else:
                 raise
@@ -183,7 +174,7 @@ def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.so
         path = f"/api/rentals/{rental_id}/ssh?wait_s={wait_s:g}"
         head, early = stream.ask(connection, account, path, upgrade)
         if head.status != 101:
-            raise refusal(head.status, head, stream.rest_of_refusal(connection, head, early))
+            raise errors.refusal(head.status, head, stream.rest_of_refusal(connection, head, early))
         if head.get("sec-websocket-accept") != frames.accept_of(key):
             raise UnreadableReply(f"{account.url} does not take connections to rentals")
         if notice := head.get(NOTICE):
@@ -192,7 +183,7 @@ def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.so
             _say(remark)
     except OSError as error:
         connection.close()
-        raise no_reply(account.url, error) from error
+        raise errors.no_reply(account.url, error) from error
     except OrionError:
         connection.close()
         raise

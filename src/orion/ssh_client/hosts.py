@@ -1,7 +1,6 @@
 """The configuration by which this machine's ssh reaches the user's rentals: three files beside the login.
 
-    config        one block for each living rental (its user, its keys, the name that its worker must prove), a command
-                  that looks up an unknown name, and the verification of every host
+    config        one block for each living rental, a command that looks up an unknown name, and the verification
     rentals       the same blocks, which `config` includes after that command
     known_hosts   one line: the platform's authority for host certificates
 
@@ -42,8 +41,7 @@ ENOUGH_S = 600  # seconds for which a stored certificate must still be valid to 
 CHECK_S = 10.0  # seconds within which ssh must have read its new configuration
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # a word that no shell and no reader of ssh's configuration interprets
 _GLOB_CLASSES = {"*": "[*]", "?": "[?]", "[": "[[]", '"': "[!-#]", "%": "[#-&]", "$": "[#-&]", "\\": "[Z-^]"}
-"""Classes of glob(7) that stand for a special character and match at most four others. Versions of ssh differ in how
-they read such a character itself in an Include."""
+"""Classes of glob(7) for special characters, which versions of ssh read differently; each matches at most four more."""
 _ID = re.compile(r"[a-z0-9-]{1,64}")
 _USERNAME = re.compile(r"r-[a-z0-9]{1,30}")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -195,9 +193,8 @@ def check_names(rental_id: str, name: str, username: str) -> None:
 def check_authority(line: str) -> None:
     """Raise UnreadableReply if the line is not a known_hosts line of the platform's authority."""
     if not _AUTHORITY.fullmatch(line):
-        raise UnreadableReply(
-            "the platform did not send the key that verifies its workers. Check that it has the same version as orion"
-        )
+        advice = "Check that it has the same version as orion"
+        raise UnreadableReply(f"the platform did not send the key that verifies its workers. {advice}")
 
 
 def connect_command(argument: str) -> str:
