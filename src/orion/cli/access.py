@@ -30,17 +30,12 @@ class TokenRole(StrEnum):
 
 
 def login(
-    url: Annotated[
-        str,
-        Argument(metavar="URL", help="The platform's address, such as http://localhost:8080."),
-    ],
+    url: Annotated[str, Argument(metavar="URL", help="The platform's address, such as http://localhost:8080.")],
     token_file: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="A file with the token; - is stdin. Without it orion asks for the token."),
+        Path | None, Option(metavar="FILE", help="A file with the token; - is stdin. Default: orion asks for it.")
     ] = None,
     ca_file: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="The platform's certificate in PEM, if this machine does not trust it."),
+        Path | None, Option(metavar="FILE", help="The platform's certificate in PEM, if it is not trusted otherwise.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,9 +58,7 @@ def login(
 def create_token(
     name: Annotated[str, Argument(help="The name of the token's user, who owns all rentals made with it.")],
     role: Annotated[TokenRole, Option(help="What the token allows.")] = TokenRole.CLIENT,
-    ttl: Annotated[
-        str | None, Option(metavar="DURATION", help="How long the token is valid. Default: until it is revoked.")
-    ] = None,
+    ttl: Annotated[str | None, Option(metavar="DURATION", help="How long it is valid. Default: until revoked.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token.

@@ -25,8 +25,7 @@ _SHOWN = 10  # rentals that are named before the rest is only counted
 
 @commands.command()
 def backup(
-    file: Annotated[str, Argument(metavar="FILE", help="The file to make; - is stdout.")],
-    as_json: AsJson = False,
+    file: Annotated[str, Argument(metavar="FILE", help="The file to make; - is stdout.")], as_json: AsJson = False
 ) -> None:
     """Write a copy of the database to a file.
 

@@ -20,9 +20,7 @@ def events(
     rental: Annotated[str | None, Option(help="Show only events of this rental.")] = None,
     worker: Annotated[str | None, Option(help="Show only events of this worker.")] = None,
     last: Annotated[int, Option("--last", "-n", min=0, help="How many of the newest events to show.")] = 20,
-    after: Annotated[
-        int | None, Option(metavar="ID", help="Show all events after the one with this id instead.")
-    ] = None,
+    after: Annotated[int | None, Option(metavar="ID", help="Show all events after this one instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show events; with --json one object per line."""

@@ -80,10 +80,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str) -> 
 def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str) -> int:
     """Return the number of columns of the terminal that a table needs at least."""
     widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
-    folded = [
-        min(width, MIN_FOLDED_WIDTH) if name == wide else width for name, width in zip(headings, widths, strict=True)
-    ]
-    return sum(folded) + 2 * (len(folded) - 1)
+    saved = max(0, widths[list(headings).index(wide)] - MIN_FOLDED_WIDTH)
+    return sum(widths) - saved + 2 * (len(widths) - 1)
 
 
 def _lists(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -34,8 +34,7 @@ def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
 def add_key(
     context: typer.Context,
     file: Annotated[
-        Path | None,
-        Argument(help="A file with one public key on each line; - is stdin. The default is orion's own key."),
+        Path | None, Argument(help="A file with a public key on each line; - is stdin. Default: orion's own key.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -14,14 +14,12 @@ from orion.client.sdk import Orion
 from orion.errors import InvalidInput
 
 
-def _also_before_the_command(context: typer.Context, value: bool) -> bool:
+def _also_before(context: typer.Context, value: bool) -> bool:
     """Return the option's value, also for `orion --json ls`, which means `orion ls --json`."""
     return value or bool(context.find_root().params.get("as_json"))
 
 
-AsJson = Annotated[
-    bool, Option("--json", callback=_also_before_the_command, help="Print JSON; also errors, on stderr.")
-]
+AsJson = Annotated[bool, Option("--json", callback=_also_before, help="Print JSON; also errors, on stderr.")]
 RentalName = Annotated[str, Argument(metavar="RENTAL", help="The rental's name or id.")]
 WorkerName = Annotated[str, Argument(metavar="WORKER", help="The worker's id or hostname.")]
 _Reply = TypeVar("_Reply")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -77,7 +76,8 @@ def ssh(
     found = _find(rental, wait)
     words = command or []
     words = words[1:] if words[:1] == ["--"] else words  # `--` ends the options, as for ssh
-    request = replace(_request(found, words, identity, tty, cert, persist), forward_agent=forward_agent)
+    request = _request(found, words, identity, cert, persist)
+    request = replace(request, tty=tty or persist, forward_agent=forward_agent)
     arguments = _opening(found, request)
     if sys.stdin.isatty() and (persist or not request.command):
         raise typer.Exit(_stay(found, request, arguments, durations.parse(wait)))
@@ -137,9 +137,7 @@ def terminal(
         raise LocalFault("no browser was found on this machine: open the address in a browser within a minute")
 
 
-def connect(
-    rental_id: Annotated[str, Argument(metavar="RENTAL_ID", help="The rental's id.")],
-) -> None:
+def connect(rental_id: Annotated[str, Argument(metavar="RENTAL_ID", help="The rental's id.")]) -> None:
     """Connect stdin and stdout to a rental.
 
     This is what ssh runs for each session, as `orion config-ssh` configures it. People use `orion ssh` instead.
@@ -176,12 +174,7 @@ def ssh_arguments(rental: Rental, authority: str, request: SshRequest, certifica
 
 
 def _request(
-    rental: Rental,
-    command: Sequence[str],
-    identity: Path | None,
-    tty: bool = False,
-    cert: bool = False,
-    persist: bool = False,
+    rental: Rental, command: list[str], identity: Path | None, cert: bool = False, persist: bool = False
 ) -> SshRequest:
     """Return a request with the given key, else the recorded one, else a certificate of orion's own key."""
     recorded = None if cert else keys.identity_of(rental.id)
@@ -191,8 +184,8 @@ def _request(
         identity, cert = keys.public_key(None)[1], True
     if persist:
         inside = [shlex.quote(" ".join(command))] if command else []
-        command, tty = [" ".join([PERSISTENT, *inside])], True
-    return SshRequest(tuple(command), identity, tty, cert)
+        command = [" ".join([PERSISTENT, *inside])]
+    return SshRequest(tuple(command), identity, tty=persist, certified=cert)
 
 
 def _arguments(orion: Orion, rental: Rental, request: SshRequest) -> list[str]:

@@ -12,16 +12,9 @@ from orion.cli.session import AsJson, RentalName, platform
 from orion.errors import InvalidInput, LocalFault
 from orion.wire import MAX_PORT, MIN_PORT
 
-Port = Annotated[
-    int,
-    Argument(min=MIN_PORT, max=MAX_PORT, help="The port on which a program in the rental listens."),
-]
+Port = Annotated[int, Argument(min=MIN_PORT, max=MAX_PORT, help="The port on which a program in the rental listens.")]
 ByPath = Annotated[
-    bool,
-    Option(
-        "--path",
-        help="Print an address below the platform's own. Use this where names such as 8000-ID.localhost do not work.",
-    ),
+    bool, Option("--path", help="Print an address below the platform's own, if names such as 8000-ID.localhost fail.")
 ]
 
 
@@ -61,9 +54,7 @@ def _below_a_path(rental: str, port: int, has_host: bool) -> str:
 def expose(
     rental: RentalName,
     port: Port,
-    public: Annotated[
-        bool | None, Option("--public/--private", help="Open to everybody, or to the rental's owner alone.")
-    ] = None,
+    public: Annotated[bool | None, Option("--public/--private", help="Open to everybody, or to the owner.")] = None,
     by_path: ByPath = False,
     as_json: AsJson = False,
 ) -> None:
