@@ -55,7 +55,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Login:
 
 
 def store(login: Login, environment: Mapping[str, str] = os.environ) -> Path:
-    """Store the login in a private file and return its path. The certificate file is copied."""
+    """Store the login in a private file and return its path. Copy the certificate file beside it."""
     place = private_folder(environment)
     if login.ca_file:
         write_private(place / "ca.pem", Path(login.ca_file).read_text())

@@ -30,7 +30,7 @@ def option_arguments(options: Iterable[str]) -> list[str]:
 def pinned_host_arguments(alias: str, host_keys: Sequence[str]) -> Pinned:
     """Return the options that accept these host keys (lines of a .pub file) under this alias, and no other key or file.
 
-    No shell and no ssh interprets a character of the values: an alias is one of our ids, a key is base-64.
+    No shell and no ssh interprets a character of the values: an alias is an id of the platform, a key is base-64.
     """
     if not host_keys:
         raise ValueError(f"no host key is known for {alias}")

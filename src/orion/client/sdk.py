@@ -168,7 +168,7 @@ class Orion:
         return self._call(wire.Rental, "POST", "rentals", rental_id, "renew", body=body)
 
     def release(self, rental_id: str, *, wait_s: float | None = None) -> wire.Rental:
-        """End the rental, through broken connections. With `wait_s`, wait until it has ended: check `state`."""
+        """End the rental. With `wait_s`, wait until it has ended: check `state`. Retry over a broken connection."""
         waits: dict[str, Any] = {"params": {"wait_s": wait_s}, "wait_s": wait_s or 0, "retry_for_s": RENT_RETRY_S}
         return self._call(wire.Rental, "DELETE", "rentals", rental_id, **waits)
 
@@ -248,7 +248,7 @@ class Orion:
         return list(self._pages(wire.Key, "rentals", rental_id, "keys"))
 
     def add_key(self, rental_id: str, ssh_public_key: str, wait_s: float = wire.DEFAULT_WAIT_S) -> list[wire.Key]:
-        """Add a key, through broken connections, and return all; `in_place` tells whether the worker has them."""
+        """Add a key and return all; `in_place` tells whether the worker has them. Retry over a broken connection."""
         body = _valid(wire.AddKeyRequest, ssh_public_key=ssh_public_key, wait_s=wait_s)
         waits = {"wait_s": wait_s, "retry_for_s": RENT_RETRY_S}
         return self._call(wire.Page[wire.Key], "POST", "rentals", rental_id, "keys", body=body, **waits).items

@@ -1,4 +1,4 @@
-"""A parser of server-sent events (WHATWG HTML, 9.2.6), reduced to what our own server sends."""
+"""A parser of server-sent events (WHATWG HTML, 9.2.6), reduced to what the platform sends."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def backoff_s(failures: int) -> float:
 
 
 class HttpTransport:
-    """Sends requests of one login. Tests set `http`, `sleep` and `clock`."""
+    """The sender of one login's requests. Tests set `http`, `sleep` and `clock`."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class HttpTransport:
             transport=http,
             verify=tls_context(login),
             proxy=proxy_for(login.url),
-            # httpx must not read the environment: a .netrc could replace our token. proxy_for and tls_context read it.
+            # httpx must not read the environment: a .netrc could replace the token. proxy_for and tls_context read it.
             trust_env=False,
             follow_redirects=False,
         )
