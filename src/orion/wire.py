@@ -264,7 +264,7 @@ Inventory = Annotated[list[InventoryItem], Field(max_length=10_000)]
 
 
 class PlacementOrder(Reply):
-    """What a worker must do with one of its rentals."""
+    """The order for one rental of a worker: whether the worker must run, hold or purge it."""
 
     rental_id: str
     epoch: int
