@@ -1,9 +1,8 @@
 """The order that the manager gives a worker for one rental: the only declaration of each of its fields.
 
-The manager, the Ansible action, the documentation of its task and the worker's `orion-rental` share this module, which
-uses the standard library only and imports nothing slow. The engine and the worker both check every order by it.
-
-A worker refuses an unknown field, so an order leaves out empty ones except those with `sent_empty`, which all know.
+The manager, the Ansible action, its documentation and `orion-rental` share this module, which uses the standard library
+only and imports nothing slow. The engine and the worker check every order by it. A worker refuses an unknown field,
+so an order leaves out empty ones, except those with `sent_empty`, which every released worker knows.
 """
 
 from __future__ import annotations
