@@ -100,7 +100,7 @@ def relay(account: Login, rental_id: str) -> None:
                     patience.wait_after(error)
                     sent_by_ssh = carrier.sent_by_ssh
                 finally:
-                    # The platform closed the connection, as when a worker is lost; else it broke on the way.
+                    # If the platform closed the connection, the worker is lost; else the way to the platform broke.
                     report["there"] = carrier.incoming.closed is not None
     except OrionError as error:
         report |= {"lost": True, "reason": str(error)}
@@ -215,8 +215,8 @@ class Carrier:
     def run(self) -> bool:
         """Carry bytes until either side ends, and return whether this side did.
 
-        Raise Lost if the connection broke after the worker had sent something, NeverBegan if the rental left a worker
-        that had sent nothing, and another OrionError if the connection broke before that.
+        Raise Lost if the connection broke after the worker sent something; before that, raise NeverBegan if the rental
+        left the worker, and another OrionError otherwise.
         """
         try:
             while self.incoming.closed is None or self._to_write:
@@ -262,11 +262,8 @@ class Carrier:
 
     def _wanted(self) -> dict[int, int]:
         """Return the events to wait for, by file descriptor."""
-        of_connection = 0
-        if self.incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
-            of_connection |= select.POLLIN
-        if self._to_send:
-            of_connection |= select.POLLOUT
+        may_read = self.incoming.closed is None and len(self._to_write) < MAX_BUFFERED
+        of_connection = (select.POLLIN if may_read else 0) | (select.POLLOUT if self._to_send else 0)
         wanted = {self._connection.fileno(): of_connection} if of_connection else {}
         if self._stdin_open and len(self._to_send) < MAX_BUFFERED:
             wanted[0] = select.POLLIN
@@ -314,10 +311,8 @@ class Carrier:
         while self.incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
             try:
                 part = self._connection.recv(CHUNK_BYTES)
-            except BlockingIOError:
-                return
             except OSError as error:
-                if _is_tls_waiting(error):
+                if _must_wait(error):
                     return
                 raise OrionError("the connection to the platform broke") from error
             if not part:
@@ -336,10 +331,8 @@ class Carrier:
         while self._to_send:
             try:
                 del self._to_send[: self._connection.send(self._to_send[:CHUNK_BYTES])]
-            except BlockingIOError:
-                return
             except OSError as error:
-                if _is_tls_waiting(error):
+                if _must_wait(error):
                     return
                 self._to_send.clear()  # the platform's close frame, which has the reason, can still be read
 
@@ -352,8 +345,8 @@ class Carrier:
             self._connection.sendall(bytes(self._to_send) + frames.closing())
 
 
-def _is_tls_waiting(error: OSError) -> bool:
-    return type(error).__name__ in {"SSLWantReadError", "SSLWantWriteError"}
+def _must_wait(error: OSError) -> bool:
+    return type(error).__name__ in {"BlockingIOError", "SSLWantReadError", "SSLWantWriteError"}
 
 
 def _with_advice(error: OrionError) -> str:
@@ -384,8 +377,7 @@ def _let_ssh_end() -> None:
 def _say(text: str, tidy: bool = False) -> None:
     """Write a line to stderr without control characters of the server. `tidy` also resets a terminal that ssh uses."""
     line = "".join(letter if letter.isprintable() else " " for letter in text)
-    raw = _is_raw(2)
-    start, end = (TIDY if tidy and raw else ""), ("\r\n" if raw else "\n")
+    start, end = (TIDY if tidy else "", "\r\n") if _is_raw(2) else ("", "\n")
     sys.stderr.write(f"{start}orion: {line}{end}")
     sys.stderr.flush()
 

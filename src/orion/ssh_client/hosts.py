@@ -4,10 +4,9 @@
     rentals       the same blocks, which `config` includes after that command
     known_hosts   one line: the platform's authority for host certificates
 
-`orion config-ssh`, `rent` and `release` write them, and so does `orion connect --learn`, which ssh runs for an unknown
-name. `config` contains the blocks, too, because not every tool follows an Include of an included file. A line that ssh
-refuses would break every ssh of this user, so the machine's ssh must first accept the new text. This module uses the
-standard library only, as `orion.ssh_client.connect` does.
+`orion connect --learn`, which ssh runs for an unknown name, writes them as well. `config` contains the blocks, too,
+because not every tool follows an Include of an included file. A line that ssh refuses would break every ssh of this
+user, so the machine's ssh must first accept the new text. This module uses the standard library only.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ def write(own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]],
     login.private_folder()
     folder().mkdir(mode=0o700, exist_ok=True)
     known = "".join(blocks(own, others, identities()))
-    text = configuration(known)
-    check_by_ssh(text)
+    check_by_ssh(text := configuration(known))
     login.write_private(folder() / "known_hosts", f"{authority}\n")
     login.write_private(folder() / "rentals", known)
     login.write_private(folder() / "config", text)
@@ -129,10 +127,9 @@ def check_by_ssh(text: str) -> None:
         candidate.unlink(missing_ok=True)
     if done.returncode or "orion.connect --unknown" not in done.stdout:
         reason = (done.stderr.strip().splitlines() or ["it does not find the included file"])[0]
-        raise LocalFault(
-            f"this machine's ssh does not accept its new configuration ({reason}), so nothing was changed: "
-            "set XDG_CONFIG_HOME to a folder whose path has only letters, digits and -"
-        )
+        advice = "set XDG_CONFIG_HOME to a folder whose path has only letters, digits and -"
+        detail = f"this machine's ssh does not accept its new configuration ({reason}), so nothing was changed"
+        raise LocalFault(f"{detail}: {advice}")
 
 
 def configuration(known: str) -> str:
