@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-import typer
-from typer import Argument, Option
+from typer import Argument, Option, Typer, prompt
 
 from orion import login as logins
 from orion.cli import durations, output
@@ -18,7 +17,7 @@ from orion.client.sdk import Orion
 from orion.login import Login
 from orion.wire import MAX_TOKEN_TTL_S, MIN_TTL_S
 
-tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
+tokens = Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
 
 
 class TokenRole(StrEnum):
@@ -104,7 +103,7 @@ def revoke_token(
 def _token(file: Path | None) -> str:
     """Return the token from the file, from stdin, or from a person at the terminal."""
     if file is None and sys.stdin.isatty():
-        return logins.clean_token(typer.prompt("Token", hide_input=True, err=True))
+        return logins.clean_token(prompt("Token", hide_input=True, err=True))
     if file is None or str(file) == "-":
         return logins.clean_token(sys.stdin.read())
     return logins.read_token(file)

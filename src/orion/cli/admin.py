@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from typer import Argument
+from typer import Argument, Typer
 
 from orion.cli import output
 from orion.cli.session import AsJson, Yes, ask, confirm, platform
@@ -17,7 +16,7 @@ from orion.client.sdk import Orion
 from orion.errors import InvalidInput, LocalFault, Retryable
 from orion.wire import RentalName, RestorePlan
 
-commands = typer.Typer(no_args_is_help=True, help="Back up and restore the platform.")
+commands = Typer(no_args_is_help=True, help="Back up and restore the platform.")
 
 RESTART_S = 60.0  # seconds to wait for the manager's restart
 _SHOWN = 10  # rentals that are named before the rest is only counted
@@ -110,7 +109,7 @@ def _names(rentals: list[RentalName]) -> str:
 def _wait_for_restart(orion: Orion) -> None:
     """Return when the manager has stopped answering and answers again. Raise LocalFault after RESTART_S.
 
-    Return as well if it answers every question for a quarter of that time: then it restarted between two of them.
+    Return as well if it answers all requests for a quarter of that time: then it restarted between two of them.
     """
     began, away = time.monotonic(), False
     while time.monotonic() - began < RESTART_S:

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from itertools import count
 from typing import Annotated, Any
 
-import typer
-from typer import Option
+from typer import Context, Option, Typer
 
 from orion.cli import durations, output
 from orion.cli.session import AsJson, WorkerName, Yes, ask, confirm, platform
@@ -21,11 +20,11 @@ from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public
 RENTALS_EVERY = 10  # requests for a worker for each request for its rentals, of which there may be thousands
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
 
-commands = typer.Typer(invoke_without_command=True)
+commands = Typer(invoke_without_command=True)
 
 
 @commands.callback()
-def workers(context: typer.Context, as_json: AsJson = False) -> None:
+def workers(context: Context, as_json: AsJson = False) -> None:
     """List the workers of the pool."""
     if context.invoked_subcommand is not None:
         return None
@@ -88,7 +87,7 @@ def drain(
 def _wait_until_drained(worker: Worker) -> Worker:
     """Wait until the worker is drained. Print each new reason for waiting once."""
     printed: set[str] = set()
-    questions = count()
+    requests = count()
 
     def note(text: str) -> None:
         if text not in printed:
@@ -101,8 +100,8 @@ def _wait_until_drained(worker: Worker) -> Worker:
         def changed(now: Worker) -> None:
             tell(f"draining {now.id}: {now.explanation or 'cleaning up'}")
             note(f"{now.id}: {now.explanation or 'its rentals have left; cleaning up'}")
-            ask_for_rentals = next(questions) % RENTALS_EVERY == 0
-            for rental in orion.rentals() if now.explanation and ask_for_rentals else ():
+            is_turn_of_rentals = next(requests) % RENTALS_EVERY == 0
+            for rental in orion.rentals() if now.explanation and is_turn_of_rentals else ():
                 if rental.worker_id == now.id and rental.explanation.startswith(NOT_MOVED):
                     note(f"{rental.name}: {rental.explanation}")
 
@@ -155,17 +154,16 @@ def status(as_json: AsJson = False) -> None:
     found = ask(lambda orion: orion.status())
     if as_json:
         return output.emit(found)
-    output.fields(
-        [
-            ("version", found.version),
-            ("workers", _counts(found.workers)),
-            ("rentals", _counts(found.rentals)),
-            ("slots", f"{found.slots_free} free of {found.slots}"),
-            ("brake", found.brake or "off"),
-            *([("clock", found.clock)] if found.clock else []),
-            ("snapshots", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
-        ]
-    )
+    shown = [
+        ("version", found.version),
+        ("workers", _counts(found.workers)),
+        ("rentals", _counts(found.rentals)),
+        ("slots", f"{found.slots_free} free of {found.slots}"),
+        ("brake", found.brake or "off"),
+        *([("clock", found.clock)] if found.clock else []),
+        ("snapshots", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
+    ]
+    output.fields(shown)
     for late in found.overdue:
         since = f"{late.state} for {durations.rough(late.since_s)}"
         output.say(output.plain(f"{late.kind} {late.name} ({late.id}) {since}: {late.why}"))

@@ -6,25 +6,24 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from typer import Argument
+from typer import Argument, Context, Typer
 
 from orion.cli import keys, output
 from orion.cli.session import AsJson, RentalName, Yes, ask, confirm, platform
 from orion.errors import InvalidInput, NotFound, StillWaiting
 from orion.wire import Key
 
-commands = typer.Typer(no_args_is_help=True)
+commands = Typer(no_args_is_help=True)
 
 
 @commands.callback()
-def _keys_of(context: typer.Context, rental: RentalName) -> None:
+def _keys_of(context: Context, rental: RentalName) -> None:
     """List, add and remove a rental's keys."""
     context.obj = rental
 
 
 @commands.command("ls")
-def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
+def list_keys(context: Context, as_json: AsJson = False) -> None:
     """List the keys that open the rental."""
     found = ask(lambda orion: orion.keys(orion.find_rental(context.obj).id))
     return _show(found, as_json)
@@ -32,15 +31,15 @@ def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
 
 @commands.command("add")
 def add_key(
-    context: typer.Context,
+    context: Context,
     file: Annotated[
         Path | None, Argument(help="A file with a public key on each line; - is stdin. Default: orion's own key.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Let more keys open the rental."""
-    with platform() as (orion, _tell):  # first, so that no key is made if the user or the rental is unknown
-        rental = orion.find_rental(context.obj)
+    # First, so that no key is made if the user or the rental is unknown.
+    rental = ask(lambda orion: orion.find_rental(context.obj))
     if file is not None and str(file) == "-":
         added, identity = _from_stdin(), None
     else:
@@ -51,13 +50,12 @@ def add_key(
             found = orion.add_key(rental.id, key)
     if identity is not None and keys.identity_of(rental.id) is None:
         keys.remember(rental.id, identity)
-    _show(found, as_json)
-    _wait_for_all(found)
+    _report(found, as_json)
 
 
 @commands.command("rm")
 def remove_key(
-    context: typer.Context,
+    context: Context,
     key: Annotated[str, Argument(help="The key's id or fingerprint (orion keys RENTAL ls).")],
     yes: Yes = False,
     as_json: AsJson = False,
@@ -76,8 +74,7 @@ def remove_key(
     confirm(f"Remove the key {found.fingerprint} from {rental.name}?", yes)
     if_interrupted = f"the key may have been removed; see: orion keys {rental.name} ls"
     left = ask(lambda orion: orion.remove_key(rental.id, found.id), "removing the key", if_interrupted)
-    _show(left, as_json)
-    _wait_for_all(left)
+    _report(left, as_json)
 
 
 def _from_stdin() -> list[str]:
@@ -100,7 +97,9 @@ def _show(found: list[Key], as_json: bool) -> None:
     return output.table(headings, rows, wide="FINGERPRINT")
 
 
-def _wait_for_all(found: list[Key]) -> None:
+def _report(found: list[Key], as_json: bool) -> None:
+    """Show the keys. Raise StillWaiting if the worker lacks some of them."""
+    _show(found, as_json)
     if not all(one.in_place for one in found):
         detail = "the rental's worker does not have them yet; the platform sends them by itself"
         raise StillWaiting(f"the keys are changed, but {detail}")

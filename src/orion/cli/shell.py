@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from orion import login
 from orion.cli import durations, keys, output, staying
@@ -80,7 +79,7 @@ def ssh(
     request = replace(request, tty=tty or persist, forward_agent=forward_agent)
     arguments = _opening(found, request)
     if sys.stdin.isatty() and (persist or not request.command):
-        raise typer.Exit(_stay(found, request, arguments, durations.parse(wait)))
+        raise Exit(_stay(found, request, arguments, durations.parse(wait)))
     _become(arguments)
 
 
@@ -142,7 +141,7 @@ def connect(rental_id: Annotated[str, Argument(metavar="RENTAL_ID", help="The re
 
     This is what ssh runs for each session, as `orion config-ssh` configures it. People use `orion ssh` instead.
     """
-    raise typer.Exit(relay([rental_id]))  # cli/__init__.py calls it directly, without loading this module
+    raise Exit(relay([rental_id]))  # cli/__init__.py calls it directly, without loading this module
 
 
 def ssh_arguments(rental: Rental, authority: str, request: SshRequest, certificate: Path | None = None) -> list[str]:

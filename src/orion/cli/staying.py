@@ -70,22 +70,16 @@ class _Shadow:
 
     def __init__(self) -> None:
         self.woken, self._wakes = os.pipe()
-        """A pipe whose end `woken` is readable after each signal. A handler alone would not end a wait that begins
-        just after it."""
+        """A pipe with a readable end after each signal. A handler alone would not end a wait that begins after it."""
         self._child: subprocess.Popen[bytes] | None = None
         self._early: list[int] = []
 
     def __enter__(self) -> _Shadow:
         os.set_blocking(self._wakes, False)
         self._wakes_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
-        handlers = {
-            signal.SIGINT: self._leave_to_ssh,
-            signal.SIGQUIT: self._leave_to_ssh,
-            signal.SIGTERM: self._pass_on,
-            signal.SIGHUP: self._pass_on,
-            signal.SIGCHLD: lambda _number, _frame: None,
-        }
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._before = {one: signal.signal(one, self._leave_to_ssh) for one in (signal.SIGINT, signal.SIGQUIT)}
+        self._before |= {one: signal.signal(one, self._pass_on) for one in (signal.SIGTERM, signal.SIGHUP)}
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         return self
 
     def __exit__(self, *_: object) -> None:
