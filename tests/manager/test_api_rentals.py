@@ -181,10 +181,10 @@ async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: Hou
 
 
 async def test_an_admin_may_ask_for_its_own_rentals_alone(house: House, alice: httpx.AsyncClient) -> None:
-    for who in (alice, house.as_admin):
-        assert (await who.post("/api/rent", json={"name": "desk", "wait_s": 0})).status_code == 202
-    for who, owner in ((house.as_admin, "admin"), (alice, "alice")):
-        (found,) = (await who.get("/api/rentals?name=desk&mine=true")).json()["items"]
+    for client in (alice, house.as_admin):
+        assert (await client.post("/api/rent", json={"name": "desk", "wait_s": 0})).status_code == 202
+    for client, owner in ((house.as_admin, "admin"), (alice, "alice")):
+        (found,) = (await client.get("/api/rentals?name=desk&mine=true")).json()["items"]
         assert found["owner"] == owner
 
 

@@ -29,7 +29,7 @@ def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
     return house.agent_of(rental).node.homes[rental["id"]]
 
 
-async def copy_round(house: House) -> None:
+async def snapshot_round(house: House) -> None:
     """Take all snapshots that are due, and those that are started afterwards."""
     copies = house.manager.copies
     await copies.round()
@@ -40,9 +40,9 @@ async def copy_round(house: House) -> None:
 
 async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
     """Return the rental after the next snapshots are due and taken."""
-    await copy_round(house)
+    await snapshot_round(house)
     await house.pass_time(31)
-    await copy_round(house)
+    await snapshot_round(house)
     return await house.rental(rental["id"])
 
 
@@ -233,7 +233,7 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
 
     house.snapshot_service.copy = counted  # type: ignore[method-assign]
     for _ in range(45):
-        await copy_round(house)
+        await snapshot_round(house)
         house.clock.now += 1.5
         await house.agents[0].beat()
     assert most == 4
@@ -246,24 +246,24 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
 ) -> None:
     rental = await house.rent()
 
-    async def copies_within(seconds: int) -> int:
+    async def snapshots_within(seconds: int) -> int:
         made = 0
         for number in range(seconds // 10):
             files(house, rental)["file"] = f"{house.snapshot_service.pause_s} {number}"
             before = (await house.rental(rental["id"]))["last_safe_copy_at"]
             await house.pass_time(10)
-            await copy_round(house)
+            await snapshot_round(house)
             made += (await house.rental(rental["id"]))["last_safe_copy_at"] != before
         return made
 
     async def warning() -> str:
         return str((await house.rental(rental["id"]))["home_warning"])
 
-    assert await copies_within(120) in range(3, 6), "every half minute"
+    assert await snapshots_within(120) in range(3, 6), "every half minute"
     assert await warning() == ""
     house.snapshot_service.pause_s = 0.6
-    await copies_within(60)
-    assert await copies_within(480) in range(3, 6), "every two minutes"
+    await snapshots_within(60)
+    assert await snapshots_within(480) in range(3, 6), "every two minutes"
     (event,) = await house.events("rental.copy_interval_changed")
     assert event["reason"] == (
         "its programs would have to stand still for 0.6 s. The snapshot is tried again at growing intervals, until "
@@ -271,8 +271,8 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
     )
     assert "it is copied every 120 s only" in await warning()
     house.snapshot_service.pause_s = 0.01
-    await copies_within(120)
-    assert await copies_within(120) in range(3, 6)
+    await snapshots_within(120)
+    assert await snapshots_within(120) in range(3, 6)
     _, back = await house.events("rental.copy_interval_changed")
     assert "were paused for 0.01 s by a snapshot, so snapshots are taken every 30 s" in back["reason"]
     assert await warning() == ""
@@ -314,10 +314,10 @@ async def test_a_worker_that_does_not_answer_once_is_no_news(house: House, pool:
     await copied(house, rental)
     house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
     await house.pass_time(31)
-    await copy_round(house)
+    await snapshot_round(house)
     assert (await house.rental(rental["id"]))["copy_problem"] == ""
     await house.pass_time(31)
-    await copy_round(house)
+    await snapshot_round(house)
     assert (await house.rental(rental["id"]))["copy_problem"] == "the worker cannot be asked"
 
 
@@ -343,7 +343,7 @@ async def test_copies_of_a_released_rental_go_and_of_an_expired_one_a_day_later(
     await house.as_admin.delete(f"/api/rentals/{released['id']}")
     await house.settle()
     await house.pass_time(61)
-    await copy_round(house)
+    await snapshot_round(house)
     assert set(house.snapshot_service.stored) == {expired["id"]}
     for after_s, kept in ((600.0, {expired["id"]}), (EXPIRED_KEPT_S + 1, set())):
         house.clock.now += after_s
@@ -351,7 +351,7 @@ async def test_copies_of_a_released_rental_go_and_of_an_expired_one_a_day_later(
             await agent.beat()
         await house.manager.expiry.round()
         await house.settle()
-        await copy_round(house)
+        await snapshot_round(house)
         assert set(house.snapshot_service.stored) == kept
 
 
@@ -433,7 +433,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
     rental = await house.rent()
     tries = []
     for _ in range(8):
-        await copy_round(house)
+        await snapshot_round(house)
         tries.append(house.manager.copies._failures[rental["id"]])
         problem = (await house.rental(rental["id"]))["copy_problem"]
         assert ("cannot be asked" in problem) is (tries[-1] > FIRST_TRIES)
@@ -442,7 +442,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
     assert tries[-1] == 4, "the tries become rarer"
     house.snapshot_service.failure = None
     await house.pass_time(31)
-    await copy_round(house)
+    await snapshot_round(house)
     shown = await house.rental(rental["id"])
     assert (bool(shown["last_safe_copy_at"]), shown["copy_problem"]) == (True, "")
 
@@ -458,7 +458,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
     silent.beating = True
     for _ in range(3):  # at most a tenth of the interval after it is found
         await house.pass_time(2)
-        await copy_round(house)
+        await snapshot_round(house)
     assert (await house.rental(rental["id"]))["last_safe_copy_at"]
 
 
@@ -476,15 +476,15 @@ async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) 
     await house.pass_time(31)
     assert await explained() == "snapshots of other rentals come first"
     house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
-    await copy_round(house)
+    await snapshot_round(house)
     assert await explained() == "the last snapshot has failed, and is tried again"
     house.snapshot_service.failure = None
     house.disk_share = 0.81
-    await copy_round(house)
+    await snapshot_round(house)
     assert "no snapshots are taken at present: " in await explained()
     house.disk_share = 0.79
     house.end_the_brake_of_the_start()
     house.agent_of(rental).die()
     await house.silence(house.agent_of(rental), 60)
-    await copy_round(house)
+    await snapshot_round(house)
     assert "its worker sends no heartbeats" in await explained()

@@ -124,7 +124,7 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
     assert len(sshds.connected) == 1
 
 
-async def nearly_full_with_a_salvage(house: House) -> dict[str, Any]:
+async def nearly_full_with_a_recovered_snapshot(house: House) -> dict[str, Any]:
     rental = await house.rent()
     row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": house.clock.wall(), "bytes": 12_000, "files": 3}
     warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", let_in_epoch=2)
@@ -138,7 +138,7 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
     house: House, sshds: Sshds
 ) -> None:
     await house.join()
-    rental = await nearly_full_with_a_salvage(house)
+    rental = await nearly_full_with_a_recovered_snapshot(house)
     refused = (
         f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; a lost worker had newer files, which are "
         f"kept as a recovered snapshot: orion restore {rental['name']} --from 1-4"
@@ -152,7 +152,7 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
 
 async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: House) -> None:
     await house.join()
-    rental = await nearly_full_with_a_salvage(house)
+    rental = await nearly_full_with_a_recovered_snapshot(house)
     house.clock.wall_offset += 8 * 86_400
     assert (await house.rental(rental["id"]))["salvage"]["generation"] == "1-4"
     assert (await house.as_admin.get("/api/rentals")).json()["items"][0]["salvage"]

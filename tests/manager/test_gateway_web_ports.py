@@ -25,7 +25,7 @@ PORT = 8000
 PATH_HOST, OWN_HOST = "orion.example:8443", "8000-it.apps.example"
 
 
-class Asking:
+class PortRequests:
     """Asks the manager as the proxy does for a request to a web port."""
 
     def __init__(self, house: House, rental_id: str, port: int = PORT) -> None:
@@ -33,22 +33,22 @@ class Asking:
         self.about = {"X-Orion-Rental": rental_id, "X-Orion-Port": str(port), "X-Orion-Method": "GET"}
         self.on_own_host = {"X-Orion-Own-Host": "1", "X-Forwarded-Host": OWN_HOST}
 
-    async def way(self, **headers: str) -> httpx.Response:
+    async def send(self, **headers: str) -> httpx.Response:
         headers_of_proxy = self.about | {name.replace("_", "-"): value for name, value in headers.items()}
         return await self.house.http.get("/web/way", headers=headers_of_proxy)
 
     async def by_cookie(self, key: str, **headers: str) -> httpx.Response:
-        return await self.way(**self.on_own_host, cookie=f"a=b; orion_port={key}; c=d", **headers)
+        return await self.send(**self.on_own_host, cookie=f"a=b; orion_port={key}; c=d", **headers)
 
-    async def lets_in(self, **headers: str) -> bool:
-        reply = await self.way(**headers)
+    async def is_allowed(self, **headers: str) -> bool:
+        reply = await self.send(**headers)
         assert reply.status_code in {204, 403}, reply.text
         if reply.status_code == 403:
             assert not {"x-orion-worker", "x-orion-pass"} & set(reply.headers), "a refusal names no worker"
         return reply.status_code == 204
 
     async def refusal(self, **headers: str) -> tuple[int, str]:
-        reply = shown(await self.way(**headers))
+        reply = shown(await self.send(**headers))
         return reply.status_code, reply.json()["code"]
 
 
@@ -75,14 +75,14 @@ async def ticket(client: httpx.AsyncClient, rental_id: str, port: int = PORT) ->
     return str(reply.json()["ticket"])
 
 
-async def give(house: House, rental_id: str, ticket: str, port: int = PORT, **headers: str) -> httpx.Response:
+async def send_form(house: House, rental_id: str, ticket: str, port: int = PORT, **headers: str) -> httpx.Response:
     """Send the form of the page that `orion open` opens."""
     form = {"rental": rental_id, "port": str(port), "ticket": ticket}
     return await house.http.post("/web/open", data=form, headers={n.replace("_", "-"): v for n, v in headers.items()})
 
 
 async def key(house: House, client: httpx.AsyncClient, rental_id: str, port: int = PORT) -> str:
-    sent_on = await give(house, rental_id, await ticket(client, rental_id, port), port)
+    sent_on = await send_form(house, rental_id, await ticket(client, rental_id, port), port)
     assert sent_on.status_code == 303, sent_on.text
     before, _, found = sent_on.headers["location"].rstrip("/").partition("~")
     assert before == f"/r/{rental_id}/{port}/"
@@ -107,24 +107,24 @@ async def rented(house: House) -> tuple[Agent, str, httpx.AsyncClient]:
 async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_after(house: House) -> None:
     _, rental_id, alice = await rented(house)
     mallory = await house.new_client("mallory")
-    port, other = Asking(house, rental_id), Asking(house, rental_id, 8001)
-    assert not await port.lets_in()
-    assert not await port.lets_in(**token(mallory))
-    assert await port.lets_in(**token(alice))
-    assert await port.lets_in(**token(house.as_admin))
+    port, other = PortRequests(house, rental_id), PortRequests(house, rental_id, 8001)
+    assert not await port.is_allowed()
+    assert not await port.is_allowed(**token(mallory))
+    assert await port.is_allowed(**token(alice))
+    assert await port.is_allowed(**token(house.as_admin))
 
     assert (await expose(mallory, rental_id)).status_code == 404
     for _ in range(2):
         assert (await expose(alice, rental_id)).json()["public"] is True
-    assert await port.lets_in()
-    assert await port.lets_in(**token(mallory))
-    assert not await other.lets_in(), "only a port is public, and not the rental"
+    assert await port.is_allowed()
+    assert await port.is_allowed(**token(mallory))
+    assert not await other.is_allowed(), "only a port is public, and not the rental"
     listed = (await alice.get(f"/api/rentals/{rental_id}/ports")).json()["items"]
     assert [(item["port"], item["public"]) for item in listed] == [(PORT, True)]
     assert (await house.rental(rental_id))["public_ports"] == [PORT]
 
     assert (await expose(alice, rental_id, public=False)).json()["public"] is False
-    assert not await port.lets_in()
+    assert not await port.is_allowed()
     found = [(e["kind"], e["actor"], e["details"]) for e in await house.events("rental.port")]
     assert found == [
         ("rental.port_published", "alice", {"port": PORT}),
@@ -135,7 +135,7 @@ async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_afte
 async def test_a_stranger_learns_nothing_of_what_there_is(house: House) -> None:
     _, rental_id, _ = await rented(house)
     mallory = await house.new_client("mallory")
-    there, nowhere = Asking(house, rental_id), Asking(house, "nosuchthin")
+    there, nowhere = PortRequests(house, rental_id), PortRequests(house, "nosuchthin")
     assert await there.refusal() == await nowhere.refusal() == (401, "private")
     assert await there.refusal(**token(mallory)) == await nowhere.refusal(**token(mallory)) == (404, "not_found")
     assert await there.refusal(Authorization="Bearer orion_client_x_y") == (401, "unauthorized")
@@ -146,13 +146,13 @@ async def test_a_rental_is_found_by_its_name_by_its_owner_alone(house: House) ->
     alice, mallory = await house.new_client("alice"), await house.new_client("mallory")
     rental_id = (await alice.post("/api/rent", json={"name": "production", "wait_s": 0})).json()["id"]
     await house.settle()
-    named = Asking(house, "production")
-    sent_on = shown(await named.way(X_Orion_Rest="/a%2Fb?c=d", **token(alice)))
+    named = PortRequests(house, "production")
+    sent_on = shown(await named.send(X_Orion_Rest="/a%2Fb?c=d", **token(alice)))
     assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{PORT}/a%2Fb?c=d")
-    elsewhere = shown(await named.way(X_Orion_Rest="//evil.example/", **token(alice)))
+    elsewhere = shown(await named.send(X_Orion_Rest="//evil.example/", **token(alice)))
     assert elsewhere.headers["location"].startswith(f"/r/{rental_id}/{PORT}/")
     assert await named.refusal(**token(mallory)) == await named.refusal(**token(house.as_admin)) == (404, "not_found")
-    stranger = shown(await named.way()).json()
+    stranger = shown(await named.send()).json()
     assert stranger["code"] == "private"
     assert f"`orion open production {PORT}`" in stranger["detail"]
 
@@ -171,7 +171,7 @@ async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
     house: House, seen: str, status: int, code: str
 ) -> None:
     _, rental_id, alice = await rented(house)
-    reply = await Asking(house, rental_id).way(X_Orion_Explain="1", X_Orion_Seen=seen, **token(alice))
+    reply = await PortRequests(house, rental_id).send(X_Orion_Explain="1", X_Orion_Seen=seen, **token(alice))
     assert (reply.status_code, reply.json()["code"]) == (status, code)
 
 
@@ -179,14 +179,14 @@ async def test_only_the_proxy_asks_the_way(house: House) -> None:
     """Nginx forwards no request to this path, and the path needs the proxy secret."""
     _, rental_id, alice = await rented(house)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
-        reply = await outsider.get("/web/way", headers=Asking(house, rental_id).about | token(alice))
+        reply = await outsider.get("/web/way", headers=PortRequests(house, rental_id).about | token(alice))
     assert reply.json()["code"] == "not_through_the_door"
     assert "/web/way" not in (await house.http.get("/api/openapi.json")).json()["paths"]
 
 
 @pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
 async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
-    headers = Asking(house, "abcdefghij").about | {"X-Orion-Port": port}
+    headers = PortRequests(house, "abcdefghij").about | {"X-Orion-Port": port}
     reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in headers.items()}))
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
 
@@ -214,7 +214,7 @@ async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(hou
 # The worker and the access token
 
 
-def opens(reply: httpx.Response, worker: Agent) -> PortToken | None:
+def accepted_by(reply: httpx.Response, worker: Agent) -> PortToken | None:
     """Return the access token that the port proxy of that worker reads, or None if it refuses."""
     try:
         return token_from(reply.headers["x-orion-pass"], worker.session)
@@ -225,31 +225,33 @@ def opens(reply: httpx.Response, worker: Agent) -> PortToken | None:
 async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_takes(house: House) -> None:
     first, rental_id, alice = await rented(house)
     second = await house.join()
-    asking = Asking(house, rental_id)
-    reply = await asking.way(**token(alice))
+    requests = PortRequests(house, rental_id)
+    reply = await requests.send(**token(alice))
     assert reply.headers["x-orion-worker"] == first.node.host.address
-    assert opens(reply, first) == PortToken(rental_id, 1, PORT)
-    assert opens(reply, second) is None
+    assert accepted_by(reply, first) == PortToken(rental_id, 1, PORT)
+    assert accepted_by(reply, second) is None
 
     first.die()
     await house.silence(first, 60)
-    assert (await asking.way(**token(alice))).status_code == 204, "no worker is declared down for being silent"
+    assert (await requests.send(**token(alice))).status_code == 204, "no worker is declared down for being silent"
     await house.silence(first, 100)
     await house.pass_time(10)
-    moved = await asking.way(**token(alice))
+    moved = await requests.send(**token(alice))
     assert moved.headers["x-orion-worker"] == second.node.host.address
-    assert opens(moved, second) == PortToken(rental_id, 2, PORT)
-    assert opens(moved, first) is None
+    assert accepted_by(moved, second) == PortToken(rental_id, 2, PORT)
+    assert accepted_by(moved, first) is None
 
 
 async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
     """Another container gets a dead worker's address, or the worker registers again."""
     worker, rental_id, alice = await rented(house)
-    before = await Asking(house, rental_id).way(**token(alice))
+    before = await PortRequests(house, rental_id).send(**token(alice))
     await worker.register()
     await house.settle()
-    assert opens(before, worker) is None
-    assert opens(await Asking(house, rental_id).way(**token(alice)), worker) == PortToken(rental_id, 1, PORT)
+    assert accepted_by(before, worker) is None
+    assert accepted_by(await PortRequests(house, rental_id).send(**token(alice)), worker) == PortToken(
+        rental_id, 1, PORT
+    )
 
 
 async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) -> None:
@@ -261,33 +263,33 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
     await house.silence(worker, 100)
     await house.pass_time(10)
     assert (await house.rental(rental_id))["state"] != "active"
-    asking = Asking(house, rental_id)
-    assert not await asking.lets_in()
-    reply = shown(await asking.way())
+    requests = PortRequests(house, rental_id)
+    assert not await requests.is_allowed()
+    reply = shown(await requests.send())
     assert (reply.status_code, reply.json()["code"]) == (503, "not_active")
     assert reply.headers["retry-after"] == "2"
     assert "queued" not in reply.text, "the reason is only for its owner"
     await expose(alice, rental_id, public=False)
-    assert "queued" in shown(await asking.way(**token(alice))).text
+    assert "queued" in shown(await requests.send(**token(alice))).text
 
 
 async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House) -> None:
     _, rental_id, alice = await rented(house)
     await expose(alice, rental_id)
     key_value = await key(house, alice, rental_id)
-    asking = Asking(house, rental_id)
+    requests = PortRequests(house, rental_id)
     await alice.delete(f"/api/rentals/{rental_id}")
-    assert await asking.refusal() == (401, "private")
-    assert await asking.refusal(**token(alice)) == (404, "ended")
-    assert await asking.refusal(X_Orion_Key=key_value) == (404, "ended")
+    assert await requests.refusal() == (401, "private")
+    assert await requests.refusal(**token(alice)) == (404, "ended")
+    assert await requests.refusal(X_Orion_Key=key_value) == (404, "ended")
 
 
 async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -> None:
-    asking = Asking(house, "abcdefghij")
-    page = shown(await asking.way(Accept="text/html,*/*"))
+    requests = PortRequests(house, "abcdefghij")
+    page = shown(await requests.send(Accept="text/html,*/*"))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert f"orion open abcdefghij {PORT}" in page.text
-    refusal = shown(await asking.way(Accept="*/*"))
+    refusal = shown(await requests.send(Accept="*/*"))
     assert refusal.headers["content-type"] == "application/problem+json"
     assert refusal.headers["www-authenticate"].startswith("Bearer")
 
@@ -298,51 +300,51 @@ async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -
 async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> None:
     _, rental_id, alice = await rented(house)
     bought = await ticket(alice, rental_id)
-    assert (await give(house, rental_id, bought, 8001)).status_code == 401
-    assert (await give(house, rental_id, bought)).status_code == 401, "the attempt used the ticket up"
+    assert (await send_form(house, rental_id, bought, 8001)).status_code == 401
+    assert (await send_form(house, rental_id, bought)).status_code == 401, "the attempt used the ticket up"
     late = await ticket(alice, rental_id)
     house.clock.now += tickets.LIFETIME_S
-    assert (await give(house, rental_id, late)).status_code == 401
+    assert (await send_form(house, rental_id, late)).status_code == 401
     good = await ticket(alice, rental_id)
-    assert (await give(house, rental_id, good)).status_code == 303
-    assert (await give(house, rental_id, good)).status_code == 401
-    told_of = [(e["actor"], e["details"]) for e in await house.events("rental.port_opened")]
-    assert told_of == [("alice", {"port": PORT, "from": "198.51.100.7"})]
+    assert (await send_form(house, rental_id, good)).status_code == 303
+    assert (await send_form(house, rental_id, good)).status_code == 401
+    found = [(e["actor"], e["details"]) for e in await house.events("rental.port_opened")]
+    assert found == [("alice", {"port": PORT, "from": "198.51.100.7"})]
 
 
 async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: House) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
-    asking = Asking(house, rental_id)
-    assert await asking.lets_in(X_Orion_Key=key_value)
-    assert not await Asking(house, rental_id, 8001).lets_in(X_Orion_Key=key_value)
-    assert not await asking.lets_in(cookie=f"orion_port={key_value}"), (
+    requests = PortRequests(house, rental_id)
+    assert await requests.is_allowed(X_Orion_Key=key_value)
+    assert not await PortRequests(house, rental_id, 8001).is_allowed(X_Orion_Key=key_value)
+    assert not await requests.is_allowed(cookie=f"orion_port={key_value}"), (
         "there are no cookies on the platform's own address"
     )
     await house.restart()
-    asking = Asking(house, rental_id)
-    assert await asking.lets_in(X_Orion_Key=key_value), "a restart of the manager ends no access"
+    requests = PortRequests(house, rental_id)
+    assert await requests.is_allowed(X_Orion_Key=key_value), "a restart of the manager ends no access"
     house.clock.wall_offset += 40 * 86_400
-    assert await asking.lets_in(X_Orion_Key=key_value), "this clock is not trusted"
+    assert await requests.is_allowed(X_Orion_Key=key_value), "this clock is not trusted"
     house.clock.now += port_keys.LIFETIME_S
-    assert not await asking.lets_in(X_Orion_Key=key_value)
+    assert not await requests.is_allowed(X_Orion_Key=key_value)
 
 
 async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(house: House) -> None:
     _, rental_id, alice = await rented(house)
     on_host = {"X_Orion_Own_Host": "1", "X_Orion_Rental": rental_id, "X_Orion_Port": str(PORT)}
-    sent_on = await give(house, rental_id, await ticket(alice, rental_id), **on_host, X_Forwarded_Proto="https")
+    sent_on = await send_form(house, rental_id, await ticket(alice, rental_id), **on_host, X_Forwarded_Proto="https")
     assert (sent_on.status_code, sent_on.headers["location"]) == (303, "/")
     name, _, rest = sent_on.headers["set-cookie"].partition("=")
     key_value, _, attributes = rest.partition("; ")
     assert name == "orion_port"
     assert attributes == "HttpOnly; Max-Age=28800; Path=/; SameSite=lax; Secure"
-    asking = Asking(house, rental_id)
-    assert (await asking.by_cookie(key_value)).status_code == 204
-    forged = await asking.way(**asking.on_own_host, cookie=f"orion_port=forged; orion_port={key_value}")
+    requests = PortRequests(house, rental_id)
+    assert (await requests.by_cookie(key_value)).status_code == 204
+    forged = await requests.send(**requests.on_own_host, cookie=f"orion_port=forged; orion_port={key_value}")
     assert forged.status_code == 204, "another host of the same site may have set a cookie that is no key"
-    assert not await asking.lets_in(**asking.on_own_host, X_Orion_Key=key_value)
-    elsewhere = await give(house, rental_id, await ticket(alice, rental_id), **on_host | {"X_Orion_Port": "8001"})
+    assert not await requests.is_allowed(**requests.on_own_host, X_Orion_Key=key_value)
+    elsewhere = await send_form(house, rental_id, await ticket(alice, rental_id), **on_host | {"X_Orion_Port": "8001"})
     assert elsewhere.status_code == 422
 
 
@@ -353,8 +355,8 @@ async def test_a_key_is_worth_what_its_token_is_worth_now(house: House) -> None:
     its_id = next(one["id"] for one in known if one["name"] == "alice")
     bought = await ticket(alice, rental_id)
     await house.as_admin.delete(f"/api/tokens/{its_id}")
-    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)
-    assert (await give(house, rental_id, bought)).status_code == 401
+    assert not await PortRequests(house, rental_id).is_allowed(X_Orion_Key=key_value)
+    assert (await send_form(house, rental_id, bought)).status_code == 401
 
 
 async def test_a_ticket_for_anothers_rental_is_not_given(house: House) -> None:
@@ -405,8 +407,8 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
 ) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
-    asking = Asking(house, rental_id)
-    assert shown(await asking.by_cookie(key_value, **headers)).json()["code"] == "cross_site"
+    requests = PortRequests(house, rental_id)
+    assert shown(await requests.by_cookie(key_value, **headers)).json()["code"] == "cross_site"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
 async def test_its_own_page_and_a_link_from_elsewhere_are_let_in(house: House, headers: dict[str, str]) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
-    assert (await Asking(house, rental_id).by_cookie(key_value, **headers)).status_code == 204
+    assert (await PortRequests(house, rental_id).by_cookie(key_value, **headers)).status_code == 204
 
 
 @pytest.mark.parametrize(
@@ -456,12 +458,12 @@ async def test_a_form_that_is_none_is_refused(house: House, form: dict[str, str]
 # Connections end with the token that opened them
 
 
-class Doors:
+class FakePortProxies:
     """Fake port proxies of all workers: their open connections, the messages to them, and whether they answer."""
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.told: list[tuple[str, tuple[str, ...]]] = []
+        self.messages: list[tuple[str, tuple[str, ...]]] = []
         self.is_open: list[str] = []
         self.away = 0
         house.manager.port_connections._end_connections = self.tell
@@ -472,17 +474,17 @@ class Doors:
             raise ConnectionRefusedError
         [agent] = [agent for agent in self.house.agents if agent.node.host.address == address]
         assert session_id == agent.session
-        self.told.append((agent.worker_id, tuple(over)))
+        self.messages.append((agent.worker_id, tuple(over)))
         self.is_open = [line for line in self.is_open if line not in over and f"* * {line.split()[2]}" not in over]
         return self.is_open
 
-    async def hear_all(self) -> list[tuple[str, tuple[str, ...]]]:
+    async def all_messages(self) -> list[tuple[str, tuple[str, ...]]]:
         await asyncio.wait_for(asyncio.gather(*self.house.manager.port_connections._running), 20)
-        return self.told
+        return self.messages
 
 
-async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> PortToken:
-    reply = await Asking(house, rental_id).way(**headers)
+async def access_token_of(house: House, agent: Agent, rental_id: str, **headers: str) -> PortToken:
+    reply = await PortRequests(house, rental_id).send(**headers)
     assert reply.status_code == 204, reply.text
     return token_from(reply.headers["x-orion-pass"], agent.session)
 
@@ -490,22 +492,22 @@ async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> 
 async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     await house.join()
-    doors = Doors(house)
-    passed_token = await passed(house, worker, rental_id, **token(alice))
-    other = await passed(house, worker, rental_id, **token(house.as_admin))
+    port_proxies = FakePortProxies(house)
+    passed_token = await access_token_of(house, worker, rental_id, **token(alice))
+    other = await access_token_of(house, worker, rental_id, **token(house.as_admin))
     assert passed_token.grant.startswith("client.")
     assert passed_token.number < other.number
     await house.revoke("alice")
-    assert await doors.hear_all() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
+    assert await port_proxies.all_messages() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
 async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) -> None:
     worker, rental_id, alice = await rented(house)
-    doors = Doors(house)
+    port_proxies = FakePortProxies(house)
     await expose(alice, rental_id)
-    assert (await passed(house, worker, rental_id)).grant == "public"
+    assert (await access_token_of(house, worker, rental_id)).grant == "public"
     await expose(alice, rental_id, public=False)
-    assert await doors.hear_all() == [(worker.worker_id, (f"{rental_id} {PORT} public",))]
+    assert await port_proxies.all_messages() == [(worker.worker_id, (f"{rental_id} {PORT} public",))]
 
 
 async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
@@ -513,11 +515,11 @@ async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
 ) -> None:
     monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 0.01)
     worker, rental_id, alice = await rented(house)
-    doors = Doors(house)
-    passed_token = await passed(house, worker, rental_id, **token(alice))
-    doors.away = 3
+    port_proxies = FakePortProxies(house)
+    passed_token = await access_token_of(house, worker, rental_id, **token(alice))
+    port_proxies.away = 3
     await house.revoke("alice")
-    assert await doors.hear_all() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
+    assert await port_proxies.all_messages() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
 async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
@@ -532,7 +534,7 @@ async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
         return found
 
     monkeypatch.setattr(house.manager.port_access, "authentication", SimpleNamespace(authenticate=authenticated))
-    assert not await Asking(house, rental_id).lets_in(**token(alice))
+    assert not await PortRequests(house, rental_id).is_allowed(**token(alice))
 
 
 async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(house: House) -> None:
@@ -540,20 +542,22 @@ async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(
     worker, rental_id, alice = await rented(house)
     await expose(alice, rental_id, port=8001)
     mallory = await house.new_client("mallory")
-    good = await passed(house, worker, rental_id, **token(alice))
-    gone = (await passed(house, worker, rental_id, **token(house.as_admin))).grant.replace("admin.admin.", "admin.x.")
+    good = await access_token_of(house, worker, rental_id, **token(alice))
+    gone = (await access_token_of(house, worker, rental_id, **token(house.as_admin))).grant.replace(
+        "admin.admin.", "admin.x."
+    )
     anew = f"admin.admin.{'0' * 16}"
     assert mallory
     await house.restart()
-    doors = Doors(house)
+    port_proxies = FakePortProxies(house)
     keep = [f"{rental_id} {PORT} {good.grant}", f"{rental_id} 8001 public"]
     end = [f"{rental_id} {PORT} {gone}", f"{rental_id} {PORT} {anew}", f"{rental_id} 8002 public"]
-    doors.is_open = keep + end
+    port_proxies.is_open = keep + end
     house.manager.port_connections.begin()
-    assert await doors.hear_all() == [(worker.worker_id, ()), (worker.worker_id, tuple(end))]
-    assert doors.is_open == keep
+    assert await port_proxies.all_messages() == [(worker.worker_id, ()), (worker.worker_id, tuple(end))]
+    assert port_proxies.is_open == keep
     await house.revoke("alice")
-    assert (await doors.hear_all())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
+    assert (await port_proxies.all_messages())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
 
 
 async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
@@ -563,28 +567,30 @@ async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
     monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 3600.0)
     await house.join()
     await house.join()
-    doors = Doors(house)
-    doors.away = 1
+    port_proxies = FakePortProxies(house)
+    port_proxies.away = 1
     house.manager.port_connections.begin()
     async with asyncio.timeout(20):
-        while not doors.told:  # noqa: ASYNC110 - a fake that only records messages
+        while not port_proxies.messages:  # noqa: ASYNC110 - a fake that only records messages
             await asyncio.sleep(0)
-    assert len(doors.told) == 1, "the port proxy that was called second"
+    assert len(port_proxies.messages) == 1, "the port proxy that was called second"
 
 
 async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
     worker, rental_id, alice = await rented(house)
-    assert (await passed(house, worker, rental_id, **token(alice))).left_ms == 0
+    assert (await access_token_of(house, worker, rental_id, **token(alice))).left_ms == 0
     key_value = await key(house, alice, rental_id)
-    assert (await passed(house, worker, rental_id, X_Orion_Key=key_value)).left_ms == port_keys.LIFETIME_S * 1000
+    assert (
+        await access_token_of(house, worker, rental_id, X_Orion_Key=key_value)
+    ).left_ms == port_keys.LIFETIME_S * 1000
     short = await house.new_client("alice", ttl_s=600)
-    assert (await passed(house, worker, rental_id, **token(short))).left_ms == 600_000
+    assert (await access_token_of(house, worker, rental_id, **token(short))).left_ms == 600_000
 
 
 async def test_a_key_of_a_token_that_was_made_anew_in_its_file_opens_nothing(house: House) -> None:
     _, rental_id, _ = await rented(house)
     key_value = await key(house, house.as_admin, rental_id)
-    assert await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)
+    assert await PortRequests(house, rental_id).is_allowed(X_Orion_Key=key_value)
     house.secrets = replace(house.secrets, admin_token=make_token("admin", "admin"))
     await house.restart()
-    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=key_value)
+    assert not await PortRequests(house, rental_id).is_allowed(X_Orion_Key=key_value)

@@ -201,11 +201,11 @@ async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, 
 async def test_the_waiting_client_is_told_that_it_was_not_moved(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     house.snapshot_service.failure = TOO_LARGE
-    asking = asyncio.create_task(house.as_admin.post(f"/api/rentals/{rental['id']}/migrate?wait_s=30"))
+    migrating = asyncio.create_task(house.as_admin.post(f"/api/rentals/{rental['id']}/migrate?wait_s=30"))
     with house.store.news.listen(rental["id"]) as begun:
         await begun.wait()
     await house.pass_time(30)
-    reply = await asking
+    reply = await migrating
     assert (reply.status_code, reply.json()["code"]) == (409, "not_moved")
     assert str(TOO_LARGE) in reply.json()["detail"]
 
@@ -372,7 +372,7 @@ async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, poo
 # -- goodbyes -------------------------------------------------------------------------------------------------------
 
 
-async def vacate(house: House, *agents: Agent) -> None:
+async def evacuate(house: House, *agents: Agent) -> None:
     """Have workers evacuate: they stop when no rental is left on them."""
     for agent in agents:
         await agent.beat(vacating=True)
@@ -388,7 +388,7 @@ async def vacate(house: House, *agents: Agent) -> None:
 async def test_a_worker_that_is_told_to_stop_loses_nothing(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "1"
-    await vacate(house, house.agent_of(rental))
+    await evacuate(house, house.agent_of(rental))
     moved = await house.rental(rental["id"])
     assert (moved["state"], moved["epoch"], files(house, moved)) == ("active", 2, {"file": "1"})
 
@@ -397,7 +397,7 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
     rentals = [await house.rent() for _ in range(3)]
     for number, rental in enumerate(rentals):
         files(house, rental)["file"] = str(number)
-    await vacate(house, *pool)
+    await evacuate(house, *pool)
     assert {(await house.rental(rental["id"]))["state"] for rental in rentals} == {"queued"}
     assert not await house.events("rental.move_started"), "no rental migrates to another worker that is about to end"
     for agent in pool:
@@ -418,7 +418,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
     files(house, rental)["file"] = "copied"
     was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.snapshot_service.copy
 
-    async def made_and_held_up(*arguments: Any, for_migration: bool = False, **named: Any) -> Taken:
+    async def taken_and_delayed(*arguments: Any, for_migration: bool = False, **named: Any) -> Taken:
         made = await copy(*arguments, **named)
         if for_migration:
             may_be_noted.set()
@@ -428,11 +428,11 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
             await may_be_noted.wait()
         return made
 
-    house.snapshot_service.copy = made_and_held_up  # type: ignore[method-assign]
+    house.snapshot_service.copy = taken_and_delayed  # type: ignore[method-assign]
     begun = asyncio.create_task(house.manager.copies.take_now(rental["id"], None))
     await was_made.wait()
     files(house, rental)["file"] = "written before it stood still"
-    await vacate(house, agent)
+    await evacuate(house, agent)
     assert begun.result() == "it was stopped or migrated meanwhile"
     assert (await house.rental(rental["id"]))["state"] == "queued"
     await agent.exit()
@@ -448,7 +448,7 @@ async def test_one_that_is_told_to_stop_last_passes_on_what_it_was_about_to_get(
     files(house, rental)["file"] = "1"
     target = next(agent for agent in pool if agent is not house.agent_of(rental))
     Interference(house, Action.PREPARE, lambda _: target.beat(vacating=True))
-    await vacate(house, *pool)
+    await evacuate(house, *pool)
     assert (await house.rental(rental["id"]))["state"] == "queued"
     await house.join()
     back = await house.rental(rental["id"])

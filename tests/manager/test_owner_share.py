@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from support.house import House
-from test_controller_snapshots import copied, copy_round
+from test_controller_snapshots import copied, snapshot_round
 from test_controller_snapshots import files as files_of
 
 from orion import wire
@@ -94,7 +94,7 @@ async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
     await house.manager.expiry.round()
     await house.settle()
     await house.pass_time(61)
-    await copy_round(house)
+    await snapshot_round(house)
     assert {rental["id"] for rental in ended} == set(house.snapshot_service.stored), (
         "snapshots of an expired rental are kept for a day"
     )

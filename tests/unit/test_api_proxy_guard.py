@@ -86,9 +86,9 @@ async def test_nothing_of_a_reply_is_lost_when_the_connection_ends_with_it(path:
     ids=["a length", "chunks"],
 )
 async def test_a_websocket_that_begins_with_a_body_is_refused_and_nobody_waits(length_and_body: bytes) -> None:
-    asking = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     async with connected(LOOPBACK) as (reader, writer):
-        writer.write(asking + length_and_body)
+        writer.write(request + length_and_body)
         assert_refused(await asyncio.wait_for(reader.read(), 60))
 
 

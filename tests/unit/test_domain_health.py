@@ -250,10 +250,10 @@ def test_a_closed_watch_makes_a_worker_suspect_until_it_is_heard_or_held_again()
 
 def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() -> None:
     ready, suspect = new_worker(health=Health.READY), new_worker(health=Health.SUSPECT)
-    by_watch, by_silence = replace(suspect, explanation=LIVENESS_ENDED), replace(suspect, explanation="no heartbeat")
+    by_liveness, by_silence = replace(suspect, explanation=LIVENESS_ENDED), replace(suspect, explanation="no heartbeat")
     assert not Verdict(Health.SUSPECT, LIVENESS_ENDED).is_loss(ready)
-    assert not Verdict(Health.READY, "").is_loss(by_watch)
+    assert not Verdict(Health.READY, "").is_loss(by_liveness)
     assert Verdict(Health.SUSPECT, "no heartbeat").is_loss(ready)
-    assert Verdict(Health.JOINING, "").is_loss(by_watch)
-    assert Verdict(Health.DOWN, DEAD.proof).is_loss(by_watch)
+    assert Verdict(Health.JOINING, "").is_loss(by_liveness)
+    assert Verdict(Health.DOWN, DEAD.proof).is_loss(by_liveness)
     assert not Verdict(Health.DOWN, "").is_loss(by_silence), "the loss was counted when it fell silent"

@@ -30,13 +30,13 @@ from orion.manager.domain.world import World
 SOURCE, TARGET = new_worker(1), new_worker(2)
 RENTAL = active_rental(last_epoch=4)
 RUNNING = new_placement(RENTAL, SOURCE, PlacementState.RUNNING)
-STANDBY = replace(
+TARGET_PLACEMENT = replace(
     new_placement(RENTAL, TARGET, PlacementState.PREPARING), id="p-standby", epoch=4, standby=True, filled="1-3"
 )
-HELD = replace(RUNNING, held=4)
-STOPPING = replace(HELD, state=PlacementState.STOPPING)
+QUIESCED_SOURCE = replace(RUNNING, held=4)
+STOPPING = replace(QUIESCED_SOURCE, state=PlacementState.STOPPING)
 MIGRATING, RELEASING = (replace(RENTAL, state=s) for s in (RentalState.MIGRATING, RentalState.RELEASING))
-OF_HELD = migration.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1, move=4)
+SOURCE_OF_MIGRATION = migration.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1, move=4)
 
 
 def observations(**more: frozenset[str]) -> Observations:
@@ -58,17 +58,17 @@ def test_the_words_are_the_contract_s() -> None:
     ("rental", "source", "target", "phase"),
     [
         (RENTAL, RUNNING, None, MigrationPhase.NONE),
-        (RENTAL, RUNNING, replace(STANDBY, state=PlacementState.RESERVED, filled=""), MigrationPhase.RESERVED),
-        (RENTAL, RUNNING, replace(STANDBY, filled=""), MigrationPhase.PRECOPY),
-        (RENTAL, RUNNING, STANDBY, MigrationPhase.QUIESCE),
-        (RENTAL, HELD, STANDBY, MigrationPhase.FINAL_SYNC),
-        (RENTAL, HELD, None, MigrationPhase.PARK),
+        (RENTAL, RUNNING, replace(TARGET_PLACEMENT, state=PlacementState.RESERVED, filled=""), MigrationPhase.RESERVED),
+        (RENTAL, RUNNING, replace(TARGET_PLACEMENT, filled=""), MigrationPhase.PRECOPY),
+        (RENTAL, RUNNING, TARGET_PLACEMENT, MigrationPhase.QUIESCE),
+        (RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, MigrationPhase.FINAL_SYNC),
+        (RENTAL, QUIESCED_SOURCE, None, MigrationPhase.PARK),
         (MIGRATING, STOPPING, None, MigrationPhase.CUTOVER),
         (MIGRATING, replace(STOPPING, held=0), None, MigrationPhase.NONE),
         (RELEASING, STOPPING, None, MigrationPhase.NONE),
-        (RENTAL, HELD, replace(STANDBY, epoch=5), MigrationPhase.STALE),
-        (RENTAL, HELD, replace(STANDBY, state=PlacementState.RESERVED), MigrationPhase.STALE),
-        (MIGRATING, replace(HELD, state=PlacementState.LOST), None, MigrationPhase.NONE),
+        (RENTAL, QUIESCED_SOURCE, replace(TARGET_PLACEMENT, epoch=5), MigrationPhase.STALE),
+        (RENTAL, QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.RESERVED), MigrationPhase.STALE),
+        (MIGRATING, replace(QUIESCED_SOURCE, state=PlacementState.LOST), None, MigrationPhase.NONE),
     ],
 )
 def test_the_phase_of_a_migration_follows_from_the_rows(
@@ -79,62 +79,66 @@ def test_the_phase_of_a_migration_follows_from_the_rows(
 
 
 def test_a_target_is_one_until_the_cutover_or_until_it_ends() -> None:
-    assert migration.as_target(STANDBY) == STANDBY
-    ended = replace(STANDBY, state=PlacementState.FAILED)
-    assert [migration.as_target(p) for p in (None, ended, replace(STANDBY, standby=False))] == [None, None, None]
+    assert migration.as_target(TARGET_PLACEMENT) == TARGET_PLACEMENT
+    ended = replace(TARGET_PLACEMENT, state=PlacementState.FAILED)
+    assert [migration.as_target(p) for p in (None, ended, replace(TARGET_PLACEMENT, standby=False))] == [
+        None,
+        None,
+        None,
+    ]
 
 
-@pytest.mark.parametrize("source", [RUNNING, replace(HELD, state=PlacementState.STOPPING)])
+@pytest.mark.parametrize("source", [RUNNING, replace(QUIESCED_SOURCE, state=PlacementState.STOPPING)])
 def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
     with pytest.raises(ForbiddenTransition):
         migration.abandon(RENTAL, source, None, "a test")
     with pytest.raises(ForbiddenTransition):
-        migration.quiesce(RENTAL, source, replace(STANDBY, filled=""), "a test")
+        migration.quiesce(RENTAL, source, replace(TARGET_PLACEMENT, filled=""), "a test")
 
 
 def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
-    after = world(HELD, STANDBY)
-    step = migration.cut_over(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    after = world(QUIESCED_SOURCE, TARGET_PLACEMENT)
+    step = migration.cut_over(RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, SOURCE_OF_MIGRATION, "1-9")
     assert step
     assert after.apply(step)
     rental = after.rentals[RENTAL.id]
     assert (rental.state, rental.epoch) == (RentalState.MIGRATING, 4)
     assert after.placements[RUNNING.id].state is PlacementState.STOPPING
     live = after.live_placement(RENTAL.id)
-    assert live == replace(STANDBY, standby=False, filled="1-9")
+    assert live == replace(TARGET_PLACEMENT, standby=False, filled="1-9")
 
 
 @pytest.mark.parametrize(
     ("placement", "standby"),
     [
-        (RUNNING, STANDBY),
-        (replace(HELD, held=5), STANDBY),
-        (replace(HELD, held=5), None),
-        (replace(HELD, state=PlacementState.STOPPING), STANDBY),
-        (HELD, replace(STANDBY, state=PlacementState.FAILED)),
-        (HELD, replace(STANDBY, epoch=5)),
-        (HELD, replace(STANDBY, standby=False)),
+        (RUNNING, TARGET_PLACEMENT),
+        (replace(QUIESCED_SOURCE, held=5), TARGET_PLACEMENT),
+        (replace(QUIESCED_SOURCE, held=5), None),
+        (replace(QUIESCED_SOURCE, state=PlacementState.STOPPING), TARGET_PLACEMENT),
+        (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.FAILED)),
+        (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, epoch=5)),
+        (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, standby=False)),
     ],
 )
 def test_nothing_is_switched_that_is_not_held_for_this_very_move(
     placement: Placement, standby: Placement | None
 ) -> None:
-    assert migration.cut_over(RENTAL, placement, standby, OF_HELD, "1-9") is None
+    assert migration.cut_over(RENTAL, placement, standby, SOURCE_OF_MIGRATION, "1-9") is None
 
 
 def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
-    step = migration.cut_over(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    step = migration.cut_over(RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, SOURCE_OF_MIGRATION, "1-9")
     assert step
-    for changed in (replace(HELD, held=0), replace(HELD, held=7)):
-        assert not world(changed, STANDBY).apply(step)
-    assert not world(HELD, replace(STANDBY, state=PlacementState.FAILED)).apply(step)
+    for changed in (replace(QUIESCED_SOURCE, held=0), replace(QUIESCED_SOURCE, held=7)):
+        assert not world(changed, TARGET_PLACEMENT).apply(step)
+    assert not world(QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.FAILED)).apply(step)
 
 
 def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
-    empty = replace(STANDBY, filled="")
+    empty = replace(TARGET_PLACEMENT, filled="")
     (task,) = decide(world(RUNNING, empty), observations()).tasks
     assert task.kind is TaskKind.PRECOPY
-    decision = decide(world(RUNNING, STANDBY), observations())
+    decision = decide(world(RUNNING, TARGET_PLACEMENT), observations())
     assert [task.kind for task in decision.tasks] == [TaskKind.FINAL_SYNC]
     assert decision.steps[0].events[0].kind == "rental.held"
 
@@ -149,24 +153,26 @@ def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
     ],
 )
 def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_is_held_thawed(target: object) -> None:
-    now = new_world(SOURCE, target, RENTAL, HELD, STANDBY)  # type: ignore[arg-type]
+    now = new_world(SOURCE, target, RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT)  # type: ignore[arg-type]
     decision = decide(now, observations())
     for step in decision.steps:
         assert now.apply(step)
-    assert now.placements[STANDBY.id].state is PlacementState.FAILED
+    assert now.placements[TARGET_PLACEMENT.id].state is PlacementState.FAILED
     assert now.placements[RUNNING.id].held == 0
     thaw = next(task for task in decision.tasks if task.kind is TaskKind.THAW)
-    assert (thaw.worker_id, thaw.source) == (SOURCE.id, OF_HELD)
+    assert (thaw.worker_id, thaw.source) == (SOURCE.id, SOURCE_OF_MIGRATION)
 
 
 def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_for_that() -> None:
     exiting = frozenset({SOURCE.id})
-    assert [task.kind for task in decide(world(HELD), observations(evacuating=exiting)).tasks] == [TaskKind.PARK]
-    assert [task.kind for task in decide(world(HELD), observations()).tasks] == [TaskKind.THAW]
+    assert [task.kind for task in decide(world(QUIESCED_SOURCE), observations(evacuating=exiting)).tasks] == [
+        TaskKind.PARK
+    ]
+    assert [task.kind for task in decide(world(QUIESCED_SOURCE), observations()).tasks] == [TaskKind.THAW]
 
 
 def test_what_is_parked_is_placed_at_once_where_there_is_room_though_it_was_not_purged_yet() -> None:
-    parked = replace(HELD, state=PlacementState.STOPPING)
+    parked = replace(QUIESCED_SOURCE, state=PlacementState.STOPPING)
     waiting = replace(RENTAL, state=RentalState.MIGRATING)
     now = new_world(SOURCE, TARGET, waiting, parked)
     for step in decide(now, observations()).steps:

@@ -16,13 +16,13 @@ RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
 SHOWN = Item(rental_id=RENTAL.id, username=RENTAL.username, uid=RENTAL.uid, epoch=RENTAL.epoch)
 
 
-def roster_of(worker: Worker | None, *placements: Placement, rental: Rental = RENTAL, now: float = 0.0) -> PoolIndex:
+def index_of(worker: Worker | None, *placements: Placement, rental: Rental = RENTAL, now: float = 0.0) -> PoolIndex:
     pool_index = PoolIndex()
-    tell(pool_index, worker, *placements, rental=rental, now=now)
+    apply_rows(pool_index, worker, *placements, rental=rental, now=now)
     return pool_index
 
 
-def tell(
+def apply_rows(
     pool_index: PoolIndex, worker: Worker | None, *placements: Placement, rental: Rental = RENTAL, now: float = 0.0
 ) -> None:
     held = tuple(IndexedPlacement.of(placement, rental) for placement in placements)
@@ -47,7 +47,7 @@ AT_REST = {
     "one that nobody knows and that holds nothing": (None,),
     "what runs without a key after a restore, until its worker shows it": (WORKER, replace(RUNNING, public_key="")),
 }
-RESTLESS = {
+DIRTY = {
     "a removed worker": (None, in_state(PlacementState.LOST)),
     "a dead worker with what ran there": (replace(WORKER, health=Health.DOWN), RUNNING),
     "a draining worker with what runs there": (replace(WORKER, intent=Intent.DRAINING), RUNNING),
@@ -65,14 +65,14 @@ RESTLESS = {
 
 @pytest.mark.parametrize("what", AT_REST)
 def test_at_rest_is(what: str) -> None:
-    assert roster_of(*AT_REST[what]).dirty_workers(9) == []
+    assert index_of(*AT_REST[what]).dirty_workers(9) == []
 
 
-@pytest.mark.parametrize("what", RESTLESS)
+@pytest.mark.parametrize("what", DIRTY)
 def test_not_at_rest_is(what: str) -> None:
-    pool_index = roster_of(*RESTLESS[what])
+    pool_index = index_of(*DIRTY[what])
     assert pool_index.dirty_workers(9) == [WORKER.id]
-    tell(pool_index, None)
+    apply_rows(pool_index, None)
     assert pool_index.dirty_workers(9) == [], "nothing of the rental is left"
 
 
@@ -107,20 +107,20 @@ def test_too_many_for_one_look_come_in_turn() -> None:
 def test_an_inventory_asks_for_a_decision_when_it_shows_what_is_not_placed_there(
     worker: Worker | None, placements: list[Placement], shown: list[Item], disagrees: bool
 ) -> None:
-    assert roster_of(worker, *placements).disagrees(WORKER.id, shown) is disagrees
+    assert index_of(worker, *placements).disagrees(WORKER.id, shown) is disagrees
 
 
 def test_ages_count_from_when_a_state_was_first_told_and_a_resumed_clean_up_has_its_time_again() -> None:
     stopping = in_state(PlacementState.STOPPING)
     faulty = replace(WORKER, fault="it was not cleaned up")
-    pool_index = roster_of(WORKER, RUNNING, now=10.0)
+    pool_index = index_of(WORKER, RUNNING, now=10.0)
     assert pool_index.age_of(RUNNING.id, 99.0) == 0.0, "a running placement has no deadline"
-    tell(pool_index, WORKER, stopping, now=20.0)
-    tell(pool_index, WORKER, stopping, now=30.0)
+    apply_rows(pool_index, WORKER, stopping, now=20.0)
+    apply_rows(pool_index, WORKER, stopping, now=30.0)
     assert pool_index.age_of(RUNNING.id, 50.0) == 30.0
-    tell(pool_index, faulty, stopping, now=60.0)
+    apply_rows(pool_index, faulty, stopping, now=60.0)
     assert pool_index.age_of(RUNNING.id, 70.0) == 10.0
-    tell(pool_index, faulty, now=80.0)
+    apply_rows(pool_index, faulty, now=80.0)
     assert pool_index.age_of(RUNNING.id, 90.0) == 0.0, "the placement is purged"
 
 

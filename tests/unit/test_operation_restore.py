@@ -111,19 +111,19 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
     snapshot_service = Stops(world, {late.order.rental_id})
     restorer = Restorer(engine=FakeEngine(world), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
 
-    def let_in() -> set[str]:
+    def activated() -> set[str]:
         return {rental_id for rental_id, account in worker.accounts.items() if account.unlocked}
 
     making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in (*few, late)]
     await _spin()
     assert len(worker.accounts) == BATCH
-    assert not let_in(), "one more is being filled, and two are too few for a batch"
+    assert not activated(), "one more is being filled, and two are too few for a batch"
     more = asyncio.create_task(restorer.make(_job(WORKS, 200), NEWEST))
     await _spin()
-    assert len(let_in()) == BATCH, "a whole batch does not wait for the last one"
+    assert len(activated()) == BATCH, "a whole batch does not wait for the last one"
     snapshot_service.let_go.set()
     assert all(outcome.ok for outcome in await asyncio.gather(*making, more))
-    assert len(let_in()) == BATCH + 1
+    assert len(activated()) == BATCH + 1
 
 
 async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

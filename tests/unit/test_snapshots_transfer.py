@@ -30,7 +30,7 @@ def lifetime() -> Iterator[Lifetime]:
         yield Lifetime(client, 300.0)
 
 
-def heard(shell: str, lifetime: Lifetime) -> dict[str, object]:
+def answer_of(shell: str, lifetime: Lifetime) -> dict[str, object]:
     """Return the answer of a program in the place of ssh."""
     with WorkerCommand(["sh", "-c", shell], 0, {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
         return worker.read_answer(lifetime)
@@ -41,7 +41,7 @@ def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline
 ) -> None:
     monkeypatch.setattr(worker_command, "REACHED_WITHIN_S", 0.05)
     with pytest.raises(SnapshotError, match=r"no answer within 0\.05 s") as refused:
-        heard("exec sleep 300", lifetime)
+        answer_of("exec sleep 300", lifetime)
     assert refused.value.code == "unreachable"
     assert lifetime.left_s > 200
 
@@ -57,13 +57,13 @@ def test_a_worker_that_was_reached_may_take_its_time_to_answer(
         return wait_for(descriptor, within_s)
 
     monkeypatch.setattr(lifetime, "wait_for", noted)
-    assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', lifetime)["same"] is True
+    assert answer_of('echo; read -r request; echo \'{"ok": true, "same": true}\'', lifetime)["same"] is True
     assert waits[0] == worker_command.REACHED_WITHIN_S
     assert set(waits[1:]) == {float("inf")}
 
 
 def test_an_answer_without_a_word_before_it_is_heard_too(lifetime: Lifetime) -> None:
-    assert heard("read -r request; echo '{\"ok\": true}'", lifetime) == {"ok": True}
+    assert answer_of("read -r request; echo '{\"ok\": true}'", lifetime) == {"ok": True}
 
 
 RSYNC = """
@@ -166,12 +166,12 @@ def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(lifetime: Lifetime) 
     skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
     assert len(skipped) > 48_000
     answer = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
-    assert len(list(heard(f"echo; read -r request; printf '{answer}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
+    assert len(list(answer_of(f"echo; read -r request; printf '{answer}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
 
 
 def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:
     with pytest.raises(SnapshotError, match="its answer is not one"):
-        heard("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", lifetime)
+        answer_of("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", lifetime)
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,14 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
+def requests_until(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """Return how often the platform has been asked once there is a certificate for this epoch."""
     (tmp_path / "id_ed25519.pub").write_text("ssh-ed25519 AAAA me")
     monkeypatch.setattr(hosts.login, "folder", lambda: tmp_path)
-    asked: list[str] = []
+    requests_until: list[str] = []
 
     def ask(_account: Login, path: str, _body: Any = None) -> dict[str, Any]:
-        asked.append(path)
+        requests_until.append(path)
         return {"certificate": CERTIFICATE}
 
     monkeypatch.setattr(hosts, "_ask", ask)
@@ -55,46 +55,48 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], in
     def now(epoch: int = 1) -> int:
         certify(Login("http://localhost:8080", "token"), "abcdefgh23", epoch)
         assert (tmp_path / "abcdefgh23-cert.pub").read_text().startswith(CERTIFICATE)
-        return len(asked)
+        return len(requests_until)
 
     return now
 
 
 def test_a_certificate_is_requested_once_an_epoch_and_again_before_it_ends(
-    clocks: Clocks, asked: Callable[..., int]
+    clocks: Clocks, requests_until: Callable[..., int]
 ) -> None:
-    assert asked() == asked() == 1
+    assert requests_until() == requests_until() == 1
     clocks.pass_time(CERTIFICATE_S - ENOUGH_S - 1)
-    assert asked() == 1
+    assert requests_until() == 1
     clocks.pass_time(1)
-    assert asked() == 2
-    assert asked(2) == 3
+    assert requests_until() == 2
+    assert requests_until(2) == 3
 
 
 @pytest.mark.parametrize("back_s", [60.0, 1800.0, 7200.0, 86_400.0])
 def test_a_clock_that_is_set_back_does_not_prolong_a_certificate(
-    clocks: Clocks, asked: Callable[..., int], back_s: float
+    clocks: Clocks, requests_until: Callable[..., int], back_s: float
 ) -> None:
-    asked()
+    requests_until()
     clocks.wall -= back_s
     clocks.pass_time(CERTIFICATE_S - ENOUGH_S)
-    assert asked() == 2
+    assert requests_until() == 2
 
 
-def test_after_sleep_or_a_reboot_a_new_certificate_is_requested(clocks: Clocks, asked: Callable[..., int]) -> None:
-    asked()
+def test_after_sleep_or_a_reboot_a_new_certificate_is_requested(
+    clocks: Clocks, requests_until: Callable[..., int]
+) -> None:
+    requests_until()
     clocks.wall += CERTIFICATE_S
-    assert asked() == 2
+    assert requests_until() == 2
     clocks.wall, clocks.going = clocks.wall + 300, 10.0
-    assert asked() == 3
-    assert asked() == 3
+    assert requests_until() == 3
+    assert requests_until() == 3
 
 
 def test_a_certificate_without_valid_times_is_requested_again(
-    clocks: Clocks, asked: Callable[..., int], tmp_path: Path
+    clocks: Clocks, requests_until: Callable[..., int], tmp_path: Path
 ) -> None:
     for kept in ("", CERTIFICATE, f"{CERTIFICATE} 1/{int(clocks.wall) + 3600}", f"{CERTIFICATE} 1/x/y"):
         (tmp_path / "abcdefgh23-cert.pub").write_text(kept)
-        before = asked()
-        assert asked() == before
+        before = requests_until()
+        assert requests_until() == before
     assert before == 4

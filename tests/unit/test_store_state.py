@@ -35,7 +35,7 @@ async def test_the_rows_are_loaded_as_they_were_written(store: Store, world: Wor
     assert await store.read(state.load) == world
 
 
-async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(store: Store) -> None:
+async def test_the_rows_of_ended_rentals_and_purged_placements_are_not_loaded(store: Store) -> None:
     ended, gone = active_rental(2, state=RentalState.RELEASED), active_rental(3, state=RentalState.EXPIRED)
     lost = new_placement(ended, WORKER, PlacementState.LOST)
     purged = new_placement(gone, WORKER, PlacementState.PURGED, slot=1)
