@@ -63,7 +63,7 @@ class Leases:
         """The time of the last heartbeat or registration of any worker."""
 
     def restore(self, sessions: Mapping[str, str], granted_s: float) -> None:
-        """Take over the sessions of the database (worker id -> session id), without a heartbeat of any.
+        """Take over the sessions of the database (worker id -> session id); none has sent a heartbeat yet.
 
         `granted_s`: the longest lease that an earlier manager may have granted. Every worker is assumed to have that
         until its heartbeat says which it has, so shorter clocks never end a lease by which a worker still runs.

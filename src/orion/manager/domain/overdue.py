@@ -60,7 +60,7 @@ def workers_to_look_at(pool_index: PoolIndex, now: float) -> list[str]:
 
 def _limit_s(kind: Kind, state: str) -> float:
     if (kind, state) == ("worker", Health.QUARANTINED):
-        return -1.0  # it waits for a person from the first moment
+        return -1.0  # a quarantined worker waits for a person from the first moment
     if (kind, state) == ("rental", RentalState.QUEUED):
         return QUEUE_NOTICE_S
     deadline_s = TABLES[kind][state].deadline_s

@@ -339,7 +339,7 @@ def _set(table: dict[str, T], key: str, value: T | None) -> None:
 
 
 def _age(by_state: dict[S, dict[str, float]], key: str, before: S | None, state: S | None, now: float) -> None:
-    """Note in the tables of states since when a key is in another state; None: it is in no table."""
+    """Move a key to the table of its new state, with the time of the change; a key without a state is in no table."""
     if before is not None and before is not state:
         del by_state[before][key]
     if state is not None and before is not state:

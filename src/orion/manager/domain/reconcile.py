@@ -290,7 +290,7 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, ass
 
 
 def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
-    """Return the lost placement whose worker has the only files, so that the rental waits for it; None: it does not.
+    """Return the lost placement whose worker has the only files, so that the rental waits; None: it does not wait.
 
     A joining worker has come back: the recovery from it has a deadline of its own, RECOVERY_DEADLINE_S.
     """
