@@ -628,6 +628,8 @@ def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, mon
     }
     monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(request).encode())
     monkeypatch.setattr(scanning, "scan", lambda *_, **__: pytest.fail("it was looked through"))
+    # The kernel's timer would kill this process of tests, two minutes later.
+    monkeypatch.setattr(transfer.processes, "be_killed_after", lambda _: True)
     assert transfer.run_transfer("send", bench.operations, bench.root / "aside", bench.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
