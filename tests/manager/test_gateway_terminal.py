@@ -273,7 +273,7 @@ async def test_the_shell_is_as_large_as_the_page_and_follows_it(house: House) ->
     async with terminal(house, rental_id) as (page, shell):
         assert shell.size == (80, 24)
         page.controls(resize=[132, 43])
-        await turns(lambda: shell.size == (132, 43), "the shell is told")
+        await turns(lambda: shell.size == (132, 43), "the shell has the size")
 
 
 async def test_the_shell_begins_with_the_size_of_the_page(house: House) -> None:

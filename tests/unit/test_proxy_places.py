@@ -27,7 +27,7 @@ def place(tmp_path: Path) -> Path:
 def said(
     place: Path, script: str, memory: str = "", files: str = "unlimited", **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run functions of the entrypoint; return their output.
+    """Run functions of the entrypoint; return the ended process.
 
     `memory`: the content of the file with the container's limit; empty: no file. `files`: the limit of open files.
     """
