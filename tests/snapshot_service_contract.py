@@ -58,7 +58,7 @@ class SnapshotBench(ABC):
         """Take a snapshot with LARGE_BYTES that the last one does not have; return the ids of all that are kept."""
         letter = chr(ord("a") + next(_numbers) % 26)
         await self.write(home, "large", letter * LARGE_BYTES)
-        return [str(copy.generation) for copy in (await self.snapshot_service.copy(home, limits)).kept]
+        return [str(copy.id) for copy in (await self.snapshot_service.take(home, limits)).kept]
 
     def room_for(self, copies: float) -> SnapshotLimits:
         """Return limits that give each owner a share of the disk for this many snapshots of LARGE_BYTES."""
@@ -97,15 +97,15 @@ class SnapshotServiceContract:
         await bench.create(home, activated=True)
         await bench.write(home, "one", "first")
         await bench.write(home, "two", "second")
-        copied = await bench.snapshot_service.copy(home, LIMITS)
-        assert (copied.copy.generation, copied.copy.files, copied.copy.bytes) == (
+        copied = await bench.snapshot_service.take(home, LIMITS)
+        assert (copied.snapshot.id, copied.snapshot.files, copied.snapshot.bytes) == (
             SnapshotId(1, 1),
             3,
             3 * BLOCK_BYTES,
         ), "the home itself and two files"
         target = bench.moved(home)
         await bench.create(target, activated=False)
-        assert await bench.snapshot_service.restore(target) == copied.copy
+        assert await bench.snapshot_service.restore(target) == copied.snapshot
         assert await bench.files(target) == {"one": "first", "two": "second"}
 
     async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: SnapshotBench) -> None:
@@ -113,7 +113,7 @@ class SnapshotServiceContract:
         await bench.create(home, activated=False)
         assert await bench.snapshot_service.restore(home) is None
         assert await bench.files(home) == {}
-        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []
+        assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == []
 
     async def test_a_connection_at_hand_is_to_the_worker_with_the_pinned_host_key_or_to_nobody(
         self, bench: SnapshotBench
@@ -130,7 +130,7 @@ class SnapshotServiceContract:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "old")
-        await bench.snapshot_service.copy(home, LIMITS)
+        await bench.snapshot_service.take(home, LIMITS)
         target = bench.moved(home)
         await bench.create(target, activated=False)
         for _ in range(2):
@@ -146,24 +146,23 @@ class SnapshotServiceContract:
         await bench.create(home, activated=True)
         for name in ("changed", "removed", "same"):
             await bench.write(home, name, name)
-        first = (await bench.snapshot_service.copy(home, LIMITS, for_migration=True)).copy.generation
+        first = (await bench.snapshot_service.take(home, LIMITS, for_migration=True)).snapshot.id
         target = bench.moved(home)
         await bench.create(target, activated=False)
         assert await bench.snapshot_service.restore(target, first, precopy=True)
         await bench.write(home, "changed", "twice")
         await bench.remove(home, "removed")
-        last = await bench.snapshot_service.copy(home, LIMITS, for_migration=True)
-        assert [str(copy.generation) for copy in last.kept] == ["1-1", "1-2"]
-        assert await bench.snapshot_service.restore(target, last.copy.generation, previous=first) == last.copy
+        last = await bench.snapshot_service.take(home, LIMITS, for_migration=True)
+        assert [str(copy.id) for copy in last.kept] == ["1-1", "1-2"]
+        assert await bench.snapshot_service.restore(target, last.snapshot.id, previous=first) == last.snapshot
         assert await bench.files(target) == {"changed": "twice", "same": "same"}
         assert (
-            await bench.snapshot_service.restore(target, last.copy.generation, previous=last.copy.generation)
-            == last.copy
+            await bench.snapshot_service.restore(target, last.snapshot.id, previous=last.snapshot.id) == last.snapshot
         )
         assert await bench.files(target) == {"changed": "twice", "same": "same"}
         other = bench.moved(target)
         await bench.create(other, activated=False)
-        assert await bench.snapshot_service.restore(other, last.copy.generation, previous=last.copy.generation), (
+        assert await bench.snapshot_service.restore(other, last.snapshot.id, previous=last.snapshot.id), (
             "the home was not filled"
         )
         assert await bench.files(other) == {"changed": "twice", "same": "same"}
@@ -177,12 +176,12 @@ class SnapshotServiceContract:
         await bench.create(home, activated=True)
         for content in ("a", "bb"):
             await bench.write(home, "file", content)
-            await bench.snapshot_service.copy(home, LIMITS)
+            await bench.snapshot_service.take(home, LIMITS)
         target = bench.moved(home)
         await bench.create(target, activated=False)
         restored = await bench.snapshot_service.restore(target, SnapshotId(1, 1))
         assert restored
-        assert restored.generation == SnapshotId(1, 1)
+        assert restored.id == SnapshotId(1, 1)
         assert await bench.files(target) == {"file": "a"}
         assert (await refusal(bench.snapshot_service.restore(target, SnapshotId(1, 9)))).code == NO_SUCH_SNAPSHOT
         assert await bench.files(target) == {"file": "a"}
@@ -194,55 +193,55 @@ class SnapshotServiceContract:
         await bench.create(home, activated=True)
         for number in range(5):
             await bench.write(home, "file", "x" * number)
-            kept = (await bench.snapshot_service.copy(home, LIMITS)).kept
-        assert [str(copy.generation) for copy in kept] == ["1-3", "1-4", "1-5"]
+            kept = (await bench.snapshot_service.take(home, LIMITS)).kept
+        assert [str(copy.id) for copy in kept] == ["1-3", "1-4", "1-5"]
         target = bench.moved(home)
         await bench.create(target, activated=False)
         await bench.snapshot_service.restore(target)
         await bench.create(target, activated=True)
         for number in range(4):
             await bench.write(target, "file", "y" * number)
-            kept = (await bench.snapshot_service.copy(target, LIMITS)).kept
-        assert [str(copy.generation) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
-        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == list(kept)
+            kept = (await bench.snapshot_service.take(target, LIMITS)).kept
+        assert [str(copy.id) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
+        assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == list(kept)
 
     async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
         await bench.write(home, "other", "")
-        first = (await bench.snapshot_service.copy(home, LIMITS)).copy
-        second = (await bench.snapshot_service.copy(home, LIMITS)).copy
-        assert second.generation == first.generation
+        first = (await bench.snapshot_service.take(home, LIMITS)).snapshot
+        second = (await bench.snapshot_service.take(home, LIMITS)).snapshot
+        assert second.id == first.id
         assert second.at > first.at
         await bench.remove(home, "other")
-        assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, 2)
+        assert (await bench.snapshot_service.take(home, LIMITS)).snapshot.id == SnapshotId(1, 2)
 
     async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, content in enumerate(("one", "two", "six"), start=1):
             await bench.write(home, "file", content)
-            assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, number)
+            assert (await bench.snapshot_service.take(home, LIMITS)).snapshot.id == SnapshotId(1, number)
 
     async def test_only_the_epoch_that_is_there_is_copied(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=True)
         for epoch in (1, 3):
             assert (
-                await refusal(bench.snapshot_service.copy(replace(home, epoch=epoch), LIMITS))
+                await refusal(bench.snapshot_service.take(replace(home, epoch=epoch), LIMITS))
             ).code == "stale_epoch"
-        assert (await refusal(bench.snapshot_service.copy(bench.new_home(), LIMITS))).code == "unknown_rental"
+        assert (await refusal(bench.snapshot_service.take(bench.new_home(), LIMITS))).code == "unknown_rental"
 
     async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "x" * 2000)
-        copied = await bench.snapshot_service.copy(home, LIMITS)
+        copied = await bench.snapshot_service.take(home, LIMITS)
         await bench.write(home, "more", "x" * 2000)
         for limits in (SnapshotLimits(1000, 3 * BLOCK_BYTES - 1), SnapshotLimits(2, 1 << 20)):
-            assert (await refusal(bench.snapshot_service.copy(home, limits))).code == OVER_LIMIT
-        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == [copied.copy]
+            assert (await refusal(bench.snapshot_service.take(home, limits))).code == OVER_LIMIT
+        assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == [copied.snapshot]
 
     async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(
         self, bench: SnapshotBench
@@ -257,8 +256,8 @@ class SnapshotServiceContract:
         await bench.copy_other(home, LIMITS)
         await bench.copy_other(home, LIMITS)
         await bench.write(home, "more", "x")
-        assert (await refusal(bench.snapshot_service.copy(home, bench.room_for(0.9)))).code == OVER_SHARE
-        kept = [str(copy.generation) for copy in await bench.snapshot_service.copies(home.rental_id, home.uid)]
+        assert (await refusal(bench.snapshot_service.take(home, bench.room_for(0.9)))).code == OVER_SHARE
+        kept = [str(copy.id) for copy in await bench.snapshot_service.snapshots(home.rental_id, home.uid)]
         assert kept == ["1-1", "1-2"]
 
     async def test_one_owner_has_its_share_and_others_are_not_affected(self, bench: SnapshotBench) -> None:
@@ -267,13 +266,13 @@ class SnapshotServiceContract:
         second, other = await bench.owned_by(first), await bench.owned_by()
         assert [await bench.copy_other(first, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
         await bench.write(second, "large", "x" * LARGE_BYTES)
-        assert (await refusal(bench.snapshot_service.copy(second, room))).code == OVER_SHARE
-        assert await bench.snapshot_service.copies(second.rental_id, second.uid) == []
+        assert (await refusal(bench.snapshot_service.take(second, room))).code == OVER_SHARE
+        assert await bench.snapshot_service.snapshots(second.rental_id, second.uid) == []
         assert {first.owner, other.owner}.intersection(await bench.snapshot_service.short_of_room()) == {first.owner}
         assert [await bench.copy_other(other, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
-        unchanged = await bench.snapshot_service.copy(first, room)
-        assert [str(copy.generation) for copy in unchanged.kept] == ["1-2"], "the first makes room for the second"
-        assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
+        unchanged = await bench.snapshot_service.take(first, room)
+        assert [str(copy.id) for copy in unchanged.kept] == ["1-2"], "the first makes room for the second"
+        assert (await bench.snapshot_service.take(second, room)).snapshot.id == SnapshotId(1, 1)
         assert first.owner not in await bench.snapshot_service.short_of_room()
 
     async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: SnapshotBench) -> None:
@@ -282,19 +281,19 @@ class SnapshotServiceContract:
         second = await bench.owned_by(first)
         await bench.copy_other(first, room)
         await bench.write(second, "large", "x" * LARGE_BYTES)
-        assert (await refusal(bench.snapshot_service.copy(second, room))).code == OVER_SHARE
+        assert (await refusal(bench.snapshot_service.take(second, room))).code == OVER_SHARE
         await bench.snapshot_service.remove(first.rental_id, first.uid)
-        assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
+        assert (await bench.snapshot_service.take(second, room)).snapshot.id == SnapshotId(1, 1)
 
     async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: SnapshotBench) -> None:
         homes = [bench.new_home(), bench.new_home()]
         for home in homes:
             await bench.create(home, activated=True)
-            await bench.snapshot_service.copy(home, LIMITS)
+            await bench.snapshot_service.take(home, LIMITS)
         gone, stays = homes
         for _ in range(2):
             await bench.snapshot_service.remove(gone.rental_id, gone.uid)
-        assert await bench.snapshot_service.copies(gone.rental_id, gone.uid) == []
+        assert await bench.snapshot_service.snapshots(gone.rental_id, gone.uid) == []
         kept = await bench.snapshot_service.rentals()
         assert (gone.rental_id in kept, stays.rental_id in kept) == (False, True)
 
@@ -306,7 +305,7 @@ class SnapshotServiceContract:
         nowhere = replace(home, host=replace(home.host, port=1))
         impostor = replace(home, host=replace(home.host, host_keys=bench.hosts[1].host_keys))
         for wrong in (nowhere, impostor):
-            assert (await refusal(bench.snapshot_service.copy(wrong, LIMITS))).code == "unreachable"
+            assert (await refusal(bench.snapshot_service.take(wrong, LIMITS))).code == "unreachable"
 
     async def test_what_is_left_of_a_lost_epoch_is_copied_aside_and_is_not_what_comes_next_by_itself(
         self, bench: SnapshotBench
@@ -314,18 +313,16 @@ class SnapshotServiceContract:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "copied")
-        copied = await bench.snapshot_service.copy(home, LIMITS)
+        copied = await bench.snapshot_service.take(home, LIMITS)
         await bench.write(home, "file", "written after that")
-        salvaged = await bench.snapshot_service.salvage(home, LIMITS)
-        assert (salvaged.copy.generation, salvaged.copy.salvage) == (SnapshotId(1, 2), True)
-        assert [copy.salvage for copy in salvaged.kept] == [False, True]
-        assert (await bench.snapshot_service.salvage(home, LIMITS)).copy.generation == SnapshotId(1, 2), (
-            "once is enough"
-        )
-        assert (await refusal(bench.snapshot_service.copy(home, LIMITS))).code == "laid_down"
+        salvaged = await bench.snapshot_service.recover(home, LIMITS)
+        assert (salvaged.snapshot.id, salvaged.snapshot.recovered) == (SnapshotId(1, 2), True)
+        assert [copy.recovered for copy in salvaged.kept] == [False, True]
+        assert (await bench.snapshot_service.recover(home, LIMITS)).snapshot.id == SnapshotId(1, 2), "once is enough"
+        assert (await refusal(bench.snapshot_service.take(home, LIMITS))).code == "laid_down"
         target = bench.moved(home)
         await bench.create(target, activated=False)
-        assert await bench.snapshot_service.restore(target) == copied.copy
+        assert await bench.snapshot_service.restore(target) == copied.snapshot
         assert await bench.files(target) == {"file": "copied"}
         assert await bench.snapshot_service.restore(target, SnapshotId(1, 2))
         assert await bench.files(target) == {"file": "written after that"}
@@ -334,30 +331,30 @@ class SnapshotServiceContract:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
-        copied = await bench.snapshot_service.copy(home, LIMITS)
-        salvaged = await bench.snapshot_service.salvage(home, LIMITS)
-        assert (salvaged.copy.generation, salvaged.copy.salvage) == (copied.copy.generation, False)
+        copied = await bench.snapshot_service.take(home, LIMITS)
+        salvaged = await bench.snapshot_service.recover(home, LIMITS)
+        assert (salvaged.snapshot.id, salvaged.snapshot.recovered) == (copied.snapshot.id, False)
 
     async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, protected in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
             await bench.write(home, "file", f"version {number}")
-            salvaged = await bench.snapshot_service.salvage(home, LIMITS, protected=protected)
+            salvaged = await bench.snapshot_service.recover(home, LIMITS, protected=protected)
             oldest = (1,) if number == 1 or protected else ()
             latest = (number - 1, number) if number > 1 else ()
             staying = {1, 2} if number == 2 else {*oldest, *latest}
-            assert {copy.generation.number for copy in salvaged.kept} == staying
+            assert {copy.id.number for copy in salvaged.kept} == staying
 
     async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=False)
-        assert (await refusal(bench.snapshot_service.salvage(home, LIMITS))).code == NOTHING_TO_RECOVER
+        assert (await refusal(bench.snapshot_service.recover(home, LIMITS))).code == NOTHING_TO_RECOVER
         await bench.create(home, activated=True)
         for epoch in (1, 3):
             assert (
-                await refusal(bench.snapshot_service.salvage(replace(home, epoch=epoch), LIMITS))
+                await refusal(bench.snapshot_service.recover(replace(home, epoch=epoch), LIMITS))
             ).code == "stale_epoch"
         await bench.write(home, "file", "x" * 2000)
-        assert (await refusal(bench.snapshot_service.salvage(home, SnapshotLimits(1000, 1000)))).code == OVER_LIMIT
-        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []
+        assert (await refusal(bench.snapshot_service.recover(home, SnapshotLimits(1000, 1000)))).code == OVER_LIMIT
+        assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == []

@@ -209,7 +209,7 @@ class RemoteVault:
         self._environment = environment
         self._points = points
 
-    async def copy(
+    async def take(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -217,32 +217,32 @@ class RemoteVault:
         protected: SnapshotId | None = None,
         for_migration: bool = False,
     ) -> Taken:
-        done: Taken = await self._ask("copy", home, limits, deadline_s, protected, for_migration)
+        done: Taken = await self._ask("take", home, limits, deadline_s, protected, for_migration)
         return done
 
-    async def salvage(
+    async def recover(
         self,
         home: Home,
         limits: SnapshotLimits,
         deadline_s: float = RECOVER_DEADLINE_S,
         protected: SnapshotId | None = None,
     ) -> Taken:
-        done: Taken = await self._ask("salvage", home, limits, deadline_s, protected)
+        done: Taken = await self._ask("recover", home, limits, deadline_s, protected)
         return done
 
     async def restore(
         self,
         home: Home,
-        generation: SnapshotId | None = None,
+        snapshot_id: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
-        done: Snapshot | None = await self._ask("restore", home, generation)
+        done: Snapshot | None = await self._ask("restore", home, snapshot_id)
         return done
 
-    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        done: list[Snapshot] = await self._ask("copies", rental_id, uid)
+    async def snapshots(self, rental_id: str, uid: int) -> list[Snapshot]:
+        done: list[Snapshot] = await self._ask("snapshots", rental_id, uid)
         return done
 
     async def remove(self, rental_id: str, uid: int) -> None:

@@ -131,12 +131,12 @@ def live(rental: Rental, folder: Path) -> None:
     assert rental.ssh("mkdir -p deep/er; echo text > deep/er/file; ln -s /etc/passwd link").returncode == 0
     again = replace(rental, epoch=2)
     with snapshot_service(folder, on.key) as real:
-        asyncio.run(real.client.copy(home_of(rental), LIMITS))
+        asyncio.run(real.client.take(home_of(rental), LIMITS))
         for command in ("freeze", "thaw", "lock", "unlock"):
             status, report = on.rental(command, **named)
             assert status == 0, (command, report)
         assert rental.lets_in()
-        asyncio.run(real.client.salvage(home_of(rental), LIMITS))
+        asyncio.run(real.client.recover(home_of(rental), LIMITS))
         status, report = on.rental("purge", **rental.variables)
         assert (status, report["left"]) == (0, []), report
         status, report = on.rental("create", **again.variables, public_keys=[rental.key.public])
@@ -240,10 +240,10 @@ def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_
             held = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))  # type: ignore[union-attr]
             assert f"/home/{attacker.username}/deep/file" in held
             for order in ("freeze", "thaw", "lock", "unlock"):
-                asyncio.run(real.client.copy(home_of(attacker), LIMITS))
+                asyncio.run(real.client.take(home_of(attacker), LIMITS))
                 status, report = on.rental(order, rental_id=attacker.rental_id, epoch=1)
                 assert status == 0, (order, report)
-            assert asyncio.run(real.client.salvage(home_of(attacker), LIMITS)).copy.files >= 1
+            assert asyncio.run(real.client.recover(home_of(attacker), LIMITS)).snapshot.files >= 1
             status, report = on.rental("purge", **attacker.variables)
             assert (status, report["left"]) == (0, []), report
             assert attacker.traces() == ""

@@ -82,23 +82,23 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
             for each in (rental, roommate):
                 done = await asyncio.to_thread(each.ssh, f"head -c 300000 /dev/urandom > file{number}")
                 assert done.returncode == 0, done.stderr
-            own = asyncio.create_task(real.client.copy(home_of(rental), LIMITS, DEADLINE_S))
-            copied = await real.client.copy(home_of(roommate), LIMITS)
-            assert copied.copy.files >= number + 1
+            own = asyncio.create_task(real.client.take(home_of(rental), LIMITS, DEADLINE_S))
+            copied = await real.client.take(home_of(roommate), LIMITS)
+            assert copied.snapshot.files >= number + 1
             with suppress(SnapshotError):
                 await own
             assert await asyncio.to_thread(too_old, rental.on) == []
         await asyncio.to_thread(
             wait_until, lambda: not transfers(rental.on), "no transfer is left", DEADLINE_S + LATE_S
         )
-    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files >= ROUNDS
+    assert (await real.client.take(home_of(rental), LIMITS)).snapshot.files >= ROUNDS
 
 
 async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_is_repeated(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(rental.ssh, "head -c 60000000 /dev/urandom > file")
-    await real.client.copy(home_of(rental), LIMITS)
+    await real.client.take(home_of(rental), LIMITS)
     moved = replace(rental, on=neighbour, epoch=2)
     create = lambda: neighbour.rental("create", **moved.variables, public_keys=[moved.key.public])  # noqa: E731
     assert (await asyncio.to_thread(create))[0] == 0

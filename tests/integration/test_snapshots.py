@@ -180,11 +180,11 @@ def rental(host: Worker, folder: Path) -> Rental:
 async def test_a_restored_home_is_as_it_was(real: RealSnapshotService, rental: Rental, neighbour: Worker) -> None:
     rental.python(FURNISH)
     rental.ssh("touch -hd '2010-01-01 00:00:00.1' folder 'dated link'")
-    await real.client.copy(home_of(rental), LIMITS)
+    await real.client.take(home_of(rental), LIMITS)
     rental.ssh("touch -hd '2010-01-01 00:00:00.2' folder 'dated link'")
     before = told(rental)
-    copied = await real.client.copy(home_of(rental), LIMITS)
-    assert copied.copy.skipped == ()
+    copied = await real.client.take(home_of(rental), LIMITS)
+    assert copied.snapshot.skipped == ()
     after = told(await move(real, rental, neighbour))
     assert after.keys() == before.keys()
     for name, about in after.items():
@@ -196,12 +196,12 @@ async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_h
 ) -> None:
     for number in range(3):
         rental.ssh(f"echo {number} > file")
-        await real.client.copy(home_of(rental), LIMITS)
+        await real.client.take(home_of(rental), LIMITS)
     there = replace(rental, on=neighbour, epoch=2)
     await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
     await real.client.restore(home_of(there), precopy=True)
     rental.ssh("echo last > file")
-    await real.client.copy(home_of(rental), LIMITS, for_migration=True)
+    await real.client.take(home_of(rental), LIMITS, for_migration=True)
     place = real.copies / rental.rental_id
     assert {each.name for each in place.iterdir()} == {"old-1-1", "1-2", "1-3", "1-4"}
     there = await move(real, rental, neighbour)
@@ -213,10 +213,10 @@ async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_othe
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("mkdir many; cd many; seq 10000 | xargs touch")
-    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    first = (await real.client.take(home_of(rental), LIMITS)).snapshot
     assert first.files == 10_002
-    again = (await real.client.copy(home_of(rental), LIMITS)).copy
-    assert again.generation == first.generation
+    again = (await real.client.take(home_of(rental), LIMITS)).snapshot
+    assert again.id == first.id
 
 
 async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
@@ -232,8 +232,8 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
     )
     secret = rental.on.run("cat", "/etc/shadow")
     for _ in range(4):
-        copy = (await real.client.copy(home_of(rental), SnapshotLimits(20_000, 1 << 30))).copy
-        place = real.copy_of(home_of(rental), str(copy.generation))
+        copy = (await real.client.take(home_of(rental), SnapshotLimits(20_000, 1 << 30))).snapshot
+        place = real.copy_of(home_of(rental), str(copy.id))
         content = {f.read_text() for f in (place / "file", place / "swap/shadow", place / "swap") if f.is_file()}
         assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
         assert secret not in content
@@ -259,8 +259,8 @@ async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
     for name in SPOILED.keys() - {"sub"}:
         rental.ssh(f'printf /etc > "{name}"')
     rental.ssh("echo precious > honest")
-    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
-    place = real.copy_of(home_of(rental), str(copied.generation))
+    copied = (await real.client.take(home_of(rental), LIMITS)).snapshot
+    place = real.copy_of(home_of(rental), str(copied.id))
     for name, told in SPOILED.items():
         os.setxattr(place / name, STAT, told.encode())
     there = replace(rental, on=neighbour, epoch=2)
@@ -301,7 +301,7 @@ async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_f
 ) -> None:
     rental.python(furnish)
     before = rental.ssh("stat -c '%A %n' *").stdout
-    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    copied = (await real.client.take(home_of(rental), LIMITS)).snapshot
     assert len(copied.skipped) == (20 if furnish is LONG_NAMES else 0)
     there = await move(real, rental, neighbour)
     assert there.ssh("stat -c '%A %n' *").stdout == before
@@ -313,11 +313,11 @@ async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_th
     home = bench.new_home()
     await bench.create(home, activated=True)
     await bench.write(home, "file", "precious")
-    copied = await bench.snapshot_service.copy(home, LIMITS)
+    copied = await bench.snapshot_service.take(home, LIMITS)
     there = replace(home, host=bench.hosts[1], epoch=2)
     coming = asyncio.create_task(bench.snapshot_service.restore(there))
     await bench.create(there, activated=False)
-    assert await _come(coming, bench, there) == copied.copy
+    assert await _come(coming, bench, there) == copied.snapshot
     assert await bench.files(there) == {"file": "precious"}
     never = await refusal(bench.snapshot_service.restore(replace(there, epoch=3)))
     assert never.code == "stale_epoch", "it does not wait for ever"
@@ -349,30 +349,32 @@ async def test_the_resident_server_does_the_transfers_without_loading_anything(
     with _standing(rental.on):
         rental.on.run("mv", program, aside)
         try:
-            copied = await real.client.copy(home_of(rental), LIMITS)
-            stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
+            copied = await real.client.take(home_of(rental), LIMITS)
+            stale = await refusal(real.client.take(replace(home_of(rental), epoch=7), LIMITS))
             again = await refusal(real.client.restore(home_of(rental)))
             knocked = rental.ssh(
                 f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{SOCKET_PATH}\")'"
             )
         finally:
             rental.on.run("mv", aside, program)
-    assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
+    assert (real.copy_of(home_of(rental), str(copied.snapshot.id)) / "file").read_text() == "precious\n"
     assert (stale.code, again.code) == ("stale_epoch", ALREADY_ACTIVATED)
     assert "PermissionError" in knocked.stderr
-    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
+    assert (await real.client.take(home_of(rental), LIMITS)).snapshot.files == copied.snapshot.files, (
+        "nobody stands there now"
+    )
 
 
 async def test_a_home_that_its_renter_shut_is_copied_as_any_other(real: RealSnapshotService, rental: Rental) -> None:
     rental.ssh("echo > file")
-    await real.client.copy(home_of(rental), LIMITS)
+    await real.client.take(home_of(rental), LIMITS)
     rental.ssh("echo precious > file; chmod 0 .")
-    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
-    assert (real.copy_of(home_of(rental), str(copied.generation)) / "file").read_text() == "precious\n"
+    copied = (await real.client.take(home_of(rental), LIMITS)).snapshot
+    assert (real.copy_of(home_of(rental), str(copied.id)) / "file").read_text() == "precious\n"
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
     for _ in range(2):
-        moving = (await real.client.copy(home_of(rental), LIMITS, deadline_s=60, for_migration=True)).copy
-    assert (real.copy_of(home_of(rental), str(moving.generation)) / "file").read_text() == "precious\n"
+        moving = (await real.client.take(home_of(rental), LIMITS, deadline_s=60, for_migration=True)).snapshot
+    assert (real.copy_of(home_of(rental), str(moving.id)) / "file").read_text() == "precious\n"
     await _rental(rental.on, "thaw", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
 
 
@@ -381,12 +383,12 @@ async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
 ) -> None:
     other = new_rental(rental.on, folder).create_quickly()
     other.ssh("echo secret > file")
-    await real.client.copy(home_of(other), LIMITS)
+    await real.client.take(home_of(other), LIMITS)
     mixed = replace(home_of(other), uid=rental.uid)
-    assert (await refusal(real.client.copy(mixed, LIMITS))).code == "conflict"
+    assert (await refusal(real.client.take(mixed, LIMITS))).code == "conflict"
     assert (await refusal(real.client.restore(mixed))).code == "conflict"
     for wrong in ("..", "../etc", other.username + "/..", ""):
-        assert (await refusal(real.client.copy(replace(mixed, rental_id=wrong), LIMITS))).code == "invalid_request"
+        assert (await refusal(real.client.take(replace(mixed, rental_id=wrong), LIMITS))).code == "invalid_request"
         done = rental.on.ssh(
             "root",
             rental.on.key,
@@ -395,11 +397,11 @@ async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
         )
         assert (done.returncode, json.loads(done.stdout)["code"]) == (2, "invalid_request")
     for uid in (0, 900, 902, 99_999):
-        assert (await refusal(real.client.copy(replace(mixed, uid=uid), LIMITS))).code == "invalid_request"
+        assert (await refusal(real.client.take(replace(mixed, uid=uid), LIMITS))).code == "invalid_request"
 
 
 async def test_what_is_kept_is_open_to_its_own_uid_alone(real: RealSnapshotService, rental: Rental) -> None:
-    await real.client.copy(home_of(rental), LIMITS)
+    await real.client.take(home_of(rental), LIMITS)
     place = real.copies / rental.rental_id
     status = place.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (rental.uid, rental.uid, 0o700)
@@ -410,16 +412,16 @@ async def test_a_copy_that_is_cut_short_leaves_the_one_before_and_nothing_runnin
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("echo first > file")
-    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    first = (await real.client.take(home_of(rental), LIMITS)).snapshot
     rental.ssh("head -c 60000000 /dev/urandom > large")
     for pause_s in (0.05, 0.15, 0.3, 0.45):
-        copying = asyncio.create_task(real.client.copy(home_of(rental), LIMITS))
+        copying = asyncio.create_task(real.client.take(home_of(rental), LIMITS))
         await asyncio.sleep(pause_s)
         copying.cancel()
         await asyncio.gather(copying, return_exceptions=True)
-    assert first in await real.client.copies(rental.rental_id, rental.uid)
+    assert first in await real.client.snapshots(rental.rental_id, rental.uid)
     await asyncio.to_thread(wait_until, lambda: not real.running(rental.uid), "what was struck has ended")
-    assert (await real.client.copy(home_of(rental), LIMITS)).copy.bytes > 60_000_000
+    assert (await real.client.take(home_of(rental), LIMITS)).snapshot.bytes > 60_000_000
 
 
 def fillers(rental: Rental) -> set[str]:
@@ -431,7 +433,7 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     rental.ssh("head -c 60000000 /dev/urandom > large; echo > small")
-    await real.client.copy(home_of(rental), LIMITS)
+    await real.client.take(home_of(rental), LIMITS)
     moved = replace(rental, on=neighbour, epoch=2)
     await _rental(neighbour, "create", **moved.variables, public_keys=[moved.key.public])
     restoring = asyncio.create_task(real.client.restore(home_of(moved)))
@@ -461,9 +463,9 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     rental.ssh("echo precious > file; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
     status, _ = rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)
     assert status == 0
-    salvaged = await real.client.salvage(home_of(rental), LIMITS)
-    assert salvaged.copy.salvage
-    assert (real.copy_of(home_of(rental), str(salvaged.copy.generation)) / "file").read_text() == "precious\n"
+    salvaged = await real.client.recover(home_of(rental), LIMITS)
+    assert salvaged.snapshot.recovered
+    assert (real.copy_of(home_of(rental), str(salvaged.snapshot.id)) / "file").read_text() == "precious\n"
 
     def is_ended() -> bool:
         return not rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip()
@@ -482,7 +484,7 @@ async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_re
     rental = new_rental(pair[0], folder).create_quickly()
     few = SnapshotLimits(max_files=50, max_bytes=1 << 20)
     rental.ssh("mkdir many && cd many && touch $(seq 60); setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
-    over = await refusal(real.client.copy(home_of(rental), few))
+    over = await refusal(real.client.take(home_of(rental), few))
     assert (over.code, "more than 50 files" in str(over), "orion thaw" in str(over)) == ("over_limit", True, True)
     states = ("ps", "-o", "stat=", "-u", str(rental.uid))
 
@@ -499,13 +501,13 @@ async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_re
     )
     rental.on.manager.placements = []
     assert not rental.lets_in(), "a reply does not thaw it"
-    assert str(await refusal(real.client.copy(home_of(rental), few))) == str(over), "it is not counted again"
+    assert str(await refusal(real.client.take(home_of(rental), few))) == str(over), "it is not counted again"
     thawed = await asyncio.to_thread(lambda: rental.on.playbook("thaw", rental_id=rental.rental_id, epoch=1))
     assert thawed.ok, thawed.output
-    assert "unless it does" in str(await refusal(real.client.copy(home_of(rental), few)))
+    assert "unless it does" in str(await refusal(real.client.take(home_of(rental), few)))
     assert rental.ssh("rm -r many; echo kept > file").returncode == 0
-    copied = await real.client.copy(home_of(rental), few)
-    assert copied.copy.files == 2
+    copied = await real.client.take(home_of(rental), few)
+    assert copied.snapshot.files == 2
     assert rental.lets_in()
     assert (await asyncio.to_thread(rental.delete)).ok
     assert rental.traces() == ""

@@ -134,7 +134,7 @@ async def copied(liar: Liar) -> Liar:
     """One that was honest once."""
     liar.begin()
     liar.shows(honest="first")
-    await liar.client.copy(liar.of, LIMITS)
+    await liar.client.take(liar.of, LIMITS)
     return liar
 
 
@@ -194,7 +194,7 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
     copied.says(says)
     # What is to be found out has all the time there is: a busy machine reads a hundred thousand bytes in seconds.
     deadline_s = 3.0 if codes == {"timed_out"} else PATIENCE_S
-    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=deadline_s))
+    refused = await refusal(copied.client.take(copied.of, LIMITS, deadline_s=deadline_s))
     assert refused.code in codes, refused
     assert "\x1b" not in str(refused)
     assert len(str(refused)) < 500
@@ -210,9 +210,9 @@ def folders(liar: Liar) -> None:
 async def test_empty_directories_count_for_what_they_take_though_a_worker_says_nothing_of_them(copied: Liar) -> None:
     folders(copied)
     few, enough = SnapshotLimits(max_files=1000, max_bytes=3 << 20), SnapshotLimits(max_files=1000, max_bytes=4 << 20)
-    refused = await refusal(copied.client.copy(copied.of, few))
+    refused = await refusal(copied.client.take(copied.of, few))
     assert (refused.code, "more than a snapshot may" in str(refused)) == (OVER_LIMIT, True)
-    copy = (await copied.client.copy(copied.of, enough)).copy
+    copy = (await copied.client.take(copied.of, enough)).snapshot
     assert (copy.files, copy.bytes >= 902 * BLOCK_BYTES) == (902, True)
 
 
@@ -223,7 +223,7 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
     for owner, code in (("greedy", ""), ("greedy", OVER_SHARE), ("modest", "")):
         liar.begin()
         (liar.home / "large").write_bytes(os.urandom(3 << 19))
-        copying = liar.client.copy(replace(liar.of, owner=owner), limits)
+        copying = liar.client.take(replace(liar.of, owner=owner), limits)
         if code:
             assert (await refusal(copying)).code == code
         else:
@@ -254,7 +254,7 @@ async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: st
     copied.shows(**{name: "escaped"})
     copied.says(f"hello(); rsync(lambda data: data.replace({name.encode()!r}, {told.encode()!r}))")
     assert len(name) == len(told)
-    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=PATIENCE_S))
+    refused = await refusal(copied.client.take(copied.of, LIMITS, deadline_s=PATIENCE_S))
     assert refused.code == "failed"
     assert copied.kept == {"honest": "first"}
     assert list(outside.iterdir()) == []
@@ -294,7 +294,7 @@ async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere
     outside.chmod(0o777)
     (copied.home / "d").mkdir()
     (copied.home / "d/x").write_text("first")
-    await copied.client.copy(copied.of, LIMITS)
+    await copied.client.take(copied.of, LIMITS)
     shutil.rmtree(copied.home / "d")
     if becomes == "a link":
         (copied.home / "d").symlink_to(outside)
@@ -303,7 +303,7 @@ async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere
         (copied.home / "d").write_text("file")
     copied.says(f"{LISTED}\nhello(); rsync(*{listed!r})")
     with suppress(SnapshotError):
-        await copied.client.copy(copied.of, LIMITS, deadline_s=PATIENCE_S)
+        await copied.client.take(copied.of, LIMITS, deadline_s=PATIENCE_S)
     found = {file.name: file.read_text() for file in outside.iterdir()}
     assert found == ({"x": "worker's"} if becomes == "a link" else {})
     assert copied.kept["honest"] == "first"

@@ -83,7 +83,7 @@ def _differences(before: list[str], after: list[str]) -> str:
 
 async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
-    await real.client.copy(home_of(rental), ROOMY)
+    await real.client.take(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
 
     def is_gone() -> bool:
@@ -91,24 +91,24 @@ async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Renta
 
     await asyncio.to_thread(wait_until, is_gone, "what was set aside is removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
-    await real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True)
+    await real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)
     return await move(real, rental, to)
 
 
 async def _taken_over(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As after the loss of its worker: from the last periodic copy."""
-    copied = await real.client.copy(home_of(rental), ROOMY)
-    assert copied.copy.skipped == ()
+    copied = await real.client.take(home_of(rental), ROOMY)
+    assert copied.snapshot.skipped == ()
     return await move(real, rental, to)
 
 
 async def _recovered(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As its owner restores what its lost worker still had when it came back."""
-    salvaged = await real.client.salvage(home_of(rental), ROOMY)
-    assert salvaged.copy.skipped == ()
+    salvaged = await real.client.recover(home_of(rental), ROOMY)
+    assert salvaged.snapshot.skipped == ()
     made = replace(rental, on=to, epoch=rental.epoch + 1)
     await _rental(to, "create", **made.variables, public_keys=[made.key.public])
-    assert await real.client.restore(home_of(made), salvaged.copy.generation)
+    assert await real.client.restore(home_of(made), salvaged.snapshot.id)
     await _rental(to, "unlock", rental_id=made.rental_id, epoch=made.epoch)
     return made
 
@@ -178,14 +178,14 @@ async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
     rental.on.run("sh", "-ec", f"{home}; {ODD[what]}")
     before = rental.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=1, move=MOVE)
-    copying = asyncio.create_task(real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True))
+    copying = asyncio.create_task(real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True))
     (told,) = await asyncio.gather(copying, return_exceptions=True)
     if isinstance(told, Taken):
         moved = await move(real, rental, neighbour)
         after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
         assert after == before, f"{what} is not as it was, and the move was not refused"
     else:
-        text = str(await refusal(real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True)))
+        text = str(await refusal(real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)))
         assert "odd" in text or "oooooooooo" in text, f"{what}: refused without its name: {text}"
 
 
@@ -206,9 +206,9 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotSer
     await asyncio.to_thread(_open_bank, rental)
     steps, torn = set(), []
     for _ in range(6):
-        copy = (await real.client.copy(home_of(rental), ROOMY)).copy
-        kept = real.copy_of(home_of(rental), str(copy.generation)) / "bank"
-        torn += [f"copy {copy.generation}: {fault}" for fault in bank.faults(kept)]
+        copy = (await real.client.take(home_of(rental), ROOMY)).snapshot
+        kept = real.copy_of(home_of(rental), str(copy.id)) / "bank"
+        torn += [f"copy {copy.id}: {fault}" for fault in bank.faults(kept)]
         step = (kept / "zz_B").read_text()
         steps.add(step)
         await asyncio.to_thread(_wait_beyond, rental, step)
@@ -218,15 +218,15 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotSer
 
 async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
-    salvaged = (await real.client.salvage(home_of(rental), ROOMY)).copy
-    assert bank.faults(real.copy_of(home_of(rental), str(salvaged.generation)) / "bank") == []
+    salvaged = (await real.client.recover(home_of(rental), ROOMY)).snapshot
+    assert bank.faults(real.copy_of(home_of(rental), str(salvaged.id)) / "bank") == []
 
 
 async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_program_goes_on(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(_open_bank, rental)
-    await real.client.copy(home_of(rental), ROOMY)
+    await real.client.take(home_of(rental), ROOMY)
     there = await move(real, rental, neighbour)
     program = await asyncio.to_thread(_lay_down, there, bank)
     told = await asyncio.to_thread(there.ssh, f"python3 {program} check bank && python3 {program} run bank 3")

@@ -162,7 +162,7 @@ async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool:
     agent = house.agent_of(rental)
     host = Host(agent.worker_id, agent.node.host.address, agent.node.host.host_keys)
     account = agent.node.accounts[rental["id"]]
-    await house.snapshot_service.copy(Home(rental["id"], account.uid, 1, host), SnapshotLimits())
+    await house.snapshot_service.take(Home(rental["id"], account.uid, 1, host), SnapshotLimits())
     moved = await lose(house, rental)
     assert files(house, moved) == {"file": "x"}
 
@@ -194,14 +194,14 @@ async def _lose_it(*_: Any) -> None:
 async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "x"
-    copy = house.snapshot_service.copy
+    copy = house.snapshot_service.take
 
     async def late(*given: Any, **named: Any) -> Any:
         done = await copy(*given, **named)
         await lose(house, rental)
         return done
 
-    house.snapshot_service.copy = late  # type: ignore[method-assign]
+    house.snapshot_service.take = late  # type: ignore[method-assign]
     copies = house.manager.copies
     await copies.round()
     await house.pass_time(4)
@@ -219,7 +219,7 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
     await house.join(slots=10)
     rentals = [await house.rent() for _ in range(10)]
     at_once, made, most = 0, [], 0
-    copy = house.snapshot_service.copy
+    copy = house.snapshot_service.take
 
     async def counted(home: Home, *given: Any, **named: Any) -> Any:
         nonlocal at_once, most
@@ -231,7 +231,7 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
         at_once -= 1
         return done
 
-    house.snapshot_service.copy = counted  # type: ignore[method-assign]
+    house.snapshot_service.take = counted  # type: ignore[method-assign]
     for _ in range(45):
         await snapshot_round(house)
         house.clock.now += 1.5

@@ -88,7 +88,7 @@ async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(
 
     async def hold(move: int) -> None:
         def put(connection: Connection) -> None:
-            connection.execute(update(placements).values(held=move))
+            connection.execute(update(placements).values(quiesced_for=move))
             record(
                 connection,
                 Event(kind="rental.held", actor="reconciler", reason="it moves", rental_id=rental["id"], epoch=1),
@@ -112,7 +112,7 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
     await house.join()
     rental = await house.rent()
     problem = "its home holds too much: 3 GB\r\nX: y\u00e9; it is frozen: `orion thaw` lets it go on"
-    await house.store.write(lambda connection: connection.execute(update(rentals).values(copy_problem=problem)))
+    await house.store.write(lambda connection: connection.execute(update(rentals).values(snapshot_problem=problem)))
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         accepted = await client.hears()
         [(name, banner)] = accepted["headers"]
@@ -127,9 +127,9 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
 async def nearly_full_with_a_recovered_snapshot(house: House) -> dict[str, Any]:
     rental = await house.rent()
     row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": house.clock.wall(), "bytes": 12_000, "files": 3}
-    warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", let_in_epoch=2)
+    warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", activated_epoch=2)
     await house.store.write(lambda connection: connection.execute(warned))
-    salvage = insert(copies).values(row | {"skipped": [], "salvage": True})
+    salvage = insert(copies).values(row | {"skipped": [], "recovered": True})
     await house.store.write(lambda connection: connection.execute(salvage))
     return rental
 

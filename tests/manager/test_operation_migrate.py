@@ -336,14 +336,14 @@ async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained
     full = await house.join(slots=2)
     tricky, honest = await house.rent(), await house.rent()
     await house.join(slots=2)
-    copy = house.snapshot_service.copy
+    copy = house.snapshot_service.take
 
     async def refuses(home: Any, *arguments: Any, **named: Any) -> Any:
         if home.rental_id == tricky["id"]:
             raise TOO_LARGE
         return await copy(home, *arguments, **named)
 
-    house.snapshot_service.copy = refuses  # type: ignore[method-assign]
+    house.snapshot_service.take = refuses  # type: ignore[method-assign]
     await drain(house, full)
     await house.pass_time(60)
     assert (await house.rental(honest["id"]))["epoch"] == 2
@@ -416,7 +416,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
     agent = await house.join()
     rental = await house.rent()
     files(house, rental)["file"] = "copied"
-    was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.snapshot_service.copy
+    was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.snapshot_service.take
 
     async def taken_and_delayed(*arguments: Any, for_migration: bool = False, **named: Any) -> Taken:
         made = await copy(*arguments, **named)
@@ -428,7 +428,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
             await may_be_noted.wait()
         return made
 
-    house.snapshot_service.copy = taken_and_delayed  # type: ignore[method-assign]
+    house.snapshot_service.take = taken_and_delayed  # type: ignore[method-assign]
     begun = asyncio.create_task(house.manager.copies.take_now(rental["id"], None))
     await was_made.wait()
     files(house, rental)["file"] = "written before it stood still"

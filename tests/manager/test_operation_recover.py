@@ -148,7 +148,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
         tries.append(home)
         raise SnapshotError(code, "there is no way")
 
-    house.snapshot_service.salvage = refuse  # type: ignore[method-assign, assignment]
+    house.snapshot_service.recover = refuse  # type: ignore[method-assign, assignment]
     await dead.come_back()
     await house.pass_time(12)
     assert (await house.health(dead), dead.node.homes) == ("ready", {})
@@ -180,17 +180,17 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
     house: House, pool: list[Agent]
 ) -> None:
     moved, dead = await written_and_lost(house)
-    salvage = house.snapshot_service.salvage
+    salvage = house.snapshot_service.recover
 
     async def and_die(home: Home, limits: SnapshotLimits, protected: SnapshotId | None = None) -> Taken:
         await salvage(home, limits, protected=protected)
         raise SnapshotError("no_answer", "the snapshot service ended before it answered")
 
-    house.snapshot_service.salvage = and_die  # type: ignore[method-assign, assignment]
+    house.snapshot_service.recover = and_die  # type: ignore[method-assign, assignment]
     await dead.come_back()
     await house.manager.reconciler.round()
     await house.finish_tasks()
-    house.snapshot_service.salvage = salvage  # type: ignore[method-assign]
+    house.snapshot_service.recover = salvage  # type: ignore[method-assign]
     await house.restart()
     await dead.register()
     await house.pass_time(12)
@@ -519,11 +519,11 @@ async def test_an_owner_s_salvages_leave_others_of_that_worker_theirs(
     await house.settle()
     under_way = list[str]()
 
-    async def salvage(home: Home, *_: object, **__: object) -> Taken:
+    async def recover(home: Home, *_: object, **__: object) -> Taken:
         under_way.append(home.owner)
         return await asyncio.Future()
 
-    monkeypatch.setattr(house.snapshot_service, "salvage", salvage)
+    monkeypatch.setattr(house.snapshot_service, "recover", recover)
     house.end_the_brake_of_the_start()
     dead.die()
     await house.silence(dead, 91)

@@ -45,7 +45,7 @@ async def rent(house: House, owner: httpx.AsyncClient, **more: Any) -> dict[str,
 
 
 async def generations(house: House, rental: dict[str, Any]) -> list[str]:
-    return [str(copy.generation) for copy in await house.snapshot_service.copies(rental["id"], 0)]
+    return [str(copy.id) for copy in await house.snapshot_service.snapshots(rental["id"], 0)]
 
 
 async def test_who_is_beyond_its_share_is_told_why_and_is_copied_again_when_there_is_room(

@@ -233,7 +233,7 @@ class PoolHistory(RuleBasedStateMachine):
 
     @invariant()
     def a_rental_has_at_most_one_live_placement_and_one_standby(self) -> None:
-        live = Counter((p.rental_id, p.standby) for p in self.world.placements.values() if p.state in LIVE)
+        live = Counter((p.rental_id, p.is_target) for p in self.world.placements.values() if p.state in LIVE)
         assert all(number == 1 for number in live.values())
 
     @invariant()
@@ -246,7 +246,7 @@ class PoolHistory(RuleBasedStateMachine):
         for placement in self.world.placements.values():
             rental = self.world.rentals[placement.rental_id]
             assert placement.epoch < rental.next_epoch
-            if placement.state in LIVE and placement.standby:
+            if placement.state in LIVE and placement.is_target:
                 assert placement.epoch > rental.epoch, "the rental was never activated"
             elif placement.state in LIVE:
                 assert placement.epoch == rental.epoch

@@ -135,7 +135,7 @@ class Checker:
     def _check_phase(self, rental_id: str) -> None:
         world = self._sim.state_store.world
         rental, target = world.rentals[rental_id], world.target_of(rental_id)
-        sources = [p for p in world.placements_of(rental_id) if not p.standby]
+        sources = [p for p in world.placements_of(rental_id) if not p.is_target]
         phases = {phase_of(rental, source, target) for source in sources} - {MigrationPhase.NONE}
         before, after = self._phases.get(rental_id, MigrationPhase.NONE), max(phases, default=MigrationPhase.NONE)
         if len(phases) > 1 or (after is not before and after not in MIGRATION_TABLE[before].exits):
@@ -157,7 +157,12 @@ class Checker:
         may_hold_files = source in {"preparing", "running"} and not getattr(row, "standby", False)
         if write.kind == "placement" and to == PlacementState.LOST and may_hold_files:
             self._lost(row)
-        if write.kind == "placement" and to == PlacementState.STOPPING and row.held and write.change.get("state"):
+        if (
+            write.kind == "placement"
+            and to == PlacementState.STOPPING
+            and row.quiesced_for
+            and write.change.get("state")
+        ):
             self._cut_over(step, row)
         if write.kind == "rental":
             self._rental_transition(step, row, to, write)
@@ -210,8 +215,8 @@ class Checker:
         world = self._sim.state_store.world
         rental = world.rentals[rental_id]
         own = [p for p in world.placements.values() if p.rental_id == rental_id]
-        live = [p for p in own if p.state in LIVE and not p.standby]
-        if len([p for p in own if p.state in LIVE and p.standby]) > 1:
+        live = [p for p in own if p.state in LIVE and not p.is_target]
+        if len([p for p in own if p.state in LIVE and p.is_target]) > 1:
             self._sim.fail("never two target placements", f"{rental_id}: {own}")
         if len(live) > 1:
             self._sim.fail("never two live placements", f"{rental_id}: {[p.id for p in live]}")
@@ -238,24 +243,24 @@ class Checker:
         rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or rental.epoch != epoch:
             return
-        if rental.last_safe_copy_at is None:
-            if not home and 0 < rental.let_in_epoch < epoch:
+        if rental.last_snapshot_at is None:
+            if not home and 0 < rental.activated_epoch < epoch:
                 self._begins_empty(rental, epoch)
             return
         before, written = self._written.get(rental_id, (epoch, 0.0))
         if before < epoch and home < written:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, and wrote until {written:.1f}"
             self._sim.fail("nothing is lost in a planned migration", story)
-        if home < rental.last_safe_copy_at:
-            story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
+        if home < rental.last_snapshot_at:
+            story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_snapshot_at:.1f}"
             self._sim.fail("files are as old as the last snapshot", story)
 
     def _begins_empty(self, rental: Rental, epoch: int) -> None:
-        sim, world, before = self._sim, self._sim.state_store.world, rental.let_in_epoch
+        sim, world, before = self._sim, self._sim.state_store.world, rental.activated_epoch
         own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental.id, before)]
         may_come_back = any(p.state is PlacementState.LOST and p.worker_id in world.workers for p in own)
         waited_s = sim.loop.now - self._lost_at.get((rental.id, before), float("-inf"))
-        if may_come_back and not own[0].salvaged and waited_s < sim.awaits_files_s * 0.97:
+        if may_come_back and not own[0].files_recovered and waited_s < sim.awaits_files_s * 0.97:
             story = f"{rental.id} at epoch {epoch}, {waited_s:.0f} s after its worker of epoch {before} was lost"
             sim.fail("a rental without a snapshot waits for its worker", story)
 
@@ -282,20 +287,18 @@ class Checker:
         if rental.state in ENDED | {RentalState.RELEASING}:
             return
         own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental_id, epoch)]
-        if any(p.state is PlacementState.LOST and not p.salvaged and not p.standby for p in own):
+        if any(p.state is PlacementState.LOST and not p.files_recovered and not p.is_target for p in own):
             self._sim.fail("a lost home is recovered before it is purged", f"{rental_id} of epoch {epoch}")
 
     def filled(self, rental_id: str, snapshot: Snapshot) -> None:
         """Fail if a home is filled without a request with a recovered snapshot that lacks files of a later epoch."""
         rental = self._sim.state_store.world.rentals.get(rental_id)
-        if rental is None or str(snapshot.generation) == rental.began_with:
+        if rental is None or str(snapshot.id) == rental.began_with:
             return
         began_with = SnapshotId.parse(rental.began_with)
-        has_all = began_with is None or self._has_all_of(rental_id, snapshot.generation, began_with)
-        if snapshot.salvage and snapshot.generation.epoch < rental.let_in_epoch and not has_all:
-            story = (
-                f"{rental_id}, which was activated at epoch {rental.let_in_epoch}, begins with {snapshot.generation}"
-            )
+        has_all = began_with is None or self._has_all_of(rental_id, snapshot.id, began_with)
+        if snapshot.recovered and snapshot.id.epoch < rental.activated_epoch and not has_all:
+            story = f"{rental_id}, which was activated at epoch {rental.activated_epoch}, begins with {snapshot.id}"
             self._sim.fail("a recovered snapshot is restored on request", story)
 
     def chosen(self, rental_id: str, known: Iterable[Snapshot], snapshot: Snapshot | None) -> None:
@@ -306,14 +309,12 @@ class Checker:
         rental, known = self._sim.state_store.world.rentals[rental_id], list(known)
         origins = {origin.epoch for origin in rental.lineage}
         for other in known:
-            may_be_shown = other.salvage and other.generation.epoch not in origins
+            may_be_shown = other.recovered and other.id.epoch not in origins
             shown = waiting_recovered_snapshot(known, rental, other.at) if may_be_shown else None
-            if shown is not None and shown.generation >= other.generation:
+            if shown is not None and shown.id >= other.id:
                 continue
-            if snapshot is None or self._has_all_of(rental_id, other.generation, snapshot.generation):
-                story = (
-                    f"{rental_id} begins with {snapshot and snapshot.generation}, though there is {other.generation}"
-                )
+            if snapshot is None or self._has_all_of(rental_id, other.id, snapshot.id):
+                story = f"{rental_id} begins with {snapshot and snapshot.id}, though there is {other.id}"
                 self._sim.fail("the newest safe state wins", story)
 
     def _has_all_of(self, rental_id: str, later: SnapshotId, earlier: SnapshotId) -> bool:
@@ -353,7 +354,9 @@ class Checker:
         rows += [("rental", r.id, r.state, r) for r in world.rentals.values()]
         rows += [("placement", p.id, p.state, p) for p in world.placements.values()]
         before, self._ages = self._ages, {}
-        rows += [("hold", p.id, p.state, p) for p in world.placements.values() if p.held and p.state == "running"]
+        rows += [
+            ("hold", p.id, p.state, p) for p in world.placements.values() if p.quiesced_for and p.state == "running"
+        ]
         for kind, identity, state, row in rows:
             deadline_s = HELD_DEADLINE_S if kind == "hold" else TABLES[kind][state].deadline_s
             if deadline_s is None:
@@ -425,7 +428,7 @@ class Checker:
             if rental.state not in resting:
                 return f"{rental.id} is {rental.state}: {rental.explanation}"
         for placement in world.placements.values():
-            if placement.held and placement.state is PlacementState.RUNNING:
+            if placement.quiesced_for and placement.state is PlacementState.RUNNING:
                 return f"placement {placement.id} of {placement.rental_id} is quiesced"
             lost = placement.state is PlacementState.LOST
             gone = world.workers.get(placement.worker_id)

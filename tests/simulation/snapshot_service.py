@@ -41,7 +41,7 @@ class SimulatedSnapshotService:
         # The word in the seed stays, so that known seeds replay the same histories.
         self._random = Random(f"vault {self.sim.loop.now} {self.sim.schedule.seed}")
 
-    async def copy(
+    async def take(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -53,7 +53,7 @@ class SimulatedSnapshotService:
         content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
         return await self._keep(home, min(content, began_at), protected)
 
-    async def salvage(
+    async def recover(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -61,12 +61,12 @@ class SimulatedSnapshotService:
         protected: SnapshotId | None = None,
     ) -> Taken:
         content = await self._on_worker(home, lambda container: container.recover_home(home.rental_id, home.epoch))
-        return await self._keep(home, content, protected, salvage=True)
+        return await self._keep(home, content, protected, recovered=True)
 
-    async def _keep(self, home: Home, content: float, protected: SnapshotId | None, salvage: bool = False) -> Taken:
+    async def _keep(self, home: Home, content: float, protected: SnapshotId | None, recovered: bool = False) -> Taken:
         there = self.sim.stored.setdefault(home.rental_id, {})
-        generation = SnapshotId(home.epoch, next_number(list(there), home.epoch))
-        copy = there[generation] = Snapshot(generation=generation, at=content, bytes=1, files=1, salvage=salvage)
+        snapshot_id = SnapshotId(home.epoch, next_number(list(there), home.epoch))
+        copy = there[snapshot_id] = Snapshot(id=snapshot_id, at=content, bytes=1, files=1, recovered=recovered)
         for old in there.keys() - kept(there.values()) - {protected}:
             del there[old]
         await self.manager.point()
@@ -75,16 +75,16 @@ class SimulatedSnapshotService:
     async def restore(
         self,
         home: Home,
-        generation: SnapshotId | None = None,
+        snapshot_id: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
         there = self.sim.stored.get(home.rental_id, {})
-        if not there or not (generation or any(not copy.salvage for copy in there.values())):
+        if not there or not (snapshot_id or any(not copy.recovered for copy in there.values())):
             await self.manager.point()
             return None
-        wanted = generation or max(each for each in there if not there[each].salvage)
+        wanted = snapshot_id or max(each for each in there if not there[each].recovered)
         if wanted not in there:
             raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}")
         copy = there[wanted]
@@ -96,7 +96,7 @@ class SimulatedSnapshotService:
         await self.manager.point()
         return copy
 
-    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+    async def snapshots(self, rental_id: str, uid: int) -> list[Snapshot]:
         await self.manager.point()
         there = self.sim.stored.get(rental_id, {})
         return [there[each] for each in sorted(there)]

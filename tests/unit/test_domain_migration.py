@@ -31,9 +31,13 @@ SOURCE, TARGET = new_worker(1), new_worker(2)
 RENTAL = active_rental(last_epoch=4)
 RUNNING = new_placement(RENTAL, SOURCE, PlacementState.RUNNING)
 TARGET_PLACEMENT = replace(
-    new_placement(RENTAL, TARGET, PlacementState.PREPARING), id="p-standby", epoch=4, standby=True, filled="1-3"
+    new_placement(RENTAL, TARGET, PlacementState.PREPARING),
+    id="p-standby",
+    epoch=4,
+    is_target=True,
+    target_snapshot="1-3",
 )
-QUIESCED_SOURCE = replace(RUNNING, held=4)
+QUIESCED_SOURCE = replace(RUNNING, quiesced_for=4)
 STOPPING = replace(QUIESCED_SOURCE, state=PlacementState.STOPPING)
 MIGRATING, RELEASING = (replace(RENTAL, state=s) for s in (RentalState.MIGRATING, RentalState.RELEASING))
 SOURCE_OF_MIGRATION = migration.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1, move=4)
@@ -58,13 +62,18 @@ def test_the_words_are_the_contract_s() -> None:
     ("rental", "source", "target", "phase"),
     [
         (RENTAL, RUNNING, None, MigrationPhase.NONE),
-        (RENTAL, RUNNING, replace(TARGET_PLACEMENT, state=PlacementState.RESERVED, filled=""), MigrationPhase.RESERVED),
-        (RENTAL, RUNNING, replace(TARGET_PLACEMENT, filled=""), MigrationPhase.PRECOPY),
+        (
+            RENTAL,
+            RUNNING,
+            replace(TARGET_PLACEMENT, state=PlacementState.RESERVED, target_snapshot=""),
+            MigrationPhase.RESERVED,
+        ),
+        (RENTAL, RUNNING, replace(TARGET_PLACEMENT, target_snapshot=""), MigrationPhase.PRECOPY),
         (RENTAL, RUNNING, TARGET_PLACEMENT, MigrationPhase.QUIESCE),
         (RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, MigrationPhase.FINAL_SYNC),
         (RENTAL, QUIESCED_SOURCE, None, MigrationPhase.PARK),
         (MIGRATING, STOPPING, None, MigrationPhase.CUTOVER),
-        (MIGRATING, replace(STOPPING, held=0), None, MigrationPhase.NONE),
+        (MIGRATING, replace(STOPPING, quiesced_for=0), None, MigrationPhase.NONE),
         (RELEASING, STOPPING, None, MigrationPhase.NONE),
         (RENTAL, QUIESCED_SOURCE, replace(TARGET_PLACEMENT, epoch=5), MigrationPhase.STALE),
         (RENTAL, QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.RESERVED), MigrationPhase.STALE),
@@ -81,7 +90,7 @@ def test_the_phase_of_a_migration_follows_from_the_rows(
 def test_a_target_is_one_until_the_cutover_or_until_it_ends() -> None:
     assert migration.as_target(TARGET_PLACEMENT) == TARGET_PLACEMENT
     ended = replace(TARGET_PLACEMENT, state=PlacementState.FAILED)
-    assert [migration.as_target(p) for p in (None, ended, replace(TARGET_PLACEMENT, standby=False))] == [
+    assert [migration.as_target(p) for p in (None, ended, replace(TARGET_PLACEMENT, is_target=False))] == [
         None,
         None,
         None,
@@ -93,7 +102,7 @@ def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
     with pytest.raises(ForbiddenTransition):
         migration.abandon(RENTAL, source, None, "a test")
     with pytest.raises(ForbiddenTransition):
-        migration.quiesce(RENTAL, source, replace(TARGET_PLACEMENT, filled=""), "a test")
+        migration.quiesce(RENTAL, source, replace(TARGET_PLACEMENT, target_snapshot=""), "a test")
 
 
 def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
@@ -105,19 +114,19 @@ def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
     assert (rental.state, rental.epoch) == (RentalState.MIGRATING, 4)
     assert after.placements[RUNNING.id].state is PlacementState.STOPPING
     live = after.live_placement(RENTAL.id)
-    assert live == replace(TARGET_PLACEMENT, standby=False, filled="1-9")
+    assert live == replace(TARGET_PLACEMENT, is_target=False, target_snapshot="1-9")
 
 
 @pytest.mark.parametrize(
     ("placement", "standby"),
     [
         (RUNNING, TARGET_PLACEMENT),
-        (replace(QUIESCED_SOURCE, held=5), TARGET_PLACEMENT),
-        (replace(QUIESCED_SOURCE, held=5), None),
+        (replace(QUIESCED_SOURCE, quiesced_for=5), TARGET_PLACEMENT),
+        (replace(QUIESCED_SOURCE, quiesced_for=5), None),
         (replace(QUIESCED_SOURCE, state=PlacementState.STOPPING), TARGET_PLACEMENT),
         (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.FAILED)),
         (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, epoch=5)),
-        (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, standby=False)),
+        (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, is_target=False)),
     ],
 )
 def test_nothing_is_switched_that_is_not_held_for_this_very_move(
@@ -129,13 +138,13 @@ def test_nothing_is_switched_that_is_not_held_for_this_very_move(
 def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
     step = migration.cut_over(RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, SOURCE_OF_MIGRATION, "1-9")
     assert step
-    for changed in (replace(QUIESCED_SOURCE, held=0), replace(QUIESCED_SOURCE, held=7)):
+    for changed in (replace(QUIESCED_SOURCE, quiesced_for=0), replace(QUIESCED_SOURCE, quiesced_for=7)):
         assert not world(changed, TARGET_PLACEMENT).apply(step)
     assert not world(QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.FAILED)).apply(step)
 
 
 def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
-    empty = replace(TARGET_PLACEMENT, filled="")
+    empty = replace(TARGET_PLACEMENT, target_snapshot="")
     (task,) = decide(world(RUNNING, empty), observations()).tasks
     assert task.kind is TaskKind.PRECOPY
     decision = decide(world(RUNNING, TARGET_PLACEMENT), observations())
@@ -158,7 +167,7 @@ def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_
     for step in decision.steps:
         assert now.apply(step)
     assert now.placements[TARGET_PLACEMENT.id].state is PlacementState.FAILED
-    assert now.placements[RUNNING.id].held == 0
+    assert now.placements[RUNNING.id].quiesced_for == 0
     thaw = next(task for task in decision.tasks if task.kind is TaskKind.THAW)
     assert (thaw.worker_id, thaw.source) == (SOURCE.id, SOURCE_OF_MIGRATION)
 

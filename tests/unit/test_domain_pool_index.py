@@ -52,7 +52,7 @@ DIRTY = {
     "a dead worker with what ran there": (replace(WORKER, health=Health.DOWN), RUNNING),
     "a draining worker with what runs there": (replace(WORKER, intent=Intent.DRAINING), RUNNING),
     "a quarantined worker with what runs there": (replace(WORKER, health=Health.QUARANTINED), RUNNING),
-    "what stands still": (WORKER, replace(RUNNING, held=2)),
+    "what stands still": (WORKER, replace(RUNNING, quiesced_for=2)),
     "something reserved": (WORKER, in_state(PlacementState.RESERVED)),
     "something being cleaned up": (WORKER, in_state(PlacementState.STOPPING)),
     "something that could not be made": (WORKER, in_state(PlacementState.FAILED)),

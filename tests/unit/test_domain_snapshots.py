@@ -41,7 +41,7 @@ GENERATIONS = st.lists(st.builds(SnapshotId, st.integers(1, 5), st.integers(1, 9
 
 
 def copy_of(generation: SnapshotId) -> Snapshot:
-    return Snapshot(generation=generation, at=5.0, bytes=0, files=1)
+    return Snapshot(id=generation, at=5.0, bytes=0, files=1)
 
 
 @given(GENERATIONS)
@@ -59,8 +59,8 @@ def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_i
 @given(GENERATIONS, st.sets(st.integers(1, 5)))
 def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[SnapshotId], salvaged: set[int]) -> None:
     copies = [copy_of(each) for each in all_ if each.epoch not in salvaged]
-    salvages = [replace(copy_of(each), salvage=True) for each in all_ if each.epoch in salvaged]
-    newest_ones = sorted(copy.generation for copy in salvages)[-RECOVERED_KEPT:]
+    salvages = [replace(copy_of(each), recovered=True) for each in all_ if each.epoch in salvaged]
+    newest_ones = sorted(copy.id for copy in salvages)[-RECOVERED_KEPT:]
     assert kept([*copies, *salvages]) == kept(copies) | set(newest_ones)
 
 
@@ -70,11 +70,11 @@ def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[SnapshotId], sa
 def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spared_or_a_salvage(
     all_: list[SnapshotId], salvaged: set[int], spare: SnapshotId | None
 ) -> None:
-    complete = [replace(copy_of(each), salvage=each.epoch in salvaged) for each in all_]
+    complete = [replace(copy_of(each), recovered=each.epoch in salvaged) for each in all_]
     first, *others = may_stay(complete, spare)
     assert first == kept(complete) | ({spare} & set(all_))
-    regular = [copy.generation for copy in complete if not copy.salvage]
-    least = {spare, max(regular, default=None)} | {copy.generation for copy in complete if copy.salvage}
+    regular = [copy.id for copy in complete if not copy.recovered]
+    least = {spare, max(regular, default=None)} | {copy.id for copy in complete if copy.recovered}
     before = first
     for staying in others:
         assert before - staying == {min(before - least)}, "the oldest of those that may be removed"
@@ -84,8 +84,8 @@ def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spar
 
 def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at_no_later_epoch() -> None:
     copies = [copy_of(SnapshotId(1, 7)), copy_of(SnapshotId(2, 1))]
-    salvage = replace(copy_of(SnapshotId(2, 2)), salvage=True)
-    second, third = active_rental(let_in_epoch=2), active_rental(let_in_epoch=3)
+    salvage = replace(copy_of(SnapshotId(2, 2)), recovered=True)
+    second, third = active_rental(activated_epoch=2), active_rental(activated_epoch=3)
     assert newest([*copies, salvage], second) == salvage
     assert newest([*copies, salvage], third) == copies[-1]
     assert newest([salvage], third) is None
@@ -93,15 +93,15 @@ def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at
 
 
 def test_what_it_began_with_at_the_last_is_what_it_begins_with_again_until_there_is_a_copy_of_that() -> None:
-    copies = [copy_of(SnapshotId(1, 7)), copy_of(SnapshotId(2, 1)), replace(copy_of(SnapshotId(2, 2)), salvage=True)]
+    copies = [copy_of(SnapshotId(1, 7)), copy_of(SnapshotId(2, 1)), replace(copy_of(SnapshotId(2, 2)), recovered=True)]
     for name, copy in (("2-2", copies[2]), ("1-7", copies[0]), ("1-6", copies[1]), ("", copies[1])):
-        rental = active_rental(let_in_epoch=3, began_with=name)
+        rental = active_rental(activated_epoch=3, began_with=name)
         assert newest(copies, rental) == copy
         assert newest([*copies, copy_of(SnapshotId(3, 1))], rental) == copy_of(SnapshotId(3, 1))
 
 
 def salvage_of(epoch: int, number: int) -> Snapshot:
-    return replace(copy_of(SnapshotId(epoch, number)), salvage=True)
+    return replace(copy_of(SnapshotId(epoch, number)), recovered=True)
 
 
 FIRST, LATER, OF_SECOND, OF_THIRD = copy_of(SnapshotId(1, 3)), salvage_of(1, 4), salvage_of(2, 1), salvage_of(3, 1)
@@ -110,7 +110,7 @@ CHAIN = (Origin(1, "", False), Origin(2, "1-3", False), Origin(3, "1-3", False),
 
 def lineage(*origins: Origin, **change: Any) -> Rental:
     """Return a rental that was last activated at the epoch of the last of these."""
-    return active_rental(lineage=origins, let_in_epoch=origins[-1].epoch, began_with=origins[-1].generation, **change)
+    return active_rental(lineage=origins, activated_epoch=origins[-1].epoch, began_with=origins[-1].snapshot, **change)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_what_was_asked_for_gives_up_what_was_later_in_that_home_and_nothing_tha
     begun_again = lineage(*asked)
     for epoch in (3, 4):
         begun_again = replace(begun_again, **activated(begun_again, epoch, "1-3"))
-    assert [origin.asked for origin in begun_again.lineage] == [False, True, True, True]
+    assert [origin.requested for origin in begun_again.lineage] == [False, True, True, True]
     assert newest([FIRST, LATER], begun_again) == FIRST
     assert newest([FIRST, LATER, OF_SECOND], begun_again) == OF_SECOND
-    assert not activated(begun_again, 5, "4-1")["lineage"][-1].asked
+    assert not activated(begun_again, 5, "4-1")["lineage"][-1].requested
 
 
 def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empty() -> None:

@@ -130,7 +130,7 @@ class BlockedSnapshotService:
     def __init__(self) -> None:
         self.blocked: dict[str, asyncio.Future[str]] = {}
 
-    async def copy(self, home: Home, *_: object, **__: object) -> None:
+    async def take(self, home: Home, *_: object, **__: object) -> None:
         ending = self.blocked[home.rental_id] = asyncio.get_running_loop().create_future()
         try:
             raise SnapshotError(await ending, "it is blocked")
@@ -148,7 +148,7 @@ class CatalogOfRunning(FakeCatalog):
     """A catalog in which a snapshot of each rental can be taken."""
 
     async def one(self, rental_id: str) -> Running:  # type: ignore[override]
-        rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_safe_copy_at=1.0)
+        rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_snapshot_at=1.0)
         return Running(rental, replace(PLACEMENT, rental_id=rental_id), WORKER)
 
     async def record(self, _: object) -> None:

@@ -51,7 +51,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def copies(client: SnapshotClient, owner: str, *names: str) -> list[asyncio.Task[object]]:
     homes = [Home(name, 200_000, 1, HOST, owner) for name in names]
-    return [asyncio.create_task(client.copy(home, SnapshotLimits())) for home in homes]
+    return [asyncio.create_task(client.take(home, SnapshotLimits())) for home in homes]
 
 
 async def test_an_owner_has_half_of_the_transfers_and_what_was_held_up_one(tmp_path: Path) -> None:

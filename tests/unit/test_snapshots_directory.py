@@ -26,7 +26,7 @@ def copy(folder: Path, in_haste: bool = False, choice: int = 0, **written: str) 
 
 def come(folder: Path, limits: tuple[int, int] = LIMITS, **written: str) -> None:
     """Put the files of the next snapshot into `incoming`."""
-    base = begin(folder, 1, salvage=False)["generation"]
+    base = begin(folder, 1, recovered=False)["generation"]
     clone(folder, base)
     for name, content in written.items():
         file = folder / INCOMING / "home" / name
@@ -41,7 +41,7 @@ def described(folder: Path, base: str = "", limits: tuple[int, int] = LIMITS, *c
 
 def brought(folder: Path, fill: Callable[[Path], object], limits: tuple[int, int] = LIMITS) -> Snapshot:
     """Return the first snapshot, of a home that `fill` has filled."""
-    begin(folder, 1, salvage=False)
+    begin(folder, 1, recovered=False)
     clone(folder, "")
     fill(folder / INCOMING / "home")
     described(folder, "", limits)
@@ -72,12 +72,12 @@ def test_a_copy_begins_from_what_was_prepared_and_leaves_the_one_before_as_it_wa
 def test_what_was_prepared_for_an_older_copy_or_was_broken_off_is_removed(tmp_path: Path) -> None:
     copy(tmp_path, one="1")
     prepare(tmp_path, "1-1")
-    begin(tmp_path, 1, salvage=False)
+    begin(tmp_path, 1, recovered=False)
     assert names(tmp_path) == {"1-1", "next-1-1", INCOMING}, "a prepared base that was not used can still be used"
     copy(tmp_path, one="2")
     (tmp_path / "next-1-1").mkdir()  # left by a job that was killed
     (tmp_path / INCOMING).mkdir()
-    begin(tmp_path, 1, salvage=False)
+    begin(tmp_path, 1, recovered=False)
     assert names(tmp_path) == {"1-1", "1-2", INCOMING}
     prepare(tmp_path, "1-2")
     assert names(tmp_path) == {"1-1", "1-2", "next-1-2"}
@@ -88,7 +88,7 @@ def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp
         copy(tmp_path, one=str(number))
     copy(tmp_path, in_haste=True, one="last")
     assert names(tmp_path) == {"old-1-1", "1-2", "1-3", "1-4"}
-    assert [str(each.generation) for each in directory.found(tmp_path)] == ["1-2", "1-3", "1-4"]
+    assert [str(each.id) for each in directory.found(tmp_path)] == ["1-2", "1-3", "1-4"]
     prepare(tmp_path, "1-4")
     assert names(tmp_path) == {"1-2", "1-3", "1-4", "next-1-4"}
     copy(tmp_path, in_haste=True, one="later")
@@ -176,7 +176,7 @@ def test_names_within_a_home_do_not_pass_for_what_is_shared_with_another_copy(tm
             (home / f"{number} again").hardlink_to(home / f"{number}")
 
     copy(tmp_path, one="1")
-    base = begin(tmp_path, 1, salvage=False)["generation"]
+    base = begin(tmp_path, 1, recovered=False)["generation"]
     clone(tmp_path, base)
     twice(tmp_path / INCOMING / "home")
     described(tmp_path, base)
@@ -191,7 +191,7 @@ def test_a_copy_of_which_the_one_before_goes_counts_whole(tmp_path: Path) -> Non
     all_of = Usage(3, 3 * BLOCK_BYTES)
     assert [usage.inodes for usage in choices(tmp_path, None)] == [3 + 2 + 2, 3 + 2, 3]
     assert choices(tmp_path, None)[-1] == all_of
-    assert str(finish(tmp_path, choice=2).generation) == "1-4"
+    assert str(finish(tmp_path, choice=2).id) == "1-4"
     assert names(tmp_path) == {"1-4"}
     assert choices(tmp_path, None) == [all_of]
 

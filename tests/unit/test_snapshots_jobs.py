@@ -53,7 +53,7 @@ class JobBench:
         """Set the size and use of the disk."""
         self.monkeypatch.setattr(Disk, "of", lambda _: Disk(size, used))
 
-    def copy(
+    def take(
         self, rental_id: str, epoch: int, action: SnapshotAction = SnapshotAction.COPY, says: str = SAME, **more: str
     ) -> SnapshotReply:
         """Run a job with a worker that gives this answer. Each epoch makes a snapshot of its own."""
@@ -96,7 +96,7 @@ def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
 ) -> None:
     snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), used)
     with pytest.raises(SnapshotError, match=f"nearly full: it has hardly any {scarce} left") as refused:
-        snapshot_service.copy("one", 1)
+        snapshot_service.take("one", 1)
     assert refused.value.code == "disk_full"
     assert snapshot_service.kept("one") == set()
 
@@ -110,61 +110,61 @@ def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_o
 ) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 5):
-        snapshot_service.copy("one", epoch)
+        snapshot_service.take("one", epoch)
     assert snapshot_service.kept("one") == {"2-1", "3-1", "4-1"}
     with pytest.raises(SnapshotError, match="would take more than 50% of the manager's disk") as refused:
-        snapshot_service.copy("two", 1)
+        snapshot_service.take("two", 1)
     assert refused.value.code == OVER_SHARE
     assert snapshot_service.kept("two") == set()
     assert snapshot_service.kept("one") == {"2-1", "3-1", "4-1"}
-    assert snapshot_service.copy("three", 1, owner="bob").ok
-    assert snapshot_service.copy("one", 4).copies[0]["generation"] == "4-1", (
+    assert snapshot_service.take("three", 1, owner="bob").ok
+    assert snapshot_service.take("one", 4).copies[0]["generation"] == "4-1", (
         "the home is unchanged, and room is made all the same"
     )
     assert snapshot_service.kept("one") == {"incoming", "4-1"}
-    assert snapshot_service.copy("two", 1).ok
+    assert snapshot_service.take("two", 1).ok
 
 
 def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 1)
-    snapshot_service.copy("one", 1)
+    snapshot_service.take("one", 1)
     with pytest.raises(SnapshotError):
-        snapshot_service.copy("two", 1)
-    assert snapshot_service.copy("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == ["ann"]
-    assert snapshot_service.copy("-", 1, SnapshotAction.RENTALS).rentals == ["one", "two"]
-    snapshot_service.copy("one", 1, SnapshotAction.REMOVE)
-    assert snapshot_service.copy("two", 1).ok
-    assert snapshot_service.copy("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == []
+        snapshot_service.take("two", 1)
+    assert snapshot_service.take("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == ["ann"]
+    assert snapshot_service.take("-", 1, SnapshotAction.RENTALS).rentals == ["one", "two"]
+    snapshot_service.take("one", 1, SnapshotAction.REMOVE)
+    assert snapshot_service.take("two", 1).ok
+    assert snapshot_service.take("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == []
 
 
 def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_share(
     snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_for(snapshot_service, 1)
-    snapshot_service.copy("one", 1)
+    snapshot_service.take("one", 1)
     monkeypatch.setattr(SnapshotJob, "_receive", lambda *_: pytest.fail("it was received"))
     with pytest.raises(SnapshotError) as refused:
-        snapshot_service.copy("two", 1, says=OTHER)
+        snapshot_service.take("two", 1, says=OTHER)
     assert refused.value.code == OVER_SHARE
 
 
 def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 5):
-        snapshot_service.copy("one", epoch)
+        snapshot_service.take("one", epoch)
     with pytest.raises(SnapshotError):
-        snapshot_service.copy("two", 1)
-    snapshot_service.copy("one", 4, generation="2-1")
+        snapshot_service.take("two", 1)
+    snapshot_service.take("one", 4, generation="2-1")
     assert snapshot_service.kept("one") == {"incoming", "2-1", "4-1"}
 
 
 def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 4):
-        snapshot_service.copy("one", epoch)
+        snapshot_service.take("one", epoch)
     with pytest.raises(SnapshotError):
-        snapshot_service.copy("two", 1)
-    assert snapshot_service.copy("one", 2, SnapshotAction.SALVAGE).done
+        snapshot_service.take("two", 1)
+    assert snapshot_service.take("one", 2, SnapshotAction.RECOVER).done
     assert "2-1" in snapshot_service.kept("one")
 
 
@@ -176,13 +176,13 @@ def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
 ) -> None:
     """The answer arrives later than it was sent, and files that were written meanwhile are not in the snapshot."""
     asked_at = time.time()
-    done = snapshot_service.copy("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
+    done = snapshot_service.take("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
     assert done is not None
     assert asked_at + counted_s <= done["at"] <= float(snapshot_service.begun.read_text()) + counted_s
 
 
 def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(snapshot_service: JobBench) -> None:
-    done = snapshot_service.copy("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
+    done = snapshot_service.take("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
     assert done is not None
     assert done["at"] <= time.time()
 
@@ -194,8 +194,8 @@ def test_of_a_copy_that_comes_to_nothing_nothing_is_left(
         (job._folder / "incoming/home/large").write_bytes(bytes(100_000))
         raise SnapshotError("stalled", "nothing comes any more")
 
-    snapshot_service.copy("one", 1)
+    snapshot_service.take("one", 1)
     monkeypatch.setattr(SnapshotJob, "_receive", receive)
     with pytest.raises(SnapshotError, match="nothing comes"):
-        snapshot_service.copy("one", 2, says=OTHER)
+        snapshot_service.take("one", 2, says=OTHER)
     assert snapshot_service.kept("one") == {"1-1"}

@@ -31,11 +31,9 @@ WORLD = new_world(
     new_placement(ELSEWHERE, SUSPECT, PlacementState.RUNNING),
     new_placement(TAKEN_OVER, WORKER, PlacementState.PREPARING, slot=1),
     LOST,
-    replace(LOST, id="p-given-up", salvaged=True, epoch=1),
+    replace(LOST, id="p-given-up", files_recovered=True, epoch=1),
 )
-SNAPSHOT = Snapshot(
-    generation=SnapshotId(3, 1), at=5000.0, bytes=12_345_678_901, files=7, skipped=("secret", "odd \x1b name")
-)
+SNAPSHOT = Snapshot(id=SnapshotId(3, 1), at=5000.0, bytes=12_345_678_901, files=7, skipped=("secret", "odd \x1b name"))
 
 
 @dataclass
@@ -80,8 +78,8 @@ async def test_an_accepted_snapshot_is_in_the_catalog_and_the_first_has_an_event
     assert await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     assert await bench.catalog.of(RENTAL.id) == [SNAPSHOT]
     shown = await bench.shown()
-    assert shown == replace(RENTAL, last_safe_copy_at=5000.0)
-    later = replace(SNAPSHOT, generation=SnapshotId(3, 2), at=5030.0)
+    assert shown == replace(RENTAL, last_snapshot_at=5000.0)
+    later = replace(SNAPSHOT, id=SnapshotId(3, 2), at=5030.0)
     assert await bench.catalog.accept(rules.accepted(shown, RUNNING, later), RENTAL.id, [SNAPSHOT, later])
     assert await bench.catalog.of(RENTAL.id) == [SNAPSHOT, later]
     assert await bench.kinds() == ["rental.copied"]
@@ -103,10 +101,10 @@ async def test_a_problem_has_an_event_when_it_begins_and_when_it_ends(bench: Cat
         if step:
             await bench.catalog.record(step)
     rental = await bench.shown()
-    assert rental.copy_problem == "its home holds too much"
+    assert rental.snapshot_problem == "its home holds too much"
     assert await bench.catalog.accept(rules.accepted(rental, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     rental = await bench.shown()
-    assert rental.copy_problem == ""
+    assert rental.snapshot_problem == ""
     assert await bench.kinds() == ["rental.copy_failed", "rental.copied"]
 
 
@@ -139,7 +137,7 @@ async def test_forgotten_snapshots_are_not_listed(bench: CatalogBench) -> None:
 
 
 async def test_a_lost_placement_is_recovered_once(bench: CatalogBench) -> None:
-    recovered = replace(SNAPSHOT, generation=SnapshotId(2, 9), salvage=True)
+    recovered = replace(SNAPSHOT, id=SnapshotId(2, 9), recovered=True)
     assert await bench.catalog.to_recover(LOST.id) == (RENTAL, LOST)
     assert [await bench.catalog.to_recover(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
     step = rules.recovered(RENTAL, LOST, recovered, [recovered, SNAPSHOT])

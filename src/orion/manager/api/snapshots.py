@@ -58,7 +58,7 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     row = await shared.rentals.find(rental_id, principal)
     source = EMPTY if body.empty else str(body.generation)
     known = await shared.store.read(snapshots.snapshots_of, rental_id)
-    if source != EMPTY and source not in {str(one.generation) for one in known}:
+    if source != EMPTY and source not in {str(one.id) for one in known}:
         raise not_found("snapshot")
     if row["state"] == wire.RentalState.ACTIVE and not body.discard:
         async with shared.token_uses.by(principal) as use:

@@ -51,7 +51,7 @@ def _rental_fields(row: Row) -> dict[str, Any]:
 
 
 def snapshot(found: Snapshot) -> wire.Snapshot:
-    return wire.Snapshot(**_with_times(vars(found), "at") | {"generation": str(found.generation)})
+    return wire.Snapshot(**_with_times(vars(found), "at") | {"generation": str(found.id), "salvage": found.recovered})
 
 
 def worker(row: Row) -> wire.Worker:

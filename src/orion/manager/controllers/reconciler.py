@@ -165,7 +165,7 @@ class Reconciler:
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self.monotonic()
-        changing = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING or p.held]
+        changing = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING or p.quiesced_for]
         ages = {identity: self.pool_index.age_of(identity, now) for identity in (*changing, *world.rentals)}
         joining = (w.id for w in world.workers.values() if w.health is Health.JOINING)
         return ages | {w: now - since for w in joining if (since := self.pool_index.since(w)) is not None}

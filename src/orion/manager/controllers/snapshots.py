@@ -233,10 +233,10 @@ class SnapshotController:
         if not any_pause:
             limits = replace(limits, pause_s=pace.allowed_s(self.monotonic()))
         try:
-            taken = await self.snapshot_service.copy(home, limits, protected=spare)
-            warning = snapshots.nearly_full(taken.copy, limits.max_bytes, limits.max_files)
+            taken = await self.snapshot_service.take(home, limits, protected=spare)
+            warning = snapshots.nearly_full(taken.snapshot, limits.max_bytes, limits.max_files)
             is_changed = pace.copied(self.monotonic(), taken.pause_s)
-            step = snapshots.accepted(rental, placement, taken.copy, warning, _slower(pace))
+            step = snapshots.accepted(rental, placement, taken.snapshot, warning, _slower(pace))
             if is_changed:
                 step += snapshots.interval_changed(rental, placement, taken.pause_s, pace.interval_s)
             accepted = await self.catalog.accept(step, rental.id, taken.kept)
@@ -265,7 +265,7 @@ class SnapshotController:
     async def _report(self, found: Running, error: SnapshotError) -> None:
         """Report a problem that concerns the renter, and that stays."""
         rental = found.rental
-        if rental.last_safe_copy_at is None:
+        if rental.last_snapshot_at is None:
             self._without_snapshot.add(rental.id)
         if error.code in IGNORED:
             return

@@ -62,7 +62,7 @@ class Source:
 
     @staticmethod
     def of(source: Placement) -> Source:
-        return Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
+        return Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.quiesced_for)
 
 
 class Placed(Protocol):
@@ -72,32 +72,34 @@ class Placed(Protocol):
     def state(self) -> PlacementState: ...
 
     @property
-    def held(self) -> int: ...
+    def quiesced_for(self) -> int: ...
 
 
 def phase_of(rental: Rental, source: Placement, target: Placement | None) -> MigrationPhase:
     """Return the phase of a rental's planned migration from `source` to `target`, which is None if there is none."""
     if source.state is not PlacementState.RUNNING:
         ends = source.state is PlacementState.STOPPING and rental.state is RentalState.MIGRATING
-        return MigrationPhase.CUTOVER if source.held and ends else MigrationPhase.NONE
+        return MigrationPhase.CUTOVER if source.quiesced_for and ends else MigrationPhase.NONE
     if target is None:
-        return MigrationPhase.PARK if source.held else MigrationPhase.NONE
+        return MigrationPhase.PARK if source.quiesced_for else MigrationPhase.NONE
     is_prepared = target.state is PlacementState.PREPARING
-    if source.held:
-        return MigrationPhase.FINAL_SYNC if is_prepared and target.epoch == source.held else MigrationPhase.STALE
+    if source.quiesced_for:
+        return (
+            MigrationPhase.FINAL_SYNC if is_prepared and target.epoch == source.quiesced_for else MigrationPhase.STALE
+        )
     if not is_prepared:
         return MigrationPhase.RESERVED
-    return MigrationPhase.QUIESCE if target.filled else MigrationPhase.PRECOPY
+    return MigrationPhase.QUIESCE if target.target_snapshot else MigrationPhase.PRECOPY
 
 
 def is_quiesced(placement: Placed) -> bool:
     """Return whether a placement is the source of a planned migration in one of the phases `states.QUIESCED`."""
-    return placement.state is PlacementState.RUNNING and placement.held != 0
+    return placement.state is PlacementState.RUNNING and placement.quiesced_for != 0
 
 
 def as_target(placement: Placement | None) -> Placement | None:
     """Return the placement if it is the target of a planned migration before the cutover, else None."""
-    return placement if placement and placement.standby and placement.state in LIVE else None
+    return placement if placement and placement.is_target and placement.state in LIVE else None
 
 
 def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
@@ -128,11 +130,11 @@ def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new
     reason = f"{why}: moving to worker {worker.id}; it goes on here meanwhile"
     change = {"last_epoch": epoch, "explanation": reason}
     writes = (
-        write(placement, {}, state=PlacementState.RUNNING, held=0),
+        write(placement, {}, state=PlacementState.RUNNING, quiesced_for=0),
         write(rental, change, state=RentalState.ACTIVE, epoch=rental.epoch, last_epoch=rental.last_epoch),
     )
     started = rental_event("rental.move_started", reason, rental, worker.id, epoch=epoch, actor=actor)
-    reserved = reserve_slot(rental, worker, slot, new_id, f"slot {slot}, for a planned migration", standby=True)
+    reserved = reserve_slot(rental, worker, slot, new_id, f"slot {slot}, for a planned migration", is_target=True)
     return Step(writes, (started,)) + reserved
 
 
@@ -142,7 +144,7 @@ def quiesce(rental: Rental, placement: Placement, target: Placement | None, why:
     check_phase(rental.id, phase_of(rental, placement, target), to)
     move = target.epoch if target else rental.next_epoch
     guard = (write(target, {}, state=PlacementState.PREPARING),) if target else ()
-    quiesced = write(placement, {"held": move}, state=PlacementState.RUNNING, held=0)
+    quiesced = write(placement, {"quiesced_for": move}, state=PlacementState.RUNNING, quiesced_for=0)
     numbered = write(rental, {} if target else {"last_epoch": move}, state=RentalState.ACTIVE, epoch=rental.epoch)
     event = rental_event("rental.held", why, rental, placement.worker_id, epoch=placement.epoch)
     return Step((quiesced, *guard, numbered), (event,))
@@ -155,9 +157,12 @@ def abandon(rental: Rental, placement: Placement, target: Placement | None, why:
     event = rental_event("rental.move_failed", why, rental, worker_id, epoch=epoch)
     change = {"explanation": f"{NOT_MOVED}{why}"}
     step = Step((write(rental, change, state=RentalState.ACTIVE, epoch=rental.epoch),), (event,))
-    if placement.held:
+    if placement.quiesced_for:
         released = rental_event("rental.let_go_on", "it goes on here", rental, worker_id, epoch=epoch)
-        step += Step((write(placement, {"held": 0}, state=PlacementState.RUNNING, held=placement.held),), (released,))
+        step += Step(
+            (write(placement, {"quiesced_for": 0}, state=PlacementState.RUNNING, quiesced_for=placement.quiesced_for),),
+            (released,),
+        )
     return step + end_target(target, rental.owner, why) if target else step
 
 
@@ -169,7 +174,7 @@ def end_target(target: Placement, owner: str | None, why: str) -> Step:
 
 def promote_target(rental: Rental, target: Placement) -> Step:
     """Return the step that makes the target, with the newest snapshot, the placement of a rental without its source."""
-    taken = Step((write(target, {"standby": False, "filled": ""}, state=target.state, standby=True),))
+    taken = Step((write(target, {"is_target": False, "target_snapshot": ""}, state=target.state, is_target=True),))
     reason = f"being made on worker {target.worker_id}, to which it was migrating"
     if rental.state is RentalState.QUEUED:
         placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, target.worker_id, epoch=target.epoch)
@@ -192,9 +197,9 @@ def target_problem(target: Placement, rental: Rental, worker: Worker | None, exi
 
 def precopied(rental: Rental, target: Placement, snapshot: str) -> Step | None:
     """Return the step that records the end of the precopy; None if the migration is over."""
-    if rental.state is not RentalState.ACTIVE or not target.standby or target.state is not PlacementState.PREPARING:
+    if rental.state is not RentalState.ACTIVE or not target.is_target or target.state is not PlacementState.PREPARING:
         return None
-    return Step((write(target, {"filled": snapshot}, state=PlacementState.PREPARING, standby=True),))
+    return Step((write(target, {"target_snapshot": snapshot}, state=PlacementState.PREPARING, is_target=True),))
 
 
 def cut_over(rental: Rental, placement: Placement, target: Placement | None, source: Source, name: str) -> Step | None:
@@ -204,20 +209,20 @@ def cut_over(rental: Rental, placement: Placement, target: Placement | None, sou
     """
     phase = phase_of(rental, placement, as_target(target))
     due = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
-    if rental.state is not RentalState.ACTIVE or phase is not due or placement.held != source.move:
+    if rental.state is not RentalState.ACTIVE or phase is not due or placement.quiesced_for != source.move:
         return None
     check_phase(rental.id, phase, MigrationPhase.CUTOVER)
     where = f"to worker {target.worker_id}" if target else f"away from worker {placement.worker_id}, to wait"
     reason = f"moved {where} with all its files: snapshot {name}"
-    quiesced = Step((write(placement, {}, held=source.move),))
+    quiesced = Step((write(placement, {}, quiesced_for=source.move),))
     ends = quiesced + move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
     if target is None:
         parked = rental_event("rental.parked", reason, rental, placement.worker_id, epoch=placement.epoch)
         waiting = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)
         return ends + waiting + Step((), (parked,))
     moved = rental_event("rental.moved", reason, rental, target.worker_id, epoch=target.epoch)
-    change = {"standby": False, "filled": name}
-    taken = Step((write(target, change, state=PlacementState.PREPARING, standby=True),), (moved,))
+    change = {"is_target": False, "target_snapshot": name}
+    taken = Step((write(target, change, state=PlacementState.PREPARING, is_target=True),), (moved,))
     risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, target.worker_id, epoch=target.epoch)
     return ends + risen + taken
 

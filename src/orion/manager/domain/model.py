@@ -48,9 +48,9 @@ class Origin(NamedTuple):
     """The snapshot that a rental's home was filled with before its renter was activated at one epoch."""
 
     epoch: int
-    generation: str
+    snapshot: str
     """The name of the snapshot; empty: the home was empty."""
-    asked: bool
+    requested: bool
     """Whether this snapshot, or an empty home, was requested; otherwise the newest was taken."""
 
 
@@ -72,15 +72,15 @@ class Rental:
     end: Literal["released", "expired"] | None = None
     failures: int = 0
     explanation: str = ""
-    last_safe_copy_at: float | None = None
+    last_snapshot_at: float | None = None
     """UTC seconds at which the last complete snapshot was begun."""
-    copy_problem: str = ""
+    snapshot_problem: str = ""
     """The reason why no snapshot can be taken at present; empty: none."""
     home_warning: str = ""
     """The warning for the owner about the home: see snapshots.nearly_full and snapshots.slower_warning."""
     restore_from: str | None = None
     """The snapshot, or `empty`, that was requested for the next placement; None: the newest is taken."""
-    let_in_epoch: int = 0
+    activated_epoch: int = 0
     """The latest epoch at which the renter was activated, as far as the manager knows."""
     began_with: str = ""
     """The snapshot that the home was filled with at that epoch, or that was recovered from it; empty: none is known."""
@@ -113,19 +113,19 @@ class Placement:
     state: PlacementState
     public_key: str = ""
     """The public keys that were last put on the worker; they are put there again if the rental has others."""
-    started: str = ""
+    start_mark: str = ""
     """The mark of the last run of the start command there: see start_commands.py."""
     start_end: str = ""
     """The end of that run, as CommandEnd.how; empty: no end is known."""
     start_ended_at: float | None = None
     """UTC seconds of that end."""
-    salvaged: bool = False
+    files_recovered: bool = False
     """Whether the files of a lost placement were recovered from its worker, or given up."""
-    standby: bool = False
+    is_target: bool = False
     """Whether the placement is the target of a planned migration before the cutover."""
-    held: int = 0
+    quiesced_for: int = 0
     """The number of the planned migration for which the placement is, or was at its stop, quiesced; 0: none."""
-    filled: str = ""
+    target_snapshot: str = ""
     """The snapshot that precopy or the final sync has put into the target."""
 
 

@@ -99,7 +99,7 @@ def _not_migrated(
     if task.source is None or source is None or rental is None or not migration.can_migrate(rental, source):
         return None
     tries_again = task.kind is TaskKind.PRECOPY and attempts < MAX_ATTEMPTS
-    if task.kind is TaskKind.THAW or source.held != task.source.move or tries_again:
+    if task.kind is TaskKind.THAW or source.quiesced_for != task.source.move or tries_again:
         return None
     if task.kind is TaskKind.PARK:
         return migration.abandon(rental, source, None, why)

@@ -34,8 +34,8 @@ class IndexedPlacement:
     """Whether no keys were ever put in place: see reconcile._missing."""
     start_due: bool = False
     """Whether the start command is to be run there: see start_commands.due."""
-    standby: bool = False
-    held: int = 0
+    is_target: bool = False
+    quiesced_for: int = 0
     start_ended: bool = False
     """Whether the end of the start command is recorded."""
 
@@ -49,8 +49,8 @@ class IndexedPlacement:
             keyed=rental is not None and p.public_key == rental.public_key,
             blank=not p.public_key,
             start_due=rental is not None and worker is not None and bool(start_commands.due(rental, p, worker)),
-            standby=p.standby,
-            held=p.held,
+            is_target=p.is_target,
+            quiesced_for=p.quiesced_for,
             start_ended=bool(p.start_end),
         )
 
@@ -204,7 +204,7 @@ class PoolIndex:
         states = {p.id: (p.state, migration.is_quiesced(p)) for p in placed_before if same_fault}
         since = {p.id: self._unsettled.pop(p.id, now) for p in placed_before}
         for p in placed:
-            if p.state is not PlacementState.RUNNING or p.held:
+            if p.state is not PlacementState.RUNNING or p.quiesced_for:
                 self._unsettled[p.id] = since[p.id] if states.get(p.id) == (p.state, migration.is_quiesced(p)) else now
 
     def worker(self, worker_id: str) -> IndexedWorker | None:

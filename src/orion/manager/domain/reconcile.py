@@ -64,7 +64,7 @@ def decide(loaded: World, observations: Observations) -> Decision:
             commit(move_placement(placement, owned.owner, PlacementState.PREPARING, ACTOR, "making its account"))
     for worker in list(world.workers.values()):
         commit(_finish_drain(world, worker))
-    quiesced = (migration.Source.of(p) for p in loaded.placements.values() if p.held)
+    quiesced = (migration.Source.of(p) for p in loaded.placements.values() if p.quiesced_for)
     thaws = (task for source in quiesced if (task := tasks.thaw(world, source)))
     return Decision(tuple(steps), (*tasks.wanted(world, observations), *thaws))
 
@@ -197,11 +197,11 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, wa
         return None
     owner, reason = rental.owner if rental else None, "its worker is down"
     nothing_to_recover = placement.state not in start_commands.MAY_HAVE_RUN
-    lost = move_placement(placement, owner, PlacementState.LOST, ACTOR, reason, salvaged=nothing_to_recover)
+    lost = move_placement(placement, owner, PlacementState.LOST, ACTOR, reason, files_recovered=nothing_to_recover)
     if worker is not None:
         # A worker that is not down any more may have been ordered to run the placement, which is not lost then.
         lost = Step((write(worker, {}, health=Health.DOWN),)) + lost
-    if rental is None or placement.state not in LIVE or placement.standby:
+    if rental is None or placement.state not in LIVE or placement.is_target:
         return lost
     change, events = start_commands.after_loss(rental, placement, wall)
     worker_id = placement.worker_id
@@ -298,8 +298,8 @@ def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> 
         return None
     for placement in world.placements_of(rental.id):
         worker = world.workers.get(placement.worker_id)
-        holds = snapshots.is_to_be_recovered(rental, placement) and not placement.standby
-        if worker is None or not holds or placement.epoch < rental.let_in_epoch:
+        holds = snapshots.is_to_be_recovered(rental, placement) and not placement.is_target
+        if worker is None or not holds or placement.epoch < rental.activated_epoch:
             continue
         if worker.health is Health.JOINING or observations.age(placement.id) < observations.awaits_files_s:
             return placement
@@ -310,7 +310,7 @@ def _is_being_stopped(world: Draft, rental: Rental) -> bool:
     """Return whether a restore was requested and the current placement may still run: not ended, and not quiesced."""
     ending = {PlacementState.STOPPING, PlacementState.FAILED}
     current = (p for p in world.placements_of(rental.id) if p.epoch == rental.epoch and p.state in ending)
-    return rental.state is RentalState.MIGRATING and any(not p.held for p in current)
+    return rental.state is RentalState.MIGRATING and any(not p.quiesced_for for p in current)
 
 
 def _may_run_command(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
@@ -322,7 +322,7 @@ def _may_run_command(world: Draft, rental: Rental, observations: Observations) -
     if not rental.start or rental.start_problem:
         return None
     given_up = (p for p in world.placements_of(rental.id) if p.state is PlacementState.FAILED)
-    own = (p for p in given_up if not p.standby and not p.held)
+    own = (p for p in given_up if not p.is_target and not p.quiesced_for)
     return next((p for p in own if observations.age(p.id) <= states.DELETE_DEADLINE_S), None)
 
 
@@ -333,7 +333,7 @@ def _settle_migration(
     rental = world.rentals.get(placement.rental_id)
     if rental is None or placement.worker_id not in world.workers:
         return None
-    if placement.standby or not migration.can_migrate(rental, placement):
+    if placement.is_target or not migration.can_migrate(rental, placement):
         return None
     target = world.target_of(rental.id)
     case = MigrationCase(

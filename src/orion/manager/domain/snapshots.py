@@ -61,8 +61,7 @@ class SnapshotId:
 class Snapshot:
     """One complete snapshot of a home."""
 
-    generation: SnapshotId
-    """The id; the API and the volume have named it `generation` since their first release."""
+    id: SnapshotId
     at: float
     """UTC seconds at which the home was as in the snapshot: the start of the look at it."""
     bytes: int
@@ -71,18 +70,24 @@ class Snapshot:
     """The number of entries of every kind: files, directories, links, FIFOs, sockets; each name counts."""
     skipped: tuple[str, ...] = ()
     """The first names of incomplete entries: missing, or without some attribute or the mode."""
-    salvage: bool = False
-    """Whether it is a recovered snapshot."""
+    recovered: bool = False
+    """Whether it is a recovered snapshot: see `newest`."""
 
 
-_by_id = attrgetter("generation")
+_by_id = attrgetter("id")
+
+
+def described(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the fields of a snapshot by their released names, as in messages, reports of tasks and `about.json`."""
+    renamed = {"generation": str(snapshot.id), "salvage": snapshot.recovered, "skipped": list(snapshot.skipped)}
+    return {"at": snapshot.at, "bytes": snapshot.bytes, "files": snapshot.files} | renamed
 
 
 def kept(complete: Iterable[Snapshot]) -> set[SnapshotId]:
     """Return the snapshots to keep: the newest, the newest of the epoch before, and the newest recovered ones."""
     latest_first = sorted(complete, key=_by_id, reverse=True)
-    regular = [snapshot.generation for snapshot in latest_first if not snapshot.salvage]
-    recovered = [snapshot.generation for snapshot in latest_first if snapshot.salvage]
+    regular = [snapshot.id for snapshot in latest_first if not snapshot.recovered]
+    recovered = [snapshot.id for snapshot in latest_first if snapshot.recovered]
     before = [snapshot_id for snapshot_id in regular if snapshot_id.epoch < regular[0].epoch]
     return {*regular[:NEWEST_KEPT], *before[:1], *recovered[:RECOVERED_KEPT]}
 
@@ -103,8 +108,8 @@ def may_stay(complete: Iterable[Snapshot], spare: SnapshotId | None) -> list[set
     latest regular snapshot, `spare`, and the recovered ones.
     """
     all_ = list(complete)
-    regular = [snapshot.generation for snapshot in all_ if not snapshot.salvage]
-    staying = kept(all_) | {snapshot.generation for snapshot in all_ if snapshot.generation == spare}
+    regular = [snapshot.id for snapshot in all_ if not snapshot.recovered]
+    staying = kept(all_) | {snapshot.id for snapshot in all_ if snapshot.id == spare}
     by_choice = sorted(staying.intersection(regular) - {spare, max(regular, default=None)})
     return [staying - set(by_choice[:number]) for number in range(len(by_choice) + 1)]
 
@@ -116,9 +121,9 @@ def newest(complete: Iterable[Snapshot], rental: Rental) -> Snapshot | None:
     activation, which may be a recovered one; if that is unknown, the latest regular one.
     """
     ordered = sorted(complete, key=_by_id)
-    since = [snapshot for snapshot in ordered if snapshot.generation.epoch >= rental.let_in_epoch]
+    since = [snapshot for snapshot in ordered if snapshot.id.epoch >= rental.activated_epoch]
     grown = _grown_from_origin(ordered, rental)
-    regular = [snapshot for snapshot in ordered if not snapshot.salvage]
+    regular = [snapshot for snapshot in ordered if not snapshot.recovered]
     return next((each[-1] for each in (since, grown, regular) if each), None)
 
 
@@ -129,14 +134,14 @@ def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snap
     both kinds of successors, each lacks something of the other: those of the same home are taken, for the other home
     may be unchanged. A request for an older snapshot gives up what was later in that home.
     """
-    chain = [snapshot for snapshot in ordered if str(snapshot.generation) == rental.began_with]
-    origin = _origin(rental, rental.let_in_epoch)
+    chain = [snapshot for snapshot in ordered if str(snapshot.id) == rental.began_with]
+    origin = _origin(rental, rental.activated_epoch)
     if origin is None:
         return chain
-    latest, asked = SnapshotId.parse(rental.began_with), origin.asked
+    latest, asked = SnapshotId.parse(rental.began_with), origin.requested
     while grown := _successors(latest, asked, ordered, rental):
         chain.append(grown[-1])
-        latest, asked = grown[-1].generation, False
+        latest, asked = grown[-1].id, False
     return chain
 
 
@@ -146,11 +151,11 @@ def _successors(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapsh
     `asked`: a request went back to `latest`, and gave up what was later in the same home.
     """
     name = str(latest) if latest else ""
-    later = [s for s in ordered if latest is None or s.generation > latest]
-    same_home = [s for s in later if latest and not asked and s.generation.epoch == latest.epoch]
-    filled_with_it = [s for s in later if Origin(s.generation.epoch, name, asked) in rental.lineage]
+    later = [s for s in ordered if latest is None or s.id > latest]
+    same_home = [s for s in later if latest and not asked and s.id.epoch == latest.epoch]
+    filled_with_it = [s for s in later if Origin(s.id.epoch, name, asked) in rental.lineage]
     if latest is None and not asked:  # every snapshot contains an empty home
-        filled_with_it += [s for s in later if _origin(rental, s.generation.epoch) is None]
+        filled_with_it += [s for s in later if _origin(rental, s.id.epoch) is None]
         filled_with_it.sort(key=_by_id)
     return same_home or filled_with_it
 
@@ -165,11 +170,11 @@ def waiting_recovered_snapshot(complete: Iterable[Snapshot], rental: Rental, wal
     all_ = list(complete)
     runs = rental.state is RentalState.ACTIVE
     again = newest(all_, rental)
-    next_origin = rental.restore_from or (str(again.generation) if again else "")
+    next_origin = rental.restore_from or (str(again.id) if again else "")
     contained = _ancestors(rental, rental.began_with if runs else next_origin)
-    shown = [s for s in all_ if s.salvage and wall - s.at < RECOVERED_SHOWN_S]
-    shown = [s for s in shown if not (runs and s.generation.epoch >= rental.let_in_epoch)]
-    waiting = [s for s in shown if s.generation.number > contained.get(s.generation.epoch, 0)]
+    shown = [s for s in all_ if s.recovered and wall - s.at < RECOVERED_SHOWN_S]
+    shown = [s for s in shown if not (runs and s.id.epoch >= rental.activated_epoch)]
+    waiting = [s for s in shown if s.id.number > contained.get(s.id.epoch, 0)]
     return max(waiting, key=_by_id, default=None)
 
 
@@ -180,7 +185,7 @@ def _ancestors(rental: Rental, name: str) -> dict[int, int]:
     while snapshot_id and snapshot_id.epoch not in found:
         found[snapshot_id.epoch] = snapshot_id.number
         origin = _origin(rental, snapshot_id.epoch)
-        snapshot_id = SnapshotId.parse(origin.generation) if origin else None
+        snapshot_id = SnapshotId.parse(origin.snapshot) if origin else None
     return found
 
 
@@ -194,16 +199,16 @@ def activated(rental: Rental, epoch: int, name: str) -> dict[str, Any]:
     An origin that was requested counts as requested again if the next epoch begins with it too, because then there is
     no snapshot of the epoch between them.
     """
-    before = _origin(rental, rental.let_in_epoch)
-    same = before is not None and before.asked and before.generation == name
+    before = _origin(rental, rental.activated_epoch)
+    same = before is not None and before.requested and before.snapshot == name
     origin = Origin(epoch, name, rental.restore_from is not None or same)
     others = [each for each in rental.lineage if each.epoch != epoch]
-    return {"let_in_epoch": epoch, "began_with": name, "lineage": (*others, origin)[-MAX_ORIGINS:]}
+    return {"activated_epoch": epoch, "began_with": name, "lineage": (*others, origin)[-MAX_ORIGINS:]}
 
 
-def base_of(complete: Iterable[Snapshot], epoch: int, salvage: bool) -> Snapshot | None:
+def base_of(complete: Iterable[Snapshot], epoch: int, recovered: bool) -> Snapshot | None:
     """Return the snapshot with which a new one of this epoch is compared: the latest that may be like it."""
-    before = (s for s in complete if s.generation.epoch <= epoch and (salvage or not s.salvage))
+    before = (s for s in complete if s.id.epoch <= epoch and (recovered or not s.recovered))
     return max(before, key=_by_id, default=None)
 
 
@@ -228,12 +233,12 @@ def was_activated(rental: Rental) -> bool:
 
     The rental may never have been active: a recovered snapshot shows the activation if the worker could not report it.
     """
-    return rental.activated_at is not None or rental.let_in_epoch > 0
+    return rental.activated_at is not None or rental.activated_epoch > 0
 
 
 def is_without_snapshots(rental: Rental) -> bool:
     """Return whether the files are only where the rental ran: no snapshot is known, and none was requested."""
-    never = rental.last_safe_copy_at is None and not rental.began_with
+    never = rental.last_snapshot_at is None and not rental.began_with
     return was_activated(rental) and never and rental.restore_from is None
 
 
@@ -263,13 +268,13 @@ def accepted(rental: Rental, placement: Placement, snapshot: Snapshot, warning: 
     `warning`: see `nearly_full`; `slower`: see `slower_warning`. The step is void if the placement was quiesced
     meanwhile: this snapshot must not replace that of the final sync, which has every byte.
     """
-    change = {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes, "copy_problem": ""}
+    change = {"last_snapshot_at": snapshot.at, "last_snapshot_bytes": snapshot.bytes, "snapshot_problem": ""}
     change |= {"home_warning": _joined(warning, slower)}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, _sizes(snapshot))
-    events = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
+    events = [event] if rental.last_snapshot_at is None or rental.snapshot_problem else []
     if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
         events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, _sizes(snapshot)))
-    return _if_running(rental, placement, change, *events, held=placement.held)
+    return _if_running(rental, placement, change, *events, quiesced_for=placement.quiesced_for)
 
 
 def _joined(*warnings: str) -> str:
@@ -298,18 +303,18 @@ def slowed(rental: Rental, placement: Placement, problem: str, slower: str) -> S
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
     """Return the step that records why no snapshot could be taken; None if that is known already."""
-    if rental.copy_problem == problem:
+    if rental.snapshot_problem == problem:
         return None
     kind = "rental.over_limit" if over_limit else "rental.copy_failed"
     event = _event(kind, problem, rental, placement.worker_id)
-    return _if_running(rental, placement, {"copy_problem": problem}, event)
+    return _if_running(rental, placement, {"snapshot_problem": problem}, event)
 
 
 def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
     """Return the step that records a thaw of a rental whose home holds more than its limit."""
     problem = "it was thawed to make room, and is frozen again unless it does within ten minutes"
     event = rental_event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
-    return _if_running(rental, placement, {"copy_problem": problem}, event)
+    return _if_running(rental, placement, {"snapshot_problem": problem}, event)
 
 
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
@@ -317,7 +322,7 @@ def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
 
     A recovery is tried also if no activation is known: only the worker knows that (NOTHING_TO_RECOVER).
     """
-    if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
+    if rental is None or placement.state is not PlacementState.LOST or placement.files_recovered:
         return False
     return rental.state not in ENDED | {RentalState.RELEASING}
 
@@ -328,15 +333,15 @@ def recovered(rental: Rental, placement: Placement, snapshot: Snapshot, there: I
     `snapshot`: the recovered snapshot, or the regular one that is equal to the home. The step also records the
     activation at that epoch, which a worker that died at once could not report.
     """
-    name, worker_id = snapshot.generation, placement.worker_id
-    is_latest = placement.epoch >= rental.let_in_epoch
-    change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
+    name, worker_id = snapshot.id, placement.worker_id
+    is_latest = placement.epoch >= rental.activated_epoch
+    change: dict[str, Any] = {"activated_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
     is_newest = rental.restore_from is None and newest(there, replace(rental, **change)) == snapshot
     # A rental that is being made may have been filled with an older snapshot already.
     is_restored = is_newest and rental.state is RentalState.QUEUED
     restore = f"orion restore {rental.name} --from {name}"
     had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
-    if not snapshot.salvage:
+    if not snapshot.recovered:
         reason = f"{had}: they are as in snapshot {name}"
     elif is_restored:
         reason = f"{had}: they are kept as snapshot {name}, the newest, from which it is restored"
@@ -347,8 +352,8 @@ def recovered(rental: Rental, placement: Placement, snapshot: Snapshot, there: I
         )
     else:
         reason = f"{had}: they are kept as snapshot {name}; to restore them: {restore}"
-    change |= {"last_safe_copy_at": snapshot.at, "last_safe_copy_bytes": snapshot.bytes} if is_restored else {}
-    known = write(rental, change, let_in_epoch=rental.let_in_epoch, state=rental.state)
+    change |= {"last_snapshot_at": snapshot.at, "last_snapshot_bytes": snapshot.bytes} if is_restored else {}
+    known = write(rental, change, activated_epoch=rental.activated_epoch, state=rental.state)
     event = _event("rental.salvaged", reason, rental, worker_id, _sizes(snapshot))
     return _recovery_ends(placement) + Step((known,), (event,))
 
@@ -365,7 +370,7 @@ def not_recovered(rental: Rental, placement: Placement, why: str) -> Step:
 
 
 def _recovery_ends(placement: Placement) -> Step:
-    return Step((write(placement, {"salvaged": True}, state=PlacementState.LOST, salvaged=False),))
+    return Step((write(placement, {"files_recovered": True}, state=PlacementState.LOST, files_recovered=False),))
 
 
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
@@ -424,4 +429,4 @@ def _event(kind: str, reason: str, rental: Rental, worker_id: str, details: Mapp
 
 
 def _sizes(snapshot: Snapshot) -> Mapping[str, Any]:
-    return {"generation": str(snapshot.generation), "bytes": snapshot.bytes, "files": snapshot.files}
+    return {"generation": str(snapshot.id), "bytes": snapshot.bytes, "files": snapshot.files}

@@ -30,7 +30,7 @@ def mark(rental: Rental, worker: Worker) -> str:
 def due(rental: Rental, placement: Placement, worker: Worker) -> str:
     """Return the mark of the run that is due on a placement; empty if none is."""
     wanted = mark(rental, worker)
-    is_due = bool(rental.start) and not rental.start_problem and placement.started != wanted
+    is_due = bool(rental.start) and not rental.start_problem and placement.start_mark != wanted
     return wanted if is_due else ""
 
 
@@ -55,26 +55,26 @@ def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mappi
 
 def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float) -> Step | None:
     """Return the step after a restart of the worker's container, which counts as a loss; None if there was none."""
-    run, _, boot_id = placement.started.partition("@")
+    run, _, boot_id = placement.start_mark.partition("@")
     if not run or boot_id == worker.boot_id or placement.state is not PlacementState.RUNNING:
         return None
     change, events = after_loss(rental, placement, wall)
     if not change:
         return None
-    restart = write(placement, new_run(""), state=placement.state, started=placement.started)
+    restart = write(placement, new_run(""), state=placement.state, start_mark=placement.start_mark)
     return Step((restart, write_rental(rental, change)), events)
 
 
 def new_run(mark: str) -> dict[str, Any]:
     """Return the changes of a placement with a new run of the command, whose end is not known."""
-    return {"started": mark, "start_end": "", "start_ended_at": None}
+    return {"start_mark": mark, "start_end": "", "start_ended_at": None}
 
 
 def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> Step | None:
     """Return the step that records the end of the placement's run; None if no end is reported, or it is recorded."""
-    if placement.state is not PlacementState.RUNNING or not placement.started or placement.start_end:
+    if placement.state is not PlacementState.RUNNING or not placement.start_mark or placement.start_end:
         return None
-    this = (placement.rental_id, placement.epoch, placement.started)
+    this = (placement.rental_id, placement.epoch, placement.start_mark)
     end = next((end for end in ends if (end.rental_id, end.epoch, end.run) == this), None)
     if end is None:
         return None
@@ -83,7 +83,9 @@ def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> S
     details = {"run": end.run.partition("@")[0], "how": end.how}
     where, epoch = placement.worker_id, placement.epoch
     event = rental_event("rental.start_ended", reason, rental, where, epoch=epoch, details=details)
-    return Step((write(placement, change, state=placement.state, started=placement.started, start_end=""),), (event,))
+    return Step(
+        (write(placement, change, state=placement.state, start_mark=placement.start_mark, start_end=""),), (event,)
+    )
 
 
 def in_words(how: str) -> str:

@@ -31,7 +31,7 @@ READ: Mapping[Kind, frozenset[str]] = {kind: frozenset(f.name for f in fields(ro
 """The fields of each kind of row that a decision reads."""
 WRITTEN: Mapping[Kind, frozenset[str]] = {
     "worker": READ["worker"] - {"id"},
-    "rental": READ["rental"] - {"id"} | {"last_safe_copy_bytes"},
+    "rental": READ["rental"] - {"id"} | {"last_snapshot_bytes"},
     "placement": READ["placement"] - {"id"},
 }
 """The fields of each kind of row that a step may change; no decision reads the size of the last snapshot."""
@@ -153,7 +153,7 @@ def move_placement(
     return Step((write(placement, {"state": to} | change, state=placement.state),), (event,))
 
 
-def reserve_slot(rental: Rental, worker: Worker, slot: int, new_id: str, reason: str, standby: bool = False) -> Step:
+def reserve_slot(rental: Rental, worker: Worker, slot: int, new_id: str, reason: str, is_target: bool = False) -> Step:
     """Return the step that inserts a placement on a worker that is still as it was chosen; it gets the next epoch."""
     placement = Placement(
         id=new_id,
@@ -162,7 +162,7 @@ def reserve_slot(rental: Rental, worker: Worker, slot: int, new_id: str, reason:
         slot=slot,
         epoch=rental.next_epoch,
         state=PlacementState.RESERVED,
-        standby=standby,
+        is_target=is_target,
     )
     as_chosen = write(worker, {}, health=worker.health, intent=worker.intent, slots=worker.slots)
     event = rental_event("placement.reserved", reason, rental, worker.id, epoch=placement.epoch)

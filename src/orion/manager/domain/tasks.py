@@ -50,7 +50,7 @@ class Task:
     start: str = ""
     start_mark: str = ""
     """The mark of the start command to run at the activation, empty for none: see start_commands.due."""
-    filled: str = ""
+    target_snapshot: str = ""
     """The snapshot that a planned migration has already put into the home."""
     rental_name: str = ""
     """The name that sessions of the rental show; empty if no account is made."""
@@ -102,7 +102,7 @@ def thaw(world: World, source: migration.Source) -> Task | None:
     The reply to the next heartbeat would thaw the source too, but later.
     """
     placement, worker = world.placements.get(source.placement_id), world.workers.get(source.worker_id)
-    if placement is None or placement.held or placement.state is not PlacementState.RUNNING:
+    if placement is None or placement.quiesced_for or placement.state is not PlacementState.RUNNING:
         return None
     rental = world.rentals.get(placement.rental_id)
     if worker is None or rental is None:
@@ -153,7 +153,7 @@ def _is_target(case: TaskCase) -> bool:
 
 def _is_quiesced(case: TaskCase) -> bool:
     # The source gets no task that would let it run.
-    return case.placement.held != 0 and case.placement.state in LIVE
+    return case.placement.quiesced_for != 0 and case.placement.state in LIVE
 
 
 def _was_not_shown(case: TaskCase) -> bool:
@@ -176,7 +176,7 @@ def _is_to_be_made(case: TaskCase) -> bool:
 
 def _is_to_be_recovered(case: TaskCase) -> bool:
     # The worker of a lost placement may have files of which there is no snapshot; a target has no such files.
-    return not case.placement.standby and snapshots.is_to_be_recovered(case.rental, case.placement)
+    return not case.placement.is_target and snapshots.is_to_be_recovered(case.rental, case.placement)
 
 
 def _is_to_be_purged(case: TaskCase) -> bool:
@@ -214,7 +214,7 @@ def _create(case: TaskCase) -> Task:
         restore=restore,
         start=rental.start if start_mark else "",
         start_mark=start_mark,
-        filled=placement.filled if restore == snapshots.NEWEST else "",
+        target_snapshot=placement.target_snapshot if restore == snapshots.NEWEST else "",
         rental_name=rental.name,
     )
 

@@ -52,10 +52,10 @@ class World:
         return True
 
     def live_placement(self, rental_id: str) -> Placement | None:
-        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and not p.standby), None)
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and not p.is_target), None)
 
     def target_of(self, rental_id: str) -> Placement | None:
-        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and p.standby), None)
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and p.is_target), None)
 
     def placements_of(self, rental_id: str) -> list[Placement]:
         return [p for p in self.placements.values() if p.rental_id == rental_id]

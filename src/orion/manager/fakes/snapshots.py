@@ -56,7 +56,7 @@ class FakeSnapshotService:
     _refused: set[str] = field(default_factory=set)
     """The rentals whose last snapshot did not fit into their owner's share."""
 
-    async def copy(
+    async def take(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -78,7 +78,7 @@ class FakeSnapshotService:
             raise SnapshotError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
         return self._keep(home, files, snapshot, protected, limits)
 
-    async def salvage(
+    async def recover(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -92,7 +92,7 @@ class FakeSnapshotService:
         worker.set_aside.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
         files, snapshot = self._read(home, worker, began_at, limits)
-        return self._keep(home, files, replace(snapshot, salvage=True), protected, limits)
+        return self._keep(home, files, replace(snapshot, recovered=True), protected, limits)
 
     def _read(self, home: Home, worker: FakeWorker, at: float, limits: SnapshotLimits) -> tuple[Files, Snapshot]:
         """Return the readable files of a home, and a snapshot of them that has no number yet."""
@@ -102,23 +102,23 @@ class FakeSnapshotService:
         if entries > limits.max_files or size > limits.max_bytes:
             raise SnapshotError(OVER_LIMIT, "its home holds more than a copy may")
         snapshot_id = SnapshotId(home.epoch, 1)
-        return files, Snapshot(generation=snapshot_id, at=at, bytes=size, files=entries, skipped=skipped)
+        return files, Snapshot(id=snapshot_id, at=at, bytes=size, files=entries, skipped=skipped)
 
     def _keep(
         self, home: Home, files: Files, snapshot: Snapshot, protected: SnapshotId | None, limits: SnapshotLimits
     ) -> Taken:
         there = self.stored.setdefault(home.rental_id, {})
         self._owners[home.rental_id] = home.owner
-        base = base_of(self._copies(home.rental_id), home.epoch, snapshot.salvage)
-        if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
-            there[base.generation] = (replace(base, at=snapshot.at), files)
-            if not snapshot.salvage:
+        base = base_of(self._copies(home.rental_id), home.epoch, snapshot.recovered)
+        if base and base.id.epoch == home.epoch and there[base.id][1] == files:
+            there[base.id] = (replace(base, at=snapshot.at), files)
+            if not snapshot.recovered:
                 self._make_room(home, protected, limits)
-            return Taken(there[base.generation][0], self._copies(home.rental_id))
-        snapshot = replace(snapshot, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
-        there[snapshot.generation] = (snapshot, files)
+            return Taken(there[base.id][0], self._copies(home.rental_id))
+        snapshot = replace(snapshot, id=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
+        there[snapshot.id] = (snapshot, files)
         if not self._make_room(home, protected, limits):
-            del there[snapshot.generation]
+            del there[snapshot.id]
             raise SnapshotError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
         return Taken(snapshot, self._copies(home.rental_id), self.pause_s)
 
@@ -139,14 +139,14 @@ class FakeSnapshotService:
     async def restore(
         self,
         home: Home,
-        generation: SnapshotId | None = None,
+        snapshot_id: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
         await self._begin_call()
         there = self.stored.get(home.rental_id, {})
-        wanted = generation or max((g for g, (snapshot, _) in there.items() if not snapshot.salvage), default=None)
+        wanted = snapshot_id or max((g for g, (snapshot, _) in there.items() if not snapshot.recovered), default=None)
         if not there or wanted is None:
             return None
         if wanted not in there:
@@ -166,7 +166,7 @@ class FakeSnapshotService:
         await self._reached(host, deadline_s)
         self.connected.append(host.worker_id)
 
-    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+    async def snapshots(self, rental_id: str, uid: int) -> list[Snapshot]:
         await self._begin_call()
         return list(self._copies(rental_id))
 
@@ -221,8 +221,8 @@ def _counted(files: Files) -> int:
 def _taken(there: dict[SnapshotId, tuple[Snapshot, Files]], staying: Iterable[SnapshotId]) -> int:
     """Return the bytes that these snapshots use. A file that is as in the snapshot before counts once."""
     taken, before = 0, Files()
-    for generation in sorted(staying):
-        files = there[generation][1]
+    for snapshot_id in sorted(staying):
+        files = there[snapshot_id][1]
         taken += _counted({name: content for name, content in files.items() if before.get(name) != content})
         before = files
     return taken

@@ -79,7 +79,7 @@ def remarks(row: Row) -> str:
     """Return one line about the rental's files for its owner to read at a log-in; an empty string if there is none."""
     found = [row["home_warning"]] if row["home_warning"] and not row["copy_problem"] else []
     if row["salvage"]:
-        restore = f"orion restore {row['name']} --from {row['salvage'].generation}"
+        restore = f"orion restore {row['name']} --from {row['salvage'].id}"
         found.append(f"a lost worker had newer files, which are kept as a recovered snapshot: {restore}")
     return f"{row['name']}: {'; '.join(found)}" if found else ""
 

@@ -100,8 +100,8 @@ class Migrator:
     async def _fill(self, target: Job, snapshot: Snapshot, again: bool) -> None:
         key = target.order.rental_id, target.order.epoch
         before = self._filled.pop(key, None)
-        await self.snapshot_service.restore(home_of(target), snapshot.generation, RESTORE_DEADLINE_S, before, again)
-        self._filled = {key: snapshot.generation} | self._filled
+        await self.snapshot_service.restore(home_of(target), snapshot.id, RESTORE_DEADLINE_S, before, again)
+        self._filled = {key: snapshot.id} | self._filled
         while len(self._filled) > MOST_REMEMBERED:
             self._filled.popitem()
 
@@ -111,13 +111,13 @@ class Migrator:
         if found is None:
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
         limits, home = self._migration_limits, home_of(source)
-        taken = await self.snapshot_service.copy(home, limits, COPY_DEADLINE_S, for_migration=True)
-        warning = snapshots.nearly_full(taken.copy, self.limits.max_bytes, self.limits.max_files)
-        step = snapshots.accepted(found.rental, found.placement, taken.copy, warning)
+        taken = await self.snapshot_service.take(home, limits, COPY_DEADLINE_S, for_migration=True)
+        warning = snapshots.nearly_full(taken.snapshot, self.limits.max_bytes, self.limits.max_files)
+        step = snapshots.accepted(found.rental, found.placement, taken.snapshot, warning)
         if not await self.catalog.accept(step, source.order.rental_id, taken.kept):
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
-        return taken.copy
+        return taken.snapshot
 
 
 def _done(snapshot: Snapshot) -> Outcome:
-    return Outcome(True, report={"generation": str(snapshot.generation)})
+    return Outcome(True, report={"generation": str(snapshot.id)})

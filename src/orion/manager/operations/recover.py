@@ -51,7 +51,7 @@ class Recoverer:
                 if found is None:
                     return Outcome(ok=True)  # another transaction has settled it
                 rental, placement = found
-                taken = await self._snapshot_service.salvage(home, self._limits, protected=await self._needed(rental))
+                taken = await self._snapshot_service.recover(home, self._limits, protected=await self._needed(rental))
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
@@ -60,11 +60,11 @@ class Recoverer:
                 return Outcome(ok=True)
             tries = RECOVERY_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
-        step = snapshots.recovered(rental, placement, taken.copy, taken.kept)
+        step = snapshots.recovered(rental, placement, taken.snapshot, taken.kept)
         await self._catalog.accept(step, rental.id, taken.kept)
         return Outcome(ok=True)
 
     async def _needed(self, rental: Rental) -> SnapshotId | None:
         """Return the snapshot that the rental is to be restored from, if there is one."""
         newest = await self._catalog.newest(rental.id)
-        return SnapshotId.parse(rental.restore_from or "") or (newest.generation if newest else None)
+        return SnapshotId.parse(rental.restore_from or "") or (newest.id if newest else None)

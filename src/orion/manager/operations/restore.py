@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 from orion.manager.ansible.port import Action, Engine, Job, Outcome
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.snapshot_plan import SnapshotLimits
-from orion.manager.domain.snapshots import EMPTY, NEWEST, Snapshot, SnapshotId
+from orion.manager.domain.snapshots import EMPTY, NEWEST, Snapshot, SnapshotId, described
 from orion.manager.operations.recover import Recoverer
 from orion.manager.queues import FairQueue
 from orion.manager.snapshots import port
@@ -164,7 +164,7 @@ class Restorer:
         """
         newest = await self.catalog.newest(home.rental_id)
         try:
-            snapshot = await self.snapshot_service.restore(home, newest.generation if newest else None)
+            snapshot = await self.snapshot_service.restore(home, newest.id if newest else None)
         except SnapshotError as error:
             if error.code != port.NO_SUCH_SNAPSHOT:
                 raise
@@ -176,11 +176,6 @@ class Restorer:
 
 def home_of(job: Job) -> Home:
     return Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
-
-
-def described(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the snapshot in the form of a task's report."""
-    return asdict(snapshot) | {"generation": str(snapshot.generation), "skipped": list(snapshot.skipped)}
 
 
 def _refused(error: SnapshotError) -> Outcome:

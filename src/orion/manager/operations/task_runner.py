@@ -218,7 +218,7 @@ class TaskRunner:
                 return await self.engine.run(at_source)
             return await self.migrator.run(task.kind, at_source, job)
         if task.restore:
-            return await self.restorer.make(job, task.restore, task.filled)
+            return await self.restorer.make(job, task.restore, task.target_snapshot)
         return await self.engine.run(job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:

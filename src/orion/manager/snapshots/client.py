@@ -51,7 +51,7 @@ class SnapshotClient:
         self._under_way: dict[str, set[asyncio.Future[SnapshotReply]]] = defaultdict(set)
         """The running requests of each rental. A restore or a removal ends them."""
 
-    async def copy(
+    async def take(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -62,7 +62,7 @@ class SnapshotClient:
         more = _limit_fields(limits, protected) | {"for_migration": for_migration, "pause_s": limits.pause_s}
         return await self._take(_request(SnapshotAction.COPY, home, deadline_s, **more), home)
 
-    async def salvage(
+    async def recover(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -70,17 +70,17 @@ class SnapshotClient:
         protected: SnapshotId | None = None,
     ) -> Taken:
         more = _limit_fields(limits, protected)
-        return await self._take(_request(SnapshotAction.SALVAGE, home, deadline_s, **more), home)
+        return await self._take(_request(SnapshotAction.RECOVER, home, deadline_s, **more), home)
 
     async def restore(
         self,
         home: Home,
-        generation: SnapshotId | None = None,
+        snapshot_id: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
-        more = {"generation": str(generation or ""), "previous": str(previous or "")}
+        more = {"generation": str(snapshot_id or ""), "previous": str(previous or "")}
         request = _request(SnapshotAction.RESTORE, home, deadline_s, precopy=precopy, **more)
         await self._end_all_of(home.rental_id)
         reply = await self._begin(request, home)
@@ -90,7 +90,7 @@ class SnapshotClient:
         request = SnapshotRequest(action=SnapshotAction.CONNECT, host=HostMessage.of(host), deadline_s=deadline_s)
         await self._ask(request)
 
-    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+    async def snapshots(self, rental_id: str, uid: int) -> list[Snapshot]:
         reply = await self._ask_quickly(SnapshotAction.LIST, rental_id=rental_id, uid=uid)
         return [read(copy) for copy in reply.copies]
 
@@ -132,7 +132,7 @@ class SnapshotClient:
     async def _ask_in_turn(self, request: SnapshotRequest, home: Home) -> SnapshotReply:
         """Ask when the owner's claim gets a place. A recovery has only two tries, so it never counts as failing."""
         key = home.rental_id, home.host.worker_id
-        fails = key in self._without_progress and request.action is not SnapshotAction.SALVAGE
+        fails = key in self._without_progress and request.action is not SnapshotAction.RECOVER
         async with self._shares.place(Claim(home.owner, fails)):
             try:
                 reply = await self._ask(request)

@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, may_stay, next_number
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, described, may_stay, next_number
 from orion.manager.snapshots.disk import Usage
-from orion.manager.snapshots.protocol import read, written
+from orion.manager.snapshots.protocol import read
 
 INCOMING = "incoming"
 NEXT, OLD = "next-", "old-"
@@ -43,7 +43,7 @@ class NewSnapshot:
     skipped: tuple[str, ...]
     folders: dict[str, int]
     """The modes that a restore has to give to directories, by path in hexadecimal."""
-    salvage: bool = False
+    recovered: bool = False
 
 
 def found(folder: Path) -> list[Snapshot]:
@@ -53,23 +53,23 @@ def found(folder: Path) -> list[Snapshot]:
         if SnapshotId.parse(place.name):
             with suppress(OSError, ValueError, TypeError, KeyError):
                 complete.append(read(_read(place) | {"generation": place.name}))
-    return sorted(complete, key=lambda copy: copy.generation)
+    return sorted(complete, key=lambda copy: copy.id)
 
 
-def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
+def begin(folder: Path, epoch: int, recovered: bool) -> dict[str, Any]:
     """Start a new snapshot; return the name and mark of its base, which are empty if there is none.
 
     `prepared`: whether `prepare` was called for the base, because a renter waits for the new snapshot.
     """
     complete = found(folder)
-    base = base_of(complete, epoch, salvage)
-    name = str(base.generation) if base else ""
+    base = base_of(complete, epoch, recovered)
+    name = str(base.id) if base else ""
     _sweep(folder, complete, name)
     (folder / INCOMING).mkdir(mode=0o700)
     about = _read(folder / name) if base else {}
     return {
         "generation": name, "mark": str(about.get("mark", "")), "folders": about.get("folders", {}),
-        "same_epoch": base is not None and base.generation.epoch == epoch,
+        "same_epoch": base is not None and base.id.epoch == epoch,
         "prepared": base is not None and (folder / f"{NEXT}{name}").exists(),
     }  # fmt: skip
 
@@ -102,7 +102,7 @@ def renew(folder: Path, generation: str, at: float) -> Snapshot:
     """Give a complete snapshot a new time, because the home has not changed."""
     about = _read(folder / generation)
     renewed = replace(read(about | {"generation": generation}), at=at)
-    _write(folder / generation, about | written(renewed))
+    _write(folder / generation, about | described(renewed))
     return renewed
 
 
@@ -117,9 +117,9 @@ def describe(
     size = whole.bytes
     if files > limits[0] or size > limits[1]:
         raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a snapshot may")
-    generation = SnapshotId(epoch, next_number([each.generation for each in found(folder)], epoch))
+    generation = SnapshotId(epoch, next_number([each.id for each in found(folder)], epoch))
     about = asdict(made) | {"generation": str(generation), "bytes": size, "files": files}
-    about |= {"base": "", "made_from": base, "whole": whole, "own": own}
+    about |= {"salvage": about.pop("recovered"), "base": "", "made_from": base, "whole": whole, "own": own}
     inside = (not path.startswith(b"/") and b".." not in path.split(b"/") for path in changed or ())
     if base and changed is not None and all(inside):
         about["base"] = base
@@ -133,7 +133,7 @@ def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
     Files that a snapshot shares with its base count once if the base stays. Files that it shares with others count
     twice, so the result is never less than the real disk use.
     """
-    abouts = {str(copy.generation): _read(folder / str(copy.generation)) for copy in found(folder)}
+    abouts = {str(copy.id): _read(folder / str(copy.id)) for copy in found(folder)}
     with suppress(OSError):
         about = _read(folder / INCOMING)
         abouts[about["generation"]] = about
@@ -159,8 +159,8 @@ def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste:
     complete = found(folder)
     staying = may_stay(complete, protected)[choice]
     for each in complete:
-        if each.generation not in staying:
-            old = (folder / str(each.generation)).rename(folder / f"{OLD}{each.generation}")
+        if each.id not in staying:
+            old = (folder / str(each.id)).rename(folder / f"{OLD}{each.id}")
             if not in_haste:
                 _remove(old)
 
@@ -186,7 +186,7 @@ def remove(folder: Path, pattern: str) -> None:
 
 def _sweep(folder: Path, complete: Sequence[Snapshot], begun_from: str) -> None:
     """Remove everything except the complete snapshots and what was prepared for one with the base `begun_from`."""
-    staying = {str(copy.generation) for copy in complete} | {f"{NEXT}{begun_from}"}
+    staying = {str(copy.id) for copy in complete} | {f"{NEXT}{begun_from}"}
     for place in folder.iterdir():
         if place.name not in staying:
             _remove(place)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orion.manager.domain.pacing import LONGEST_PAUSE_S
-from orion.manager.domain.snapshots import SnapshotId
+from orion.manager.domain.snapshots import SnapshotId, described
 from orion.manager.snapshots import directory
 from orion.manager.snapshots.disk import OwnerShare, Usage, Usages
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import NO_BASE, NO_SUCH_SNAPSHOT, SnapshotError
-from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest, written
+from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest
 from orion.manager.snapshots.rental_process import kill_all_of, run_as
 from orion.manager.snapshots.transfer import LONG_STALL_S, OPTIONS, STALL_S, RsyncResult, Transfer, checked
 from orion.manager.snapshots.worker_command import SnapshotAnswer, WorkerCommand
@@ -110,7 +110,7 @@ class SnapshotJob:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._own_folder()
         self._leftovers = directory.INCOMING
-        recovers = request.action is SnapshotAction.SALVAGE
+        recovers = request.action is SnapshotAction.RECOVER
         base = self._as_rental(lambda: directory.begin(self._folder, request.epoch, recovers))
         self._room.check_disk()
         mark = secrets.token_hex(16)
@@ -147,11 +147,11 @@ class SnapshotJob:
 
         def renew() -> list[Any]:
             done = directory.renew(self._folder, generation, at)
-            return [directory.choices(self._folder, protected), written(done), *self._listed()]
+            return [directory.choices(self._folder, protected), described(done), *self._listed()]
 
         choices, *found = self._as_rental(renew)
         # A recovery may have found an old snapshot to be the same, which must stay.
-        is_recovery = self._request.action is SnapshotAction.SALVAGE
+        is_recovery = self._request.action is SnapshotAction.RECOVER
         choice = 0 if is_recovery else self._room.choose([Usage(*each) for each in choices])
         if choice != 0:
             fewer = len(choices) - 1 if choice is None else choice
@@ -176,7 +176,7 @@ class SnapshotJob:
 
         def finish() -> list[dict[str, Any]]:
             done = directory.finish(self._folder, protected, choice, in_haste=base["prepared"])
-            return [written(done), *self._listed()]
+            return [described(done), *self._listed()]
 
         return self._as_rental(finish)
 
@@ -187,7 +187,7 @@ class SnapshotJob:
         listing = ("-ii", "--out-format=%i %n", "--info=nonreg0")
         target = f"{self._folder / directory.INCOMING / 'home'}/"
         limits = request.max_files, request.max_bytes
-        stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.SALVAGE else STALL_S
+        stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.RECOVER else STALL_S
         low_priority = not request.for_migration
         transfer = Transfer(worker, request.uid, self._lifetime, *limits, low_priority, stalled_s)
         arguments = (*OPTIONS[kind], *before, *listing, "worker:.", target)
@@ -264,13 +264,13 @@ class SnapshotJob:
 
     def _listed(self) -> list[dict[str, Any]]:
         """Return all complete snapshots. This must run under the rental's uid."""
-        return [written(copy) for copy in directory.found(self._folder)]
+        return [described(copy) for copy in directory.found(self._folder)]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Run one job for a rental at a time, and kill all processes of the rental's uid at its end."""
         with (self._directories.locks / self._request.rental_id).open("w") as lock:
-            wait_s = RECOVER_LOCK_WAIT_S if self._request.action is SnapshotAction.SALVAGE else LOCK_WAIT_S
+            wait_s = RECOVER_LOCK_WAIT_S if self._request.action is SnapshotAction.RECOVER else LOCK_WAIT_S
             last_moment = time.monotonic() + min(wait_s, self._lifetime.left_s)
             while True:
                 with suppress(BlockingIOError):

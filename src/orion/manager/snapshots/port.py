@@ -35,7 +35,7 @@ class Home:
 class Taken:
     """A snapshot that was taken, and what is kept with it."""
 
-    copy: Snapshot
+    snapshot: Snapshot
     kept: tuple[Snapshot, ...]
     """All complete snapshots of the rental, this one included, oldest first."""
     pause_s: float = 0.0
@@ -79,7 +79,7 @@ PAUSE_TOO_SHORT = "pause_in_vain"
 class SnapshotService(Protocol):
     """The snapshot service. Every call ends at its deadline or soon after, and raises SnapshotError on failure."""
 
-    async def copy(
+    async def take(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -95,7 +95,7 @@ class SnapshotService(Protocol):
         OVER_SHARE, and each rental of the owner keeps only what it must from then on.
         """
 
-    async def salvage(
+    async def recover(
         self,
         home: Home,
         limits: SnapshotLimits,
@@ -105,13 +105,13 @@ class SnapshotService(Protocol):
         """Take a recovered snapshot of a home whose placement was lost, after ending its processes.
 
         If the home is the same as a snapshot of its epoch, that one is returned. Raise SnapshotError with
-        NOTHING_TO_RECOVER if the renter was never activated there. Older snapshots are removed as for `copy`.
+        NOTHING_TO_RECOVER if the renter was never activated there. Older snapshots are removed as for `take`.
         """
 
     async def restore(
         self,
         home: Home,
-        generation: SnapshotId | None = None,
+        snapshot_id: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         previous: SnapshotId | None = None,
         precopy: bool = False,
@@ -126,7 +126,7 @@ class SnapshotService(Protocol):
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
         """Open a connection to this worker and keep it for a minute, because a restore may follow."""
 
-    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+    async def snapshots(self, rental_id: str, uid: int) -> list[Snapshot]:
         """Return the complete snapshots of a rental, oldest first."""
 
     async def remove(self, rental_id: str, uid: int) -> None:

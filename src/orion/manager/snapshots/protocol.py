@@ -5,7 +5,6 @@ The snapshot service checks each request and does not trust the manager, because
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ SnapshotName = Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-
 
 class SnapshotAction(StrEnum):
     COPY = "copy"
-    SALVAGE = "salvage"
+    RECOVER = "salvage"
     RESTORE = "restore"
     LIST = "list"
     REMOVE = "remove"
@@ -63,7 +62,7 @@ class SnapshotReply(Message):
     message: str = ""
     restored: str = ""
     copies: list[dict[str, Any]] = Field(default_factory=list)
-    """Complete snapshots in the form of `written`, oldest first."""
+    """Complete snapshots in the form of `described`, oldest first."""
     done: dict[str, Any] | None = None
     """The snapshot that was taken or restored."""
     rentals: list[str] = Field(default_factory=list)
@@ -73,21 +72,16 @@ class SnapshotReply(Message):
     """The seconds for which the rental's processes were stopped."""
 
 
-def written(copy: Snapshot) -> dict[str, Any]:
-    """Return the fields of a snapshot for JSON, in messages and in `about.json`."""
-    return asdict(copy) | {"generation": str(copy.generation), "skipped": list(copy.skipped)}
-
-
 def read(data: dict[str, Any]) -> Snapshot:
-    """Return the snapshot in these fields. Raise ValueError, TypeError or KeyError if `written` did not make them."""
-    generation = SnapshotId.parse(data["generation"])
-    if generation is None:
-        raise ValueError("not a generation")
+    """Return the snapshot in these fields. Raise ValueError, TypeError or KeyError if `described` did not make them."""
+    snapshot_id = SnapshotId.parse(data["generation"])
+    if snapshot_id is None:
+        raise ValueError("not the id of a snapshot")
     return Snapshot(
-        generation=generation,
+        id=snapshot_id,
         at=float(data["at"]),
         bytes=int(data["bytes"]),
         files=int(data["files"]),
         skipped=tuple(str(name) for name in data["skipped"]),
-        salvage=bool(data.get("salvage", False)),
+        recovered=bool(data.get("salvage", False)),
     )

@@ -95,7 +95,7 @@ class MemoryStateStore:
         at_rest = ENDED | {RentalState.ACTIVE, RentalState.QUEUED}
         active = {r.id: r for r in world.rentals.values() if r.state not in at_rest}
         active |= {r.id: r for r in queue[:QUEUED_AT_ONCE]}
-        migrating = sorted(p.rental_id for p in world.placements.values() if p.standby and p.state in LIVE)
+        migrating = sorted(p.rental_id for p in world.placements.values() if p.is_target and p.state in LIVE)
         active |= {i: world.rentals[i] for i in migrating}
         found = {i: p for i, p in world.placements.items() if p.worker_id in whole or p.rental_id in active}
         of_found = {p.rental_id for p in found.values()}
@@ -153,7 +153,7 @@ class MemoryStateStore:
         needed = {
             p.worker_id
             for p in world.placements.values()
-            if p.state is not PlacementState.PURGED and not p.salvaged and p.rental_id in living
+            if p.state is not PlacementState.PURGED and not p.files_recovered and p.rental_id in living
         }
         down = (world.workers[one] for one in sorted(worker_ids) if one in world.workers and one not in needed)
         gone = tuple(w.id for w in down if w.health is Health.DOWN and w.intent is Intent.ACTIVE)
@@ -231,7 +231,7 @@ class MemoryStateStore:
         Only a new row can do so, because no transition of a placement enters LIVE or HOLDING from outside.
         """
         others = [p for p in self.world.placements.values() if p.id != new.id]
-        alike = [p for p in others if p.rental_id == new.rental_id and p.state in LIVE and p.standby == new.standby]
+        alike = [p for p in others if p.rental_id == new.rental_id and p.state in LIVE and p.is_target == new.is_target]
         if alike:
             raise InvariantBroken(f"rental {new.rental_id} has two live placements, or two target placements")
         if any((p.worker_id, p.slot) == (new.worker_id, new.slot) and p.state in HOLDING for p in others):

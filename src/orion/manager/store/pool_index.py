@@ -35,11 +35,11 @@ _PLACEMENTS = (
         and_(
             rentals.c.start != "",
             rentals.c.start_problem == "",
-            placements.c.started != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
+            placements.c.start_mark != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
         ),
         placements.c.start_end != "",
-        placements.c.standby,
-        placements.c.held,
+        placements.c.is_target,
+        placements.c.quiesced_for,
     )
     .join_from(placements, rentals, rentals.c.id == placements.c.rental_id)
     .outerjoin(workers, workers.c.id == placements.c.worker_id)
@@ -125,8 +125,8 @@ def _add_placements(
             keyed=keyed,
             blank=blank,
             start_due=start_due,
-            standby=standby,
-            held=quiesced_for,
+            is_target=standby,
+            quiesced_for=quiesced_for,
             start_ended=ended,
         )
         placed[same.get(worker_id, worker_id)].append(found)

@@ -204,10 +204,10 @@ def _with_worker() -> Select[Any]:
     Columns: `worker_id`, `address`, `host_keys`, `key_in_place`, `held`, `moving_to`, `start_end`, `start_ended_at`.
     """
     target = placements.alias()
-    moving_to = select(target.c.worker_id).where(target.c.rental_id == rentals.c.id, target.c.standby.is_(True))
+    moving_to = select(target.c.worker_id).where(target.c.rental_id == rentals.c.id, target.c.is_target.is_(True))
     return select(
         rentals,
-        *placements.c["worker_id", "held", "start_end", "start_ended_at"],
+        *placements.c["worker_id", "quiesced_for", "start_end", "start_ended_at"],
         *workers.c["address", "host_keys"],
         (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
         moving_to.where(target.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),

@@ -152,7 +152,9 @@ class MemorySnapshotCatalog:
 
     def _running(self) -> list[Running]:
         world = self._state_store.world
-        migrating = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
+        migrating = {
+            p.rental_id for p in world.placements.values() if p.state in LIVE and (p.is_target or p.quiesced_for)
+        }
         running = (p for p in world.placements.values() if p.state is PlacementState.RUNNING)
         placed = (p for p in running if p.rental_id not in migrating and p.worker_id in world.workers)
         found = (Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed)
@@ -207,8 +209,8 @@ def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
 
 def _running(*columns: Column[Any]) -> Any:
     """Return the query of the rentals of which regular snapshots are taken; a planned migration takes its own ones."""
-    migrating = select(_targets.c.rental_id).where(_targets.c.standby.is_(True), _targets.c.state.in_(LIVE))
-    ordinary = (placements.c.held == 0, workers.c.health.in_(REACHABLE), rentals.c.id.not_in(migrating))
+    migrating = select(_targets.c.rental_id).where(_targets.c.is_target.is_(True), _targets.c.state.in_(LIVE))
+    ordinary = (placements.c.quiesced_for == 0, workers.c.health.in_(REACHABLE), rentals.c.id.not_in(migrating))
     return _placed(*columns).where(*ordinary)
 
 
@@ -238,15 +240,16 @@ def with_recovered(connection: Connection, rental_ids: Iterable[str]) -> dict[st
     found: dict[str, list[Snapshot]] = defaultdict(list)
     recovered = copies.alias()
     for some in chunks(rental_ids):
-        have = select(recovered.c.rental_id).where(recovered.c.rental_id.in_(some), recovered.c.salvage.is_(True))
+        have = select(recovered.c.rental_id).where(recovered.c.rental_id.in_(some), recovered.c.recovered.is_(True))
         for row in connection.execute(select(copies).where(copies.c.rental_id.in_(have))).mappings():
             found[row["rental_id"]].append(_snapshot(row))
     return found
 
 
 def _snapshot(row: RowMapping) -> Snapshot:
-    values = {name: row[name] for name in ("at", "bytes", "files", "salvage")}
-    return Snapshot(generation=SnapshotId(row["epoch"], row["number"]), skipped=tuple(row["skipped"]), **values)
+    values = {name: row[name] for name in ("at", "bytes", "files")}
+    snapshot_id, skipped = SnapshotId(row["epoch"], row["number"]), tuple(row["skipped"])
+    return Snapshot(id=snapshot_id, skipped=skipped, recovered=row["salvage"], **values)
 
 
 def _newest_of(connection: Connection, rental_id: str) -> Snapshot | None:
@@ -278,7 +281,7 @@ def begin_restore(connection: Connection, rental_id: str, actor: str, source: st
         return "ended"
     if not was_activated(rental):
         return "not_active_yet"
-    if source != EMPTY and source not in {str(one.generation) for one in snapshots_of(connection, rental_id)}:
+    if source != EMPTY and source not in {str(one.id) for one in snapshots_of(connection, rental_id)}:
         return "no_such_snapshot"
     runs = and_(placements.c.rental_id == rental_id, placements.c.state == PlacementState.RUNNING)
     running = state.load_placement(connection, runs) if rental.state is RentalState.ACTIVE else None
@@ -298,5 +301,5 @@ def _is_removable(rental: Rental, wall: float, short_of_room: Collection[str]) -
 
 
 def _row(rental_id: str, snapshot: Snapshot) -> dict[str, object]:
-    values = {name: getattr(snapshot, name) for name in ("at", "bytes", "files", "salvage")}
-    return values | vars(snapshot.generation) | {"rental_id": rental_id, "skipped": list(snapshot.skipped)}
+    values = {name: getattr(snapshot, name) for name in ("at", "bytes", "files", "recovered")}
+    return values | vars(snapshot.id) | {"rental_id": rental_id, "skipped": list(snapshot.skipped)}

@@ -33,7 +33,7 @@ WORKERS, RENTALS, PLACEMENTS = (
 )
 OPEN_PLACEMENTS = PLACEMENTS.where(placements.c.state.in_(OPEN))
 
-_LIVE = (placements.c.rental_id == rentals.c.id) & placements.c.state.in_(LIVE) & placements.c.standby.is_(False)
+_LIVE = (placements.c.rental_id == rentals.c.id) & placements.c.state.in_(LIVE) & placements.c.is_target.is_(False)
 RENTALS_WITH_WORKERS = rentals.outerjoin(placements, _LIVE).outerjoin(workers, workers.c.id == placements.c.worker_id)
 """The rentals, each with its live placement and the worker of this placement, if it has one."""
 
@@ -270,4 +270,5 @@ def placement(row: _Row) -> Placement:
 
 
 def _values(kind: Kind, row: _Row) -> dict[str, Any]:
-    return {name: row[name] for name in READ[kind]}
+    """Return the fields of a record from a row, which has the released names of the columns."""
+    return {name: row[TABLES[kind].c[name].name] for name in READ[kind]}

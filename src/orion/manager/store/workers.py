@@ -147,8 +147,8 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
             row |= {"public_key": "", "ttl_s": 0, "labels": {}, "created_at": time.time(), "explanation": "given up"}
             connection.execute(insert(rentals), row)
         place = {"id": f"p-{new_id(12)}", "rental_id": item.rental_id, "worker_id": worker_id, "slot": 0}
-        # `salvaged`, so that it is not recovered: a worker's claim to have an epoch must not become a snapshot of it.
-        place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time(), "salvaged": True}
+        # `files_recovered`: a worker's claim to have an epoch must not become a snapshot of it.
+        place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time(), "files_recovered": True}
         connection.execute(insert(placements), place)
         touched(connection).workers.add(worker_id)
         reason = "the database had never placed it; an operator gave it up"
@@ -206,7 +206,7 @@ def _names_of_needed(connection: Connection) -> dict[str, list[str]]:
         .where(
             workers.c.health == Health.DOWN,
             placements.c.state != PlacementState.PURGED,
-            placements.c.salvaged.is_(False),
+            placements.c.files_recovered.is_(False),
             text(LIVING),
         )
     )
