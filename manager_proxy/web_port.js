@@ -1,6 +1,6 @@
 // Refuse what is not a complete HTTP answer. Nginx forwards bytes that are not HTTP without adding headers (as HTTP/0.9),
 // and an interim answer (1xx) as if it were the whole answer. A browser would then read an answer in the following bytes,
-// without the sandbox. The worker's web server adds the header X-Orion-Door to each complete answer.
+// without the sandbox. The worker's port proxy adds the header X-Orion-Door to each complete answer.
 
 function requireAnswer(r) {
   if (!r.variables.upstream_status) return; // an answer of Nginx itself
