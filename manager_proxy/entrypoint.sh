@@ -15,6 +15,7 @@ kib_per_connection=140
 # number of processes is limited.
 check_every_s=10
 reload_every_s=1800
+# Seconds after which a stop cuts open connections; Nginx itself would wait for worker_shutdown_timeout.
 drain_s=3
 
 wait_for_secret() {

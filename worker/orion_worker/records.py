@@ -47,7 +47,10 @@ class RentalRecord:
     rental_name: str = ""
     """The name that the owner gave the rental; empty where the order that made it had none."""
     retired: bool = False
-    """Whether the files of the rental await their recovery, or were recovered: it never runs again at this epoch."""
+    """Whether the files of the rental await their recovery, or were recovered: it never runs again at this epoch.
+
+    A manager that went back to a backup in which the rental runs here makes it again. Only that, or a purge, ends
+    the mark."""
 
 
 RELEASED_NAMES = {"activated": "let_in", "retired": "laid_down"}

@@ -109,7 +109,8 @@ class Rentals:
     def run(self, request: RentalOrder) -> Report:
         """Create the rental, unlock it, then run its start command. Each step looks at the epoch anew.
 
-        The rental is not activated before sshd can show the worker's certificate for it.
+        `create` and `unlock` are also commands of their own, for a restore of files between the two. The rental
+        is not activated before sshd can show the worker's certificate for it.
         """
         created = self.create(request)
         if request.host_certificate:

@@ -71,6 +71,7 @@ LOOK_EVERY_S = 0.005
 TIDIES_S = 60.0
 """Seconds after the deadline of a transfer within which root's process has removed its staging tree, and has ended."""
 NICENESS = 10
+"""The niceness of snapshots. Restores and migrations have none: renters wait for them, also beside busy neighbours."""
 WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
 """The end of a refusal for a rental that is frozen because its home is over the limit."""
 SPARED = "it was thawed to make room, and is frozen again unless it does"

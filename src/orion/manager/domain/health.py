@@ -15,7 +15,7 @@ from orion.manager.domain.model import Worker
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health
 
 MAX_FLAPS = 3
-"""Losses of `ready` within the flap window that quarantine a worker."""
+"""Losses of `ready` within the flap window that quarantine a worker. A restart of the manager forgets earlier ones."""
 LIVENESS_ENDED = "its liveness connection was closed"
 DECLARED_GONE = "an operator said that its container is not there any more"
 FORGET_AFTER_S = 3600.0

@@ -34,7 +34,8 @@ from orion.manager.domain.steps import ACTOR, Step, move_placement, move_rental,
 from orion.manager.domain.world import World
 
 MAX_UNDER_WAY = 12
-"""The number of planned migrations that drains and evacuations may have under way; one owner has half at most."""
+"""The number of planned migrations that drains and evacuations may have under way; one owner has half at most. Each is
+two runs of rsync and four orders; with more of them, two processors finish no sooner and each rental pauses longer."""
 MAX_REQUESTED = 6
 """The number of migrations under way below which a requested one may begin, so that drains always find a place."""
 NOT_MOVED = "could not be moved: "

@@ -25,7 +25,7 @@ MAX_FAILURES = 5
 """The number of failed tries to make a rental that was never active, after which it is failed."""
 RECOVERY_DEADLINE_S = 150.0
 """Seconds since a worker joined, of JOIN_DEADLINE_S in all, after which its files are purged though they are not
-recovered. A try that is under way ends first (operations/recover.py)."""
+recovered: they must not keep a worker from the pool. A try that is under way ends first (operations/recover.py)."""
 HOLDS_UNKNOWN = "it holds what the database has never placed"
 ANSWERING = frozenset({Health.READY, Health.JOINING})
 """The health of workers that are to blame when a clean-up passes its deadline; a silent one is judged by its lease."""

@@ -25,7 +25,8 @@ RECOVERED_KEPT = 2
 EXPIRED_KEPT_S = 24 * 3600.0
 """Seconds for which the last snapshot of an expired rental is kept; that of a released one is removed at once."""
 RECOVERED_SHOWN_S = 7 * 24 * 3600.0
-"""Seconds for which a rental shows a recovered snapshot that waits for a request; it is kept and listed for longer."""
+"""Seconds for which a rental shows a recovered snapshot that waits for a request; it is kept and listed for longer.
+A line that appeared at each log-in for ever would soon be read by no renter."""
 NEARLY_FULL_WARNING = "its home holds "
 """The beginning of the warning that a home is nearly full."""
 SLOWER = "so much of its home changes at once that it is copied "
@@ -320,7 +321,8 @@ def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
     """Return whether a recovered snapshot of a lost placement is to be made before its worker purges it.
 
-    A recovery is tried also if no activation is known: only the worker knows that (NOTHING_TO_RECOVER).
+    A recovery is tried also if no activation is known: only the worker knows that (NOTHING_TO_RECOVER). A failed
+    placement is not recovered: no renter was told that it runs.
     """
     if rental is None or placement.state is not PlacementState.LOST or placement.files_recovered:
         return False

@@ -125,6 +125,7 @@ PLACEMENT_TABLE: Mapping[str, Row] = {
     P.RUNNING: _row({P.STOPPING, P.LOST}, "renter"),
     P.STOPPING: _row({P.STOPPED, P.FAILED, P.LOST}, "reconciler", DELETE_DEADLINE_S, "failed"),
     P.STOPPED: _row({P.PURGED}, "reconciler", DELETE_DEADLINE_S, "its worker is quarantined"),
+    # Its worker may die before the clean-up, and the release of the rental must not wait for that worker: hence LOST.
     P.FAILED: _row({P.PURGED, P.LOST}, "reconciler", DELETE_DEADLINE_S, "its worker is quarantined"),
     P.LOST: _row({P.PURGED}, "reconciler"),
     P.PURGED: _row((), "none"),

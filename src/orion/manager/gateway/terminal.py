@@ -9,7 +9,7 @@ Binary frames are the terminal's bytes, both ways. Text frames are JSON:
 
 The state "connected" also has the "name" of the rental, the "resume" key by which the page opens the terminal again
 after a reload (tickets.py), and a "notice" if there is something to know of the rental's files. The first size is in
-the address: ?columns=132&rows=43.
+the address, so that the shell begins with it: ?columns=132&rows=43.
 
 Both directions are counted, and each stops while too many bytes are unacknowledged. So a flood of output waits in the
 worker, not in the manager or the browser, and a paste waits in the page, where it does not delay the acknowledgements.
@@ -52,7 +52,7 @@ class Terms:
     window_bytes: int = 512 << 10
     """The most bytes of output that may be unacknowledged."""
     bytes_a_second: float = 8 << 20
-    """The rate of output, limited because the manager serves many pages."""
+    """The rate of output, limited because its decryption takes time of the process that answers heartbeats."""
     burst_bytes: int = 256 << 10
     again_after_s: float = 1.0
     """Seconds between attempts to reach a worker that does not answer."""

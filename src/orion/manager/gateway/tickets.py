@@ -2,7 +2,9 @@
 
 A page cannot send a token with a WebSocket, and a token must not be in an address. A ticket is valid once, for one
 minute and one rental. A page whose terminal is open gets a resume key, which opens the terminal again after a reload.
-Only hashes are kept, in memory: a restart of the manager voids them all.
+Only hashes are kept, in memory: a restart of the manager voids them all. The resume key is not a cookie, which would go
+with every request to that host, on every port. A page never stores its token, because a browser writes `sessionStorage`
+to its disk.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The order that makes a rental brings the certificate that names it, so ssh recognises the worker from the first log-in
 on. A log-in renews a certificate that ends soon, or that the manager has not sent since its start. Without log-ins
-nothing is renewed.
+nothing is renewed: a renewal of all would sign for idle rentals for ever. The database keeps nothing of them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ SHORT_ROUND_S = 2.0
 MOST_REMEMBERED = 100
 """Target placements whose last snapshot is remembered; the home of an older one is compared as a whole."""
 LIMIT_FACTOR = 4
-"""The multiple of the limits of periodic snapshots up to which a home can be migrated."""
+"""The multiple of the limits of periodic snapshots up to which a home can be migrated. With it no renter prevents a
+drain by filling a home."""
 
 
 @dataclass(kw_only=True, eq=False)

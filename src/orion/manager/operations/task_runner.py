@@ -94,7 +94,7 @@ class TaskRunner:
         self._number_by_worker: Counter[str] = Counter()
         """Number of tasks under way on each worker, those of migrations not counted."""
         self._failing: set[str] = set()
-        """Workers on which the last task failed."""
+        """Workers on which the last task failed. Others have no limit: many rents on one large worker are no attack."""
         self._ended: list[tuple[TaskEnded, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
 

@@ -45,6 +45,7 @@ OPTIONS = {
 
 All listed files are transferred, whatever their time and size (-I), because the worker knows what changed. Times are
 compared to the nanosecond (-1): otherwise a directory that changes twice within a second would keep the first time.
+Set-id bits are transferred: a renter could set them again, and they have no effect on a worker (no-new-privileges).
 """
 MEMORY_BYTES = 1 << 30
 NICENESS = 5

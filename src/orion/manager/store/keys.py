@@ -1,4 +1,7 @@
-"""Changes the SSH keys of a rental, one per line in its row. The reconciler sends changed keys to its worker."""
+"""Changes the SSH keys of a rental. The reconciler sends changed keys to its worker.
+
+They are one text, a key per line, because they are always put in place, compared and migrated together.
+"""
 
 from __future__ import annotations
 
