@@ -87,7 +87,7 @@ def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Re
         after = orion.rental(rental.id)
     kinds = [event.kind for event in stack.events(mark, rental.id)]
     assert after.state is RentalState.ACTIVE, story(stack.events(mark))
-    assert "rental.parked" in kinds, "the workers are stopped first, while there is somebody to take its files"
+    assert "rental.parked" in kinds, "the workers are stopped first, while the manager can still receive its files"
     assert not {"placement.lost", "rental.taken_over"} & set(kinds), story(stack.events(mark))
 
 

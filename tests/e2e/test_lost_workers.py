@@ -30,9 +30,9 @@ BY_PROOF = "its container is gone"
 
 @pytest.fixture
 def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
-    """With a file in its home, once nothing that was before can delay what happens to its worker.
+    """Yield a rental with a file in its home, once no earlier fault delays the manager's decisions about its worker.
 
-    It writes a line each 0.2 s, numbered by the time, so that what is lost can be seen.
+    The rental writes a line each 0.2 s, numbered by the time, so that the test can measure losses.
     """
     rented = rent()
     write = "while :; do date +%s.%N >> lines; sleep 0.2; done"
@@ -96,7 +96,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
 
         def said() -> str:
             done = stack.exec(copy, "true")
-            assert done.returncode == 0, "it goes on asking"
+            assert done.returncode == 0, "it continues to call"
             return stack.docker("logs", copy)
 
         eventually("the copy is refused repeatedly", lambda: said().count("identity_in_use") >= 3, 60)

@@ -1,4 +1,4 @@
-"""What `make up` does to a platform that is used: rentals lose nothing, and nothing is stopped without asking."""
+"""Tests of `make up` on a platform in use: rentals lose nothing, and nothing is stopped without a question."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sleep 0.02; done' > /dev/null 2>&1 &"""
 
 
 def up(stack: Stack, act: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """The part of scripts/up.sh that changes what runs, on the platform of the tests."""
+    """Run the part of scripts/up.sh that changes services, on the platform of the tests."""
     environment = stack.environment() | {"PYTHONPATH": str(ROOT / "src"), **settings}
     command = [sys.executable, "-B", str(ROOT / "scripts/rollout.py"), act]
     environment["ORION_WHY"] = str(stack.folder / "why")
@@ -75,7 +75,7 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
     said = rolled(stack, ORION_SLOTS="1")
     assert f"Starting {WORKERS} stopped worker(s) unchanged" in said
     last = _still_there(stack, orion, renter, mark, moved, tree)
-    assert int(renter.inside(last, "cat count")) >= written, "nothing older than what had reached the disk comes back"
+    assert int(renter.inside(last, "cat count")) >= written, "the files are at least as new as those on the disk"
     assert last.epoch == moved.epoch + 1
     assert [one.slots for one in orion.workers()] == [1] * WORKERS
 
@@ -89,7 +89,7 @@ def _workers(stack: Stack) -> list[str]:
 
 
 def _still_there(stack: Stack, orion: Orion, renter: Renter, mark: int, rental: Rental, tree: str) -> Rental:
-    """It is active with the same files, and never began again from an older copy."""
+    """Check that the rental is active with the same files, and never began again from an older snapshot."""
     now = orion.rental(rental.id)
     events = stack.events(mark)
     assert now.state is RentalState.ACTIVE, story(events)

@@ -73,7 +73,7 @@ def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
     follow = ["curl", "-sN", "--max-time", "240", "-H", header, "-H", "Accept: text/event-stream"]
     with subprocess.Popen([*follow, f"{stack.url}/api/events"], stdout=subprocess.PIPE, text=True) as stream:
         assert stream.stdout
-        assert any("rental.activated" in line for line in stream.stdout), "it brings what is this client's"
+        assert any("rental.activated" in line for line in stream.stdout), "the stream has this client's events"
         renter.orion("token", "revoke", "bob", "--yes")
         stream.stdout.read()
         assert stream.wait() == 0, "its connection ended in order, and not by curl's own limit"

@@ -1,7 +1,7 @@
 """The commands of the README and of docs/usage.md, as they are written there, against the platform.
 
-Only what depends on the place is replaced: the address, names that the reader fills in, and Compose (any version, and
-no terminal). What goes on until Ctrl-C is read until the rental has moved.
+Only parts that depend on the place are replaced: the address, names that the reader fills in, and Compose (any version,
+and no terminal). Output of commands that run until Ctrl-C is read until the rental has migrated.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeR
     printed = reader.types(block)
     rented = max(orion.rentals(name="lab", ended=True), key=lambda one: one.created_at)
     activated = [event for event in stack.events(mark, rented.id) if event.kind == "rental.activated"]
-    epochs = 3 if "orion" in block else 2  # one for the takeover, one for the planned move
+    epochs = 3 if "orion" in block else 2  # one for the takeover, one for the planned migration
     assert (rented.state, rented.epoch) == (RentalState.RELEASED, epochs)
     assert len(activated) == epochs
     assert len({event.worker_id for event in activated}) >= 2

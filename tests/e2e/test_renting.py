@@ -37,7 +37,7 @@ def test_an_invalid_key_is_refused_before_anything_is_created(stack: Stack, orio
 
 
 def test_the_same_idempotency_key_never_rents_twice(orion: Orion, renter: Renter) -> None:
-    key = "idempotent-through-the-door"
+    key = "idempotent-through-the-proxy"
     first = orion.rent(ssh_public_key=renter.public_key, idempotency_key=key)
     again = orion.rent(ssh_public_key=renter.public_key, idempotency_key=key)
     assert (again.id, again.state) == (first.id, RentalState.ACTIVE)
@@ -103,7 +103,7 @@ def test_a_release_leaves_nothing_behind(stack: Stack, orion: Orion, rent: Rent,
     assert purged.worker_id == rental.worker_id
     report = purged.details["report"]
     assert report["left"] == []
-    assert {"processes", "accounts", "/", "/dev/shm"} <= set(report["looked"])  # noqa: S108 - what it says it saw
+    assert {"processes", "accounts", "/", "/dev/shm"} <= set(report["looked"])  # noqa: S108 - places that it searched
     assert report["killed"] >= 3
     assert report["removed_files"] >= 5
 

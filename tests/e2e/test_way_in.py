@@ -109,8 +109,8 @@ def test_asyncssh_reads_the_same_configuration(
 
 
 def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_path: Path) -> None:
-    """git pushes and clones by ssh. An editor sends a script to a shell without a terminal, asks for an early answer,
-    and reaches the server that this starts by a SOCKS proxy of the same ssh.
+    """Push and clone with git by ssh. Act as an editor, which sends a script to a shell without a terminal, requests an
+    early answer, and reaches the started server by a SOCKS proxy of the same ssh.
     """
     renter.run(["ssh", "-F", config, "lab.orion", "git init -q --bare there.git"])
     repository = tmp_path / "repository"

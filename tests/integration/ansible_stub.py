@@ -1,7 +1,7 @@
 """The engine's process with work that needs no worker: `ansible_stub.py SOCKET RUNNERS PATIENCE_S DIRECTORY`.
 
-What a job does is in its rental_id; a job that waits opens a FIFO in the socket's directory. Those of one run follow
-one another.
+The rental_id of a job determines its behaviour. A waiting job opens a FIFO in the socket's directory. The jobs of one
+run are done one after the other.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def new_proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bo
 
 
 class EchoManager:
-    """A manager that answers with what it received (ASGI under uvicorn, as the real one)."""
+    """A manager that answers with the request that it received (ASGI under uvicorn, as the real one)."""
 
     def __init__(self, address: str) -> None:
         self.goes_on = threading.Event()
@@ -246,7 +246,7 @@ class EchoManager:
 
 
 async def _reflect(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-    """Answer with what arrived; the path `/api/answer/NNN` chooses the status."""
+    """Answer with the received request; the path `/api/answer/NNN` chooses the status."""
     size, more = 0, True
     while more:
         message = await receive()

@@ -67,7 +67,7 @@ class Rental:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def lets_in(self, key: Key | None = None) -> bool:
+    def accepts(self, key: Key | None = None) -> bool:
         """Return whether the key opens a session of the renter."""
         done = self.on.ssh(self.username, key or self.key, "id -u")
         assert done.returncode == 0 or "Permission denied" in done.stderr, done.stderr

@@ -138,7 +138,7 @@ def process(folder: Path, calm_manager: SmallManager) -> Iterator[Process]:
     directory = folder / "engine"
     directory.mkdir(mode=0o700)
     process = Process(directory, calm_manager.key.file)
-    process.wait_listening()  # what it needs to begin is not within the deadline of the first job
+    process.wait_listening()  # the deadline of the first job does not include the start of the engine
     yield process
     process.end()
     wait_until(lambda: not processes_that_name(directory), "nothing that the engine started is left")
@@ -210,7 +210,7 @@ class TestAnsibleEngine(EngineContract):
             others = [asyncio.create_task(bench.engine.run(new_job(other))) for _ in range(4)]
             await asyncio.wait([*hanging, *others], return_when=asyncio.FIRST_COMPLETED)
             assert not any(job.done() for job in hanging), "the others wait for them"
-            for _ in range(2):  # however long it takes: who hangs may be given up meanwhile
+            for _ in range(2):  # without a limit of time: the job of the hanging worker may fail meanwhile
                 others += [asyncio.create_task(bench.engine.run(new_job(other))) for _ in range(4)]
                 assert {outcome.message for outcome in await asyncio.gather(*others)} == {""}
         finally:
@@ -292,7 +292,7 @@ def children(pid: int) -> list[str]:
 def answers(host: Host) -> bool:
     with socket.socket() as caller:
         caller.settimeout(1)
-        with suppress(OSError):  # it takes connections, and says nothing yet
+        with suppress(OSError):  # it accepts connections and sends nothing yet
             return caller.connect_ex((host.address, host.port)) == 0 and caller.recv(4) == b"SSH-"
     return False
 

@@ -1,4 +1,4 @@
-"""What Ansible makes of values that strangers chose, and what a person reads when it fails."""
+"""Tests of Ansible with values that attackers chose, and of the messages of its failures."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def test_each_order_has_the_report_of_its_own_rental_and_nothing_of_ansible(resu
 
 
 def test_a_failure_is_one_short_line_that_cannot_move_a_cursor(results: Results) -> None:
-    """And that of one rental is no other rental's."""
+    """Check also that the failure of one rental is not reported for another."""
     failed, done = results["some fail"]
     assert not failed["ok"]
     assert failed["report"] == {"changed": False, "code": "because"}
-    assert failed["message"].startswith("first [2Jsecond third xxx"), "nothing in it can move a cursor"
+    assert failed["message"].startswith("first [2Jsecond third xxx"), "the message has no control character"
     assert len(failed["message"]) == MAX_MESSAGE
     assert done["ok"]
 
@@ -146,7 +146,9 @@ def test_a_worker_with_another_host_key_or_address_has_another_kept_connection()
     ]
     paths = {next(a for a in worker_ssh(h, Path("/run/orion/engine"), ()) if "ControlPath" in a) for h in hosts}
     assert len(paths) == len(hosts)
-    assert all(len(path) < 108 - 17 for path in paths)  # a socket's path, and what ssh appends while it makes one
+    assert all(
+        len(path) < 108 - 17 for path in paths
+    )  # the limit of a socket's path, less the suffix that ssh appends at first
 
 
 def test_host_key_checking_is_never_off() -> None:

@@ -1,4 +1,4 @@
-"""The engine's process: a real one, whose jobs need no worker."""
+"""Tests of the engine's real process with jobs that need no worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SSH = """#!/bin/sh
 echo '{"ready": true}'
 exec cat
 """
-"""Takes the place of ssh: a program on a worker that is ready and is never asked for anything."""
+"""A replacement of ssh: a program on a worker that is ready and gets no request."""
 
 
 class Engine:
@@ -63,7 +63,7 @@ class Engine:
         self.send(json.dumps(request(what, identifier) | changes).encode())
 
     def submit_together(self, *jobs: tuple[str, str]) -> None:
-        """Each is what to do and on which worker; they arrive at once."""
+        """Send jobs at the same time; each is a behaviour and a worker."""
         lines = [request(what, what) | {"host": host(worker_id)} for what, worker_id in jobs]
         self.send(b"\n".join(json.dumps(line).encode() for line in lines))
 
@@ -108,7 +108,7 @@ class Engine:
         return [pid for pid in children if b"ansible_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def forget(self) -> None:
-        """What a test left: its connection, with its jobs, and its files."""
+        """Remove the connection of a test with its jobs, and its files."""
         self.connection.close()
         for left in self.directory.iterdir():
             if left != self.path and not left.is_dir():
@@ -181,7 +181,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(process: Engine) -> Iterator[Engine]:
-    """One process for all tests, a connection for each: that it goes on after each of them is a test as well."""
+    """Yield a connection for each test to one process for all tests, which has to survive each of them."""
     assert process.process.poll() is None
     process.connection = process.connect()
     try:

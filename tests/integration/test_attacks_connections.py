@@ -1,4 +1,4 @@
-"""What strangers can cost the proxy by their connections alone, and what those notice of it who are inside."""
+"""Tests of the load that connections of unknown clients put on the proxy, and of its effect on known clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.strangers import ATTACKS, HEADERS, MEMORY, addresses, attacking, coun
 from orion.manager.api.bodies import UNKNOWN_WITHIN_S, WHOLE_WITHIN_S
 
 CONNECTION_KIB, REQUEST_KIB = 70, 64
-"""What one may take at most, by the sum in manager_proxy/limits.conf."""
+"""The most memory of one connection in KiB, by the calculation in manager_proxy/limits.conf."""
 SAMPLE = 300
 """Connections at a time of which the memory is measured: fewer than one visitor may have."""
 LARGE_FILE = "/terminal/xterm/xterm.js"
@@ -44,12 +44,12 @@ def workers_of_nginx(proxy: Proxy) -> list[str]:
 
 
 def room(proxy: Proxy) -> int:
-    """How many requests there may be at a time, as the proxy says when it starts."""
+    """Return the most concurrent requests, which the proxy logs at its start."""
     found = re.findall(r"room for (\d+) requests", proxy.logs())
     return int(found[-1])
 
 
-# Kinds of connection: each is opened, and then holds what it can
+# Kinds of connection: each is opened, and then takes as much memory as it can
 
 
 def unfinished_headers(attacked: Platform) -> socket.socket:
@@ -114,7 +114,7 @@ def test_no_connection_takes_more_memory_than_the_sum_says(
 ) -> None:
     opened, number, most_kib = KINDS[kind]
     proxy = attacked.proxy
-    # Workers that have not yet asked for memory which they keep.
+    # New workers, which have not allocated any memory that they keep.
     former = workers_of_nginx(proxy)
     assert proxy.exec("sh", "-c", "kill -HUP $(cat /run/nginx.pid)").returncode == 0
     wait_until(
@@ -141,7 +141,7 @@ TRUSTED, LIKE_A_WORKER = 50, 51
 
 
 class LegitimateUser:
-    """Somebody behind an outer proxy, with an open session and calls, and what the longest of either took."""
+    """A visitor behind an outer proxy, with an open session and calls, and the longest duration of either."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -182,17 +182,17 @@ def unknown_rentals() -> Iterator[tuple[str, ...]]:
 
 
 LASTS_S = 6
-"""Nginx was killed for memory after 8 s, when there was no limit; the most is held after two."""
+"""Seconds. Without a limit, Nginx was killed for its memory after 8 s; the most memory is taken after two."""
 
 
 def under(
     attack: str, attacked: Platform, sources: Sequence[str], caller: int, at_least: int
 ) -> tuple[int, dict[str, float]]:
-    """Play an attack while somebody calls by an outer proxy with that last part of an address.
+    """Run an attack while a visitor behind an outer proxy, with this last part of its address, makes calls.
 
-    Assert that at one moment it has more connections than `at_least`, that no session is cut, no worker of Nginx is
-    killed, and no call of that caller fails or is refused. Return how many connections the attack had (the median: they
-    come and go while one looks), and more figures.
+    Assert that at one moment the attack has more connections than `at_least`, that no session is cut, no worker of
+    Nginx is killed, and no call of the visitor fails or is refused. Return the number of the attack's connections (the
+    median, because they come and go), and more figures.
     """
     proxy, name = attacked.proxy, f"during-{attack}-{caller}"
     before = workers_of_nginx(proxy)
@@ -213,7 +213,7 @@ def under(
                     opened.append(open_from(sources, proxy.exec("cat", "/proc/net/tcp").stdout))
                     time.sleep(0.3)
             attacked.token(name)
-            assert next(line for line in lines if name in line), "the stream of events goes on"
+            assert next(line for line in lines if name in line), "the stream of events continues"
     assert not someone.faults, someone.faults[:5]
     assert workers_of_nginx(proxy) == before, "none was killed"
     assert most_kib < limit_kib / 2
@@ -233,8 +233,8 @@ def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_m
 def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """They may keep out who is not there yet, and nobody else."""
-    # A large body of a stranger is refused at once, so how many are there follows how fast the attacker is.
+    """Allow that they block new clients, but no client that is already connected."""
+    # A large body of an unknown client is refused at once: the number depends on the attacker's speed.
     at_least = room(attacked.proxy) // (8 if attack == "large-bodies" else 4)
     held, figures = under(attack, attacked, unknown_rentals, LIKE_A_WORKER, at_least)
     record_property("cost", {"held": held} | figures)
@@ -256,7 +256,7 @@ FRAMES: dict[str, Callable[[int], bytes]] = {
     "pings": lambda _: http2.frame(6, 0, 0, b"12345678") * 200,
     "priorities": lambda _: http2.frame(2, 0, 1, b"\0\0\0\0\x10") * 200,
 }
-"""What a client of HTTP/2 may send without an end, by how much it has sent already."""
+"""Endless frames that a client of HTTP/2 may send, by the number of bytes already sent."""
 
 
 @pytest.mark.parametrize("kind", FRAMES)

@@ -28,7 +28,7 @@ from orion.manager.ssh.port import Host, Reached
 
 DEADLINE_S = 2.5
 MARGIN_S = 40.0
-"""Within which an engine that kills what is late has answered by itself, also on a machine that is far too busy."""
+"""Seconds within which an engine that kills late jobs has answered by itself, also on a very busy machine."""
 MOST_MEMORY = 512 << 20
 """That all processes of the engine may take more than they did before."""
 
@@ -78,11 +78,11 @@ class Evil:
         self._replace("/run/evil", mode)
         held = self._ssh_to_it()
         self.on.run("sh", "-c", "pkill -KILL -f '^sshd-session' || true")
-        # Else the engine may still ask over one of them, and what it is told is that it was closed.
+        # Otherwise the engine may still use one of them, and gets the error that it was closed.
         wait_until(lambda: not any(map(_is_running, held)), "the connections that were there have ended")
 
     def answer(self, report: object) -> None:
-        """This is what its orion-rental says from now on."""
+        """Replace the output of its orion-rental from now on."""
         self._replace("/run/evil-report", report if isinstance(report, str) else json.dumps(report))
         self._replace("/usr/local/sbin/orion-rental", LIAR)
         self.become("liar")
@@ -115,7 +115,7 @@ def process(folder: Path, shared_manager: SmallManager) -> Iterator[Process]:
     directory = folder / "attacked-engine"
     directory.mkdir(mode=0o700)
     process = Process(directory, shared_manager.key.file)
-    process.wait_listening()  # what it needs to begin is not within the deadline of the first job
+    process.wait_listening()  # the deadline of the first job does not include the start of the engine
     yield process
     process.end()
 
@@ -134,7 +134,7 @@ async def timed(bench: RealEngineBench, job: Job) -> tuple[Outcome, float]:
 
 
 async def serve_beside(bench: RealEngineBench, hosts: list[Host]) -> list[Outcome]:
-    """A hostile job on each of the hosts and an honest one beside them: what the hostile ones ended with."""
+    """Run a hostile job on each of the hosts and an honest one beside them; return the outcomes of the hostile ones."""
     hostile = [asyncio.create_task(timed(bench, new_job(host, deadline_s=DEADLINE_S))) for host in hosts]
     await asyncio.sleep(0.2)
     job = new_job(bench.host)
@@ -164,7 +164,7 @@ async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_an
 async def test_who_is_served_together_with_a_worker_that_hangs_does_not_wait_for_it(
     bench: RealEngineBench, evil: Evil
 ) -> None:
-    """Asked for in the same instant, so that an engine that makes one run of several jobs may do so."""
+    """Start both jobs in the same instant, so that the engine may put them into one run."""
     evil.become("hang")
     hanging = asyncio.create_task(bench.engine.run(new_job(evil.host, deadline_s=25.0)))
     assert_done(await bench.engine.run(new_job(bench.host)))
@@ -363,12 +363,12 @@ async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(
     assert await bench.reach.reach(bench.host, 60) is Reached.YES
 
 
-# What it costs
+# Memory and connections
 
 
 @contextmanager
 def memory_of(pid: int) -> Iterator[Callable[[], int]]:
-    """The most bytes that a process and its descendants took together beyond what they had, while the block ran."""
+    """Yield the most bytes by which the memory of a process and its descendants grew while the block ran."""
     seen = [_family_memory(pid)]
     ended = threading.Event()
 
@@ -386,7 +386,7 @@ def memory_of(pid: int) -> Iterator[Callable[[], int]]:
 
 
 def _is_running(pid: int) -> bool:
-    """A process that is not at its end yet: until then what it holds is open."""
+    """Return whether a process has not ended yet: its files stay open until then."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     except OSError:
@@ -394,7 +394,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _family_memory(pid: int) -> int:
-    """What each has for itself: what a fork shares counts once."""
+    """Return the private memory of each; memory that a fork shares counts once."""
     family, total = [pid], 0
     for member in family:
         with suppress(OSError):

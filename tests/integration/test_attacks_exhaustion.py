@@ -1,4 +1,4 @@
-"""A renter who uses up what the kernel has once for all containers, or a worker once for all its renters."""
+"""Attacks of a renter on resources that all containers of a kernel share, or all renters of a worker."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ except OSError as error:
     print(error.errno, len(held))
 time.sleep(600)
 """
-"""It hides no faster than it is looked for, also where nobody ran for seconds: who hides MOST_HIDDEN is ended before it
-could tell how many it holds."""
+"""The program hides terminals no faster than the worker searches them, also after seconds without a processor: a renter
+with MOST_HIDDEN terminals is killed before it could print their number."""
 SHUT, NO_MORE = 13, 28
 
 
@@ -94,7 +94,7 @@ def test_a_renter_who_opens_terminals_without_end_leaves_all_others_theirs(
 def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_share(
     rental: Rental, roommate: Rental, elsewhere: Rental
 ) -> None:
-    """No look finds whose they are. Log-ins get theirs from root, and what is held elsewhere is nobody's concern."""
+    """No search finds the owner of hidden terminals. Log-ins get theirs from root; other containers do not count."""
     with running(rental, OPEN_ALL.replace("HIDE", "True")) as attack:
         assert attack.stdout is not None
         error, held = map(int, attack.stdout.readline().split())
@@ -104,7 +104,7 @@ def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_sha
             assert terminal(other).startswith("/dev/pts/")
         assert has_more(elsewhere)
         time.sleep(2 * AGAIN_S)
-        assert not has_more(roommate), "as long as they are held"
+        assert not has_more(roommate), "as long as the renter has them"
         assert attack.poll() is None
     wait_until(lambda: has_more(roommate), "there are more")
 
@@ -125,11 +125,11 @@ def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log
     said = rental.on.log().splitlines()[log:]
     assert len(said) < 2 * BURST + (time.monotonic() - began) / LINE_EVERY_S
     wait_until(lambda: "lines of sshd's were left out" in rental.on.log(), "that is said")
-    before = times_let_in(rental)
-    wait_until(lambda: rental.lets_in() and times_let_in(rental) > before, "others of its lines are said")
+    before = number_of_log_ins(rental)
+    wait_until(lambda: rental.accepts() and number_of_log_ins(rental) > before, "its other lines are logged")
 
 
-def times_let_in(rental: Rental) -> int:
+def number_of_log_ins(rental: Rental) -> int:
     return rental.on.log().count(f"Accepted publickey for {rental.username} ")
 
 
@@ -172,12 +172,12 @@ def test_a_renter_does_not_fill_the_kernels_table_of_connections(rental: Rental,
     before = followed(rental.on)
     address = '"127.%d.%d.%d" % (1 + (number >> 16), number >> 8 & 255, number & 255)'
     assert rental.python(SEND.format(first=0, count=30_000, address=address, port=9)) == "0\n"
-    assert followed(rental.on) < before + 100, "what stays in the container is not followed"
+    assert followed(rental.on) < before + 100, "connections within the container are not tracked"
     name_server = SEND.format(first=1024, count=CONNECTIONS + 2000, address='"127.0.0.11"', port="number")
     assert int(rental.python(name_server)) >= 1000
     assert CONNECTIONS / 2 < followed(rental.on) - before < CONNECTIONS + 1000
     assert roommate.python(SEND.format(first=1024, count=100, address='"127.0.0.11"', port="number")) == "0\n"
-    assert roommate.lets_in()
+    assert roommate.accepts()
     assert roommate.ssh("getent hosts localhost").returncode == 0
 
 
@@ -225,13 +225,13 @@ def running_since(worker: Worker) -> str:
 
 
 def test_what_a_renter_keeps_in_memory_without_a_process_ends_nobody(rental: Rental, roommate: Rental) -> None:
-    """The kernel would end everything for it, the agent last, since no process is the one that has it."""
+    """Without a limit, the kernel would kill all processes, the agent last, because no process has this memory."""
     before = rental.on.log().count("sshd ended"), running_since(rental.on)
     segments, queues, semaphores, names = map(int, rental.python(KEEP_MEMORY).split())
     assert (segments, queues, semaphores) == (4, 64, 128)
     assert names < 16384
     assert (rental.on.log().count("sshd ended"), running_since(rental.on)) == before
-    assert roommate.lets_in()
+    assert roommate.accepts()
     assert roommate.ssh("touch /tmp/mine ~/mine; echo $((1 + 1))").stdout == "2\n"
     for command in ("freeze", "thaw"):
         status, report = rental.on.rental(command, rental_id=rental.rental_id, epoch=1)
@@ -257,7 +257,7 @@ while True:
 def test_a_start_command_that_forks_for_ever_comes_after_the_orders_of_root(
     rental: Rental, roommate: Rental, folder: Path
 ) -> None:
-    """It goes its own way, ignores each signal, and is run anew at each order; nobody waits long for that."""
+    """Let it leave its session, ignore each signal and start anew at each order; no order may wait long for that."""
     assert rental.ssh("cat > fork.py", FORK).returncode == 0
     boot = rental.on.run("cat", "/run/orion/boot-id").strip()
     asked = {**rental.variables, "public_keys": [rental.key.public], "start": "exec setsid python3 fork.py"}
@@ -268,14 +268,14 @@ def test_a_start_command_that_forks_for_ever_comes_after_the_orders_of_root(
     for run in (1, 2):
         status, report = rental.on.rental("run", **asked, start_mark=f"{run}@{boot}")
         assert (status, "started" in report) == (0, True), report
-        wait_until(lambda: niceness().count(str(LOWEST_PRIORITY)) > CROWD, "it comes last")
-        assert roommate.lets_in()
+        wait_until(lambda: niceness().count(str(LOWEST_PRIORITY)) > CROWD, "it has the lowest priority")
+        assert roommate.accepts()
         for command in ("freeze", "thaw"):
             status, report = rental.on.rental(command, rental_id=rental.rental_id, epoch=1)
             assert status == 0, report
-    let_in = new_rental(rental.on, folder).create_quickly()
-    assert let_in.lets_in()
+    activated = new_rental(rental.on, folder).create_quickly()
+    assert activated.accepts()
     status, report = rental.on.rental("purge", **rental.variables)
     assert (status, report["left"]) == (0, []), report
     assert rental.traces() == ""
-    assert let_in.on.rental("purge", **let_in.variables)[0] == 0
+    assert activated.on.rental("purge", **activated.variables)[0] == 0

@@ -1,6 +1,6 @@
-"""From outside, through the real proxy, at the real manager: too much of one kind, beside which the others go on.
+"""Floods of one kind of request through the real proxy to the real manager, while requests of other kinds still work.
 
-Each flood is bounded in time and number, and comes from this machine alone: from one address, as one attacker's does.
+Each flood is bounded in time and number, and comes from one address, as that of a single attacker.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def written(method: str, path: str, role: str = "", body: dict[str, Any] | None = None) -> bytes:
-    """A request of somebody with a token of the right form, which is new each time."""
+    """Return a request with a well-formed token, which is new each time."""
     content = json.dumps(body).encode() if body is not None else b""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     lines += [f"Authorization: Bearer {made_up_token(role)}"] if role else []
@@ -60,7 +60,7 @@ class Flood:
     """One that it must get, unless this machine is too busy to ask so fast."""
     rate: float = 0.0
     burst: int = 0
-    """What an address may ask for by manager_proxy/routes.conf, in requests a second; 0: as much as it likes."""
+    """The limit of an address by manager_proxy/routes.conf, in requests a second; 0: no limit."""
 
     def allows(self, seconds: float) -> float:
         return self.burst + self.rate * seconds
@@ -80,7 +80,7 @@ FLOODS = {
 
 
 async def honest_calls(attacked: Platform, token: str) -> dict[str, int]:
-    """One call of each kind by those who live from them; the worker's own heartbeats go on by themselves."""
+    """Make one call of each kind as an honest client; the worker's heartbeats continue meanwhile."""
     async with httpx.AsyncClient(base_url=attacked.url, trust_env=False, timeout=60) as http:
         rented = await http.post("/api/rent", json={"ssh_public_key": host_key(3)}, headers=bearer(token))
         place = f"/api/rentals/{rented.json()['id']}"
@@ -185,7 +185,7 @@ async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform)
 
 
 async def test_slow_clients_are_cut_and_cost_nobody_anything(attacked: Platform) -> None:
-    """300 that never end their headers, 100 that never end their body, 50 that never read what they asked for."""
+    """Open 300 that never end their headers, 100 that never end their body, and 50 that never read their answer."""
     token = await asyncio.to_thread(attacked.token, "hasty")
     their = (await asyncio.to_thread(attacked.token, "deaf")).encode()
     port = attacked.proxy.http_port

@@ -1,4 +1,4 @@
-"""A renter who holds, names or replaces what root opens, locks and follows on a worker."""
+"""Attacks of a renter that locks, names or replaces the files that root opens, locks and follows on a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rental_support import Rental, new_rental
 from snapshot_support import home_of, snapshot_service
-from test_identity import let_in
+from test_identity import activate
 from worker_support import ROOT, SmallManager, Worker, WorkerNetwork, worker
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits
@@ -98,7 +98,7 @@ for place in sys.stdin.read().split("\\n"):
 
 @dataclass
 class Observed:
-    """A worker that notes what its programs of root open, lock and name."""
+    """A worker that records the files that programs of root open, lock and name."""
 
     on: Worker
 
@@ -126,8 +126,8 @@ def observed(
 def live(rental: Rental, folder: Path) -> None:
     """Do all that is done to a rental, from its begin to its end; raise where anything of that is refused or late."""
     on, named = rental.on, {"rental_id": rental.rental_id, "epoch": 1}
-    let_in(rental)
-    assert rental.lets_in()
+    activate(rental)
+    assert rental.accepts()
     assert rental.ssh("mkdir -p deep/er; echo text > deep/er/file; ln -s /etc/passwd link").returncode == 0
     again = replace(rental, epoch=2)
     with snapshot_service(folder, on.key) as real:
@@ -135,7 +135,7 @@ def live(rental: Rental, folder: Path) -> None:
         for command in ("freeze", "thaw", "lock", "unlock"):
             status, report = on.rental(command, **named)
             assert status == 0, (command, report)
-        assert rental.lets_in()
+        assert rental.accepts()
         asyncio.run(real.client.recover(home_of(rental), LIMITS))
         status, report = on.rental("purge", **rental.variables)
         assert (status, report["left"]) == (0, []), report
@@ -158,16 +158,16 @@ def held_by(attacker: Rental, *guesses: str) -> Iterator[list[str]]:
         assert holding.stdout is not None
         try:
             held = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))
-            assert len(held) > 100, "it holds what anybody may read"
+            assert len(held) > 100, "it locks all files that every user may read"
             yield held
-            assert holding.poll() is None, "it held all the while"
+            assert holding.poll() is None, "it kept the locks all the time"
         finally:
             holding.kill()
 
 
 def test_a_renter_who_locks_all_that_it_can_open_keeps_nobody_waiting(observed: Observed, folder: Path) -> None:
     attacker, victim = (new_rental(observed.on, folder) for _ in range(2))
-    let_in(attacker)
+    activate(attacker)
     live(replace(victim, rental_id=victim.rental_id[::-1], uid=victim.uid + 1000), folder)
     locked = observed.noted("lock")
     assert {"/run/orion/sshd.lock", "/run/orion/freezing.lock", "/etc/.pwd.lock"} <= set(locked)
@@ -181,11 +181,11 @@ def test_a_renter_who_locks_all_that_it_can_open_keeps_nobody_waiting(observed: 
 
 def test_what_root_locks_opens_and_names_is_out_of_a_renters_reach(observed: Observed, folder: Path) -> None:
     attacker, victim = (new_rental(observed.on, folder) for _ in range(2))
-    let_in(attacker)
+    activate(attacker)
     live(victim, folder)
 
     def reached(*kinds: str) -> list[str]:
-        """Return what the renter may do to the files of these kinds: read, write or replace them."""
+        """Return the operations that the renter may do on files of these kinds: read, write or replace."""
         own = (*ANYBODYS, f"/home/{attacker.username}", "/proc/self/oom_score_adj")
         places = [each for each in observed.noted(*kinds) if each.startswith("/") and each not in own]
         assert len(places) > 1, "something is looked at"
@@ -223,11 +223,11 @@ while True:
 def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_released_all_the_same(
     network: WorkerNetwork, shared_manager: SmallManager, join: Path, folder: Path
 ) -> None:
-    """A worker of one slot: what is frozen, copied, salvaged and purged is the attacker's own."""
+    """Freeze, snapshot, recover and purge the attacker's own rental on a worker of one slot."""
     with worker(network, shared_manager, join, slots=1) as on, snapshot_service(folder, shared_manager.key) as real:
         on.wait_registered()
         attacker = new_rental(on, folder)
-        let_in(attacker)
+        activate(attacker)
         assert attacker.ssh("mkdir -p deep; echo text > deep/file").returncode == 0
         command = shlex.join(["python3", "-c", FILL + HOLD])
         holding = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A renter against its worker: ways up, ways out, ways to fill it, ways to stay. More is in test_worker_walls.py."""
+"""Attacks of a renter on its worker: privileges, network, resources, persistence. test_worker_walls.py has more."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def outcomes(rental: Rental, attempts: str) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in told.splitlines())
 
 
-# Ways up
+# Privileges
 
 
 def test_nothing_that_asks_the_kernel_for_more_works(rental: Rental) -> None:
-    """Name spaces, mounts, modules, devices, tracing and kernel memory."""
+    """Try name spaces, mounts, modules, devices, tracing and kernel memory."""
     found = outcomes(
         rental,
         """
@@ -131,7 +131,7 @@ def test_a_renter_changes_nothing_of_how_it_is_let_in(rental: Rental) -> None:
     assert rental.ssh("echo still in; echo $LD_PRELOAD").stdout == "still in\n\n"
 
 
-# Ways out
+# Network
 
 
 @pytest.fixture
@@ -192,7 +192,9 @@ def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_
         renter = new_rental(made, folder).create_quickly()
         found = [renter.python(CONNECT.format(address=place, port=port)).strip() for place in (address, "10.255.255.1")]
         assert [each if each in {"open", "No route to host"} else "tried" for each in found] == reaches
-        assert made.run("python3", "-c", CONNECT.format(address=address, port=port)).strip() == "open", "root goes on"
+        assert made.run("python3", "-c", CONNECT.format(address=address, port=port)).strip() == "open", (
+            "root still reaches it"
+        )
 
 
 @pytest.mark.parametrize(
@@ -209,13 +211,13 @@ def test_what_says_nothing_about_where_a_renter_may_go_ends_the_worker(
 
 
 def test_the_name_server_tells_names_and_carries_nothing_else(rental: Rental, neighbour: Worker) -> None:
-    """What it is known for: a renter's own loopback, with Docker's name server on it."""
+    """Check a renter's own loopback, where only Docker's name server listens."""
     listening = rental.ssh("cat /proc/net/tcp /proc/net/tcp6").stdout
     assert rental.python(CONNECT.format(address="127.0.0.11", port=22)).strip() != "open"
     assert listening
 
 
-# Ways to fill it
+# Resources
 
 
 def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: Rental) -> None:
@@ -224,7 +226,7 @@ def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: 
     with ThreadPoolExecutor(3) as pool:
         hogs = [pool.submit(rental.ssh, "python3 -", hog) for _ in range(3)]
         began = time.monotonic()
-        assert roommate.lets_in()
+        assert roommate.accepts()
         assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
         assert time.monotonic() - began < 40
         assert all(each.result().returncode != 0 for each in hogs)
@@ -249,7 +251,7 @@ NOTHING_LOWERED = {f"[] {score}\n" for score in (500, 1000)}
 
 
 def test_a_renter_lowers_no_score_by_which_the_kernel_ends_processes(rental: Rental, folder: Path) -> None:
-    """In a session, by what sshd itself does for it, and in a start command."""
+    """Try it in a session, by the settings that sshd applies for a renter, and in a start command."""
     if "a renter can have the kernel end others before itself" in rental.on.log():
         pytest.skip("the kernel (older than 5.19) or the engine has no Landlock: runs where both have it")
     lasting = rental.ssh("setsid sleep 600 >/dev/null 2>&1 </dev/null & echo $!").stdout.strip()
@@ -294,7 +296,7 @@ time.sleep(300)
 def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_one(
     rental: Rental, roommate: Rental
 ) -> None:
-    """Together they need more than there is: which end, and nothing of a neighbour's or of root's that came by SSH."""
+    """Let them need more memory than there is: only they may be killed, and no process of a neighbour or of root."""
 
     def session(user: str, key: Key, command: str) -> subprocess.Popen[str]:
         with_it = [*rental.on.ssh_command(user, key), command]
@@ -321,7 +323,7 @@ def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_on
             wait_until(lambda: attackers() < 14, "the kernel has ended some")
             assert (neighbour.poll(), of_root.poll()) == (None, None)
             assert rental.on.log().count("sshd ended") == deaths
-            assert roommate.lets_in()
+            assert roommate.accepts()
         finally:
             rental.on.run("pkill", "-9", "-u", str(rental.uid), check=False)
             neighbour.kill()
@@ -338,7 +340,7 @@ def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) 
     bombing.stdin.write(bomb)
     bombing.stdin.close()
     wait_until(lambda: len(rental.on.run("pgrep", "-u", str(rental.uid), check=False).split()) > 30, "it goes off")
-    assert roommate.lets_in()
+    assert roommate.accepts()
     before = time.monotonic()
     wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
     status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
@@ -347,7 +349,7 @@ def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) 
     rental.on.rental("unlock", rental_id=rental.rental_id, epoch=1)
     bombing.kill()
     bombing.wait()
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_open_files_watches_and_sessions_of_one_renter_are_not_the_others(rental: Rental, roommate: Rental) -> None:
@@ -373,7 +375,7 @@ while libc.inotify_init() >= 0: pass
             "each session is in, or refused by the limit of its renter's processes",
             within_s=60,
         )
-        assert roommate.lets_in()
+        assert roommate.accepts()
         assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
     finally:
         for session in idle:
@@ -384,7 +386,7 @@ while libc.inotify_init() >= 0: pass
 
 @pytest.fixture
 def small(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> Iterator[Worker]:
-    """A worker whose homes are a disk of 16 MB."""
+    """Yield a worker whose homes are on a disk of 16 MB."""
     with worker(network, shared_manager, join, "--tmpfs=/home:mode=0755,size=16m", slots=2) as made:
         made.wait_registered()
         yield made
@@ -394,7 +396,7 @@ def test_a_full_disk_keeps_nobody_out_and_is_empty_after_the_release(small: Work
     full, other = (new_rental(small, folder).create_quickly() for _ in range(2))
     done = full.ssh("dd if=/dev/zero of=fill bs=1M; i=0; while echo > name-$i; do i=$((i+1)); done")
     assert "No space left" in done.stderr
-    assert other.lets_in()
+    assert other.accepts()
     before = time.monotonic()
     wait_until(lambda: small.manager.of("/api/heartbeat", before), "heartbeats go on")
     status, report = small.rental("purge", **full.variables)
@@ -402,7 +404,7 @@ def test_a_full_disk_keeps_nobody_out_and_is_empty_after_the_release(small: Work
     assert other.ssh("dd if=/dev/zero of=room bs=1M count=8").returncode == 0
 
 
-# Ways to stay
+# Persistence
 
 
 STAYS = r"""
@@ -446,14 +448,14 @@ attempt("group-of-another", lambda: os.chown(here, -1, 0))
 
 
 def test_a_renter_makes_nothing_that_a_purge_could_not_remove(rental: Rental) -> None:
-    """Immutable names, mounts, and what would start it again."""
+    """Try immutable names, mounts, and files that would start a program again."""
     found = outcomes(rental, "import struct\n" + UNREMOVABLE)
     assert len(found) == 8
     assert [name for name, became in found.items() if became == "WORKED"] == []
 
 
 def test_a_neighbours_file_cannot_be_taken_along_by_a_link(rental: Rental, roommate: Rental) -> None:
-    """A purge that followed a link, hard or symbolic, would end what is another's."""
+    """Make hard and symbolic links: a purge that followed one would remove another rental's file."""
     assert roommate.ssh("chmod 711 .; echo mine > open; chmod 666 open; mkdir -m 777 shared").returncode == 0
     leaving = new_rental(rental.on, rental.key.file.parent).create_quickly()
     there = f"/home/{roommate.username}"

@@ -1,4 +1,4 @@
-"""From outside, through the real proxy, at the real manager: requests that are not what they seem."""
+"""Deceptive requests through the real proxy to the real manager."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def alice(attacked: Platform) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def rental(alice: httpx.Client) -> dict[str, Any]:
-    """Alice's: what the others want."""
+    """Return the rental of Alice, which the attackers try to reach."""
     reply = alice.post("/api/rent", json={"name": "treasure", "ssh_public_key": KEY})
     assert reply.status_code == 201, reply.text
     return dict(reply.json())
@@ -46,7 +46,7 @@ def assert_problem(reply: httpx.Response, *statuses: int) -> dict[str, Any]:
     return dict(problem)
 
 
-# Whose request it is
+# Authentication
 
 
 def digits(token: str) -> str:
@@ -179,7 +179,7 @@ STRANGE_NAMES = [
     *("a\u202eb", "a\u200bb", "\ud800", "😀", "x" * 65, "x" * 100_000, "r-root", "~", ".", "..", "a'b", 'a"b', "a:b"),
 ]
 ALLOWED = {"root", "r-root"}
-"""A rental's name is nobody's account: that is made from its id."""
+"""The name of a rental is no account: an account's name is made from the id."""
 
 
 @pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name)[:30])
@@ -348,9 +348,9 @@ async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_se
 
 
 WHOLE = b"GET " + NAME.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
-"""A request that would be answered, and so be noticed, wherever anybody took it for one."""
+"""A request that would be answered, and so be detected, wherever it is taken for one."""
 BODY = b'{"ttl_s": 1}'
-"""What the manager refuses once it has read all of it: 422."""
+"""A body that the manager refuses with 422 once it has read all of it."""
 IN_CHUNKS = b"Transfer-Encoding: chunked"
 AS_A_WEBSOCKET = (b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13",
                   b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")  # fmt: skip
@@ -403,7 +403,7 @@ AFTER_A_BODY: dict[str, tuple[bytes, list[int]]] = {
     ),
     "a header that only the proxy takes": (framed(b"Idempotency-Key: \xff\x01", b"Content-Length: 0", body=b""), [400]),
 }  # fmt: skip
-"""What is sent, and what is the answer of a stranger to it; a client who is known gets 422 in the place of 401."""
+"""The sent bytes and the statuses that an unknown client gets; a known client gets 422 instead of 401."""
 UNENDED = {"a trailer without an end", "less than was announced", "less than a chunk", "a large body of a stranger",
            "large chunks of a stranger"}  # fmt: skip
 """The rest of it is waited for, where a body of this size is taken from this caller."""
@@ -411,7 +411,7 @@ UNENDED = {"a trailer without an end", "less than was announced", "less than a c
 
 @pytest.mark.parametrize("who", ["a stranger", "a client"])
 async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Platform, who: str) -> None:
-    """The proxy passes bodies on as they come, over connections that others' requests use next."""
+    """Send bodies that the proxy forwards unbuffered, over connections that requests of others use next."""
     token = attacked.token("bodies").encode() if who == "a client" else b""
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
     sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
@@ -429,17 +429,19 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
     answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 2.5))
     for (name, expected, ends), answer in zip(sent, answers, strict=True):
         statuses = [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
-        allowed = {*expected} - {401} | {422 if token else 401}  # the manager may be faster than what makes it a trick
+        allowed = {*expected} - {401} | {
+            422 if token else 401
+        }  # the manager may answer before the deceptive part arrives
         assert set(statuses) <= allowed, (name, answer)
         assert len(statuses) <= 1 + (100 in statuses), (name, answer)
-        assert ends or statuses or name in UNENDED, (name, "nobody answered")
+        assert ends or statuses or name in UNENDED, (name, "there was no answer")
         assert b"through_the_door" not in answer, (name, "a request that the proxy did not write")
         is_problem = b"application/problem+json" in answer or name == "a websocket of another version"
         assert is_problem or set(statuses) <= {100}, (name, answer)
 
 
 async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(attacked: Platform) -> None:
-    """The manager gives a body up after 15 s (408), when the proxy has passed on a part of it."""
+    """Wait until the manager refuses a body after 15 s (408), when the proxy has forwarded a part of it."""
     port, whole = attacked.proxy.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
     slow = [(framed(whole, b"Content-Length: 900", body=b" "), b" "), (framed(whole, IN_CHUNKS, body=b""), chunk(b" "))]
     tries = [given_up(port, begins, more) for begins, more in slow]
@@ -450,7 +452,7 @@ async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(att
 
 
 async def given_up(port: int, begins: bytes, more: bytes) -> bytes:
-    """Return all that comes for a request whose body comes bit by bit, and for what is sent behind the answer."""
+    """Return all answers to a request with a slow body, and to the bytes that are sent after the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(begins)
     got = b""
@@ -466,7 +468,7 @@ async def given_up(port: int, begins: bytes, more: bytes) -> bytes:
 
 
 async def honest_calls(platform: Platform, for_s: float) -> None:
-    """Somebody else's, over the proxy's same connections to the manager: each gets its own answer, all the time."""
+    """Make calls of another client over the same connections of the proxy; each must get its own answer."""
     paths = {"/api/rentals": (200, "items"), "/api/rentals/aaaaaaaa22": (404, "code"), "/api/status": (200, "brake")}
     last_moment = asyncio.get_running_loop().time() + for_s
     async with httpx.AsyncClient(base_url=platform.url, trust_env=False, timeout=60) as honest:
@@ -548,13 +550,13 @@ async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(at
     for (name, (_, expected)), answer in zip(BY_HTTP_2.items(), answers, strict=True):
         assert len(answer) <= 1, (name, answer)
         assert {status for _, status, _ in answer} <= expected | {b"401"}, (name, answer)
-        assert answer or b"401" in expected, (name, "nobody answered")
+        assert answer or b"401" in expected, (name, "there was no answer")
         assert b"through_the_door" not in b"".join(body for _, _, body in answer), name
         assert all(json.loads(body)["code"] for _, _, body in answer), name
 
 
 async def test_nothing_that_was_smuggled_was_ever_asked_for(attacked: Platform) -> None:
-    """After all of the above: the proxy's log, line by line."""
+    """Check each line of the proxy's log after all tests above."""
     asked = [line for line in await asyncio.to_thread(attacked.proxy.access_log) if "smuggled" in line["path"]]
     assert asked == []
 
@@ -601,7 +603,7 @@ def test_a_method_out_of_the_contract_does_nothing(alice: httpx.Client, rental: 
 
 
 def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: httpx.Client) -> None:
-    """A registration from a forged address is one from the address of the sender."""
+    """Check that a registration with a forged address counts for the address of the sender."""
     forged = {
         "X-Real-IP": "10.0.0.9",
         "X-Forwarded-For": "10.0.0.9",

@@ -1,4 +1,4 @@
-"""A renter that stops (SIGSTOP) whatever root has begun for it: no part outlives its deadline, and others go on."""
+"""Attacks of a renter that stops (SIGSTOP) processes of root for its rental: all end at their deadline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orion.manager.snapshots.port import SnapshotError
 LIMITS = SnapshotLimits(max_files=20_000, max_bytes=64 << 20)
 ROUNDS = 4
 DEADLINE_S = 8.0
-"""Seconds that each copy and restore of the attacker's may take."""
+"""Seconds that each snapshot and restore of the attacker may take."""
 LATE_S = 30.0
 """Seconds after its deadline within which a transfer has to be gone, on a busy machine."""
 LOG_INS = 12
@@ -64,7 +64,7 @@ def running(rental: Rental, program: str) -> Iterator[None]:
 
 
 def transfers(worker: Worker) -> list[str]:
-    """Return the processes of rsync, whoever's, and those of root that wait for one; each with its age in seconds."""
+    """Return all processes of rsync, and those of root that wait for one, each with its age in seconds."""
     listed = worker.run("ps", "-eo", "etimes=,pid=,uid=,stat=,args=").splitlines()
     begun = ("orion-rental send", "orion-rental receive", "orion-rental salvage", "rsync --server")
     return [line for line in listed if any(each in line for each in begun)]
@@ -133,7 +133,7 @@ def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(
 
 
 def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental, roommate: Rental) -> None:
-    """Its clients go away; sshd's process of root waits for the one that is stopped, and is counted for nobody."""
+    """Disconnect its clients: sshd's process of root waits for the stopped one, and counts for no renter."""
     clients = [rental.log_in("echo $PPID; kill -STOP $PPID; exec sleep 1000") for _ in range(LOG_INS)]
     quiet = roommate.log_in("exec sleep 1000")
 
@@ -151,8 +151,8 @@ def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental
             client.kill()
         wait_until(lambda: of_root() == 0, "none of them is left", within_s=3 * LOOKS * LOOK_EVERY_S)
         wait_until(lambda: stopped() == 0, "nor what it waited for, which is ended behind it")
-        assert rental.lets_in()
-        assert quiet.poll() is None, "nobody else's log-in was ended"
+        assert rental.accepts()
+        assert quiet.poll() is None, "no other log-in was ended"
     finally:
         for client in (*clients, quiet):
             client.kill()

@@ -1,4 +1,4 @@
-"""Web ports through the real proxy and the real manager: what a renter's process gets, says and must not reach."""
+"""Tests of web ports through the real proxy and manager: a renter's process is hostile to clients and platform."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def headers_at_renter(reply: httpx.Response) -> dict[str, str]:
     return dict(pairs)
 
 
-# What a renter's process gets
+# Requests that a renter's process gets
 
 
 def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
@@ -112,7 +112,7 @@ def test_a_path_behind_the_port_passes_as_it_was_sent_and_so_does_a_log_in_of_th
     assert nobody.get(public).headers["location"] == f"{public}/"
 
 
-# What it says
+# Answers of a renter's process
 
 
 def test_what_a_renters_process_says_counts_for_its_own_page_alone(nobody: httpx.Client, public: str) -> None:
@@ -373,7 +373,7 @@ def test_a_second_answer_on_a_renters_connection_is_nobodys(nobody: httpx.Client
         assert nobody.get("/healthz").json() == {"status": "ok"}
 
 
-# Who may, and where there is nothing
+# Permissions, and ports without a server
 
 
 def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
@@ -387,7 +387,7 @@ def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
     with attacked.client(attacked.token("mallory")) as mallory:
         assert mallory.get(f"{private}/x").json()["code"] == "not_found"
         assert mallory.post(f"{private}/x", content=b"x" * 1000).json()["code"] == "not_found"
-        assert mallory.post(f"{private}/x", content=b"x" * MB).json()["code"] == "not_found", "nobody reads it"
+        assert mallory.post(f"{private}/x", content=b"x" * MB).json()["code"] == "not_found", "no byte of it is read"
     assert len(worker.renter.heads) == before
     assert alice.get(f"{private}/x").status_code == 200
 
@@ -441,7 +441,7 @@ def test_a_worker_that_does_not_answer_is_to_be_waited_for(
     assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "worker_unreachable", "2")
 
 
-# What passes
+# Transfers
 
 
 def test_streams_pass_as_they_come(nobody: httpx.Client, public: str, worker: MadeUpWorker) -> None:
@@ -457,7 +457,7 @@ def test_large_bodies_pass_without_being_kept(nobody: httpx.Client, public: str)
 
 
 def heard(there: socket.socket, until: bytes) -> bytes:
-    """Return what comes, up to these bytes at its end."""
+    """Return the received bytes, up to and with these."""
     got = b""
     while not got.endswith(until):
         part = there.recv(1000)
@@ -498,7 +498,7 @@ def opened(
     public: str,
     request: pytest.FixtureRequest,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Headers that open the port, and what ends that."""
+    """Yield headers that open the port, and a function that ends that permission."""
     path = f"/api/rentals/{rental_id}/ports/{worker.renter.port}"
     if request.param == "made private":
         yield "", lambda: alice.put(path, json={"public": False}).raise_for_status()
@@ -510,7 +510,7 @@ def opened(
         ttl_s = wire.MIN_TTL_S if by_itself else None
         token = admin.post("/api/tokens", json={"name": "alice", "ttl_s": ttl_s}).raise_for_status().json()
         ends = f"/api/tokens/{token['id']}"
-        if by_itself:  # sooner than a token can be asked for
+        if by_itself:  # sooner than a request for a token takes
             with sqlite3.connect(attacked.folder / "orion.db", timeout=60) as database:
                 ends_at = time.time() + ENDS_IN_S
                 database.execute("UPDATE tokens SET expires_at = ? WHERE id = ?", (ends_at, token["id"]))
@@ -525,7 +525,7 @@ def opened(
 def test_an_open_connection_ends_with_what_opened_it(
     attacked: Platform, public: str, opened: tuple[str, Callable[[], object]]
 ) -> None:
-    """A WebSocket, and a download that never ends; neither is asked about again while it is open."""
+    """Open a WebSocket and an endless download, of which neither is authorized again while it is open."""
     headers, end = opened
     upgrade = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\n{headers}Upgrade: websocket\r\nConnection: upgrade\r\n\r\n"
     # Without it Nginx ends the answer, and keeps its connection with the client for the next request.
@@ -579,7 +579,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
 def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
     attacked: Platform, alice: httpx.Client, private: str
 ) -> None:
-    """Each is refused before its body has come, and is forgotten soon, however slowly that comes."""
+    """Check that each is refused before its body arrives, and is forgotten soon, however slow the body is."""
     request = f"POST {private}/x HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\na".encode()
     with ExitStack() as unknown_rentals:
         connections = []
@@ -592,7 +592,7 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
         assert answers - {b"HTTP/1.1 429"} == {b"HTTP/1.1 401"}, "before their bodies have come"
         deadline = time.monotonic() + 20  # without a limit Nginx would read on for 30 s, its own
         while alice.get(f"{private}/x").status_code != 200:
-            assert time.monotonic() < deadline, "who was refused is not forgotten"
+            assert time.monotonic() < deadline, "refused clients are not forgotten"
             for connection in connections:
                 with suppress(OSError):
                     connection.send(b"a")

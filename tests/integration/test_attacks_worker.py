@@ -1,7 +1,7 @@
-"""A worker in the hands of an attacker, who is root there: it must never become more than that worker.
+"""Attacks of a worker that an attacker controls as root: it must never become more than that worker.
 
-Here with its token and the join token, at an address of its own in orion_net, through the real proxy at the real
-manager. What it does to the engine that comes to it is in test_attacks_engine.py.
+It has its token and the join token, and an address of its own in orion_net, and calls the real manager through the real
+proxy. Its attacks on the engine are in test_attacks_engine.py.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def mallory(attacked: Platform, address: str) -> Iterator[Mallory]:
 
 @pytest.fixture(scope="module")
 def rental(attacked: Platform) -> dict[str, Any]:
-    """Somebody's, on the honest worker."""
+    """Return a rental of another owner on the honest worker."""
     with attacked.client(attacked.token("alice")) as alice:
         reply = alice.post("/api/rent", json={"name": "treasure", "ssh_public_key": host_key(3)})
     assert reply.status_code == 201, reply.text
@@ -141,7 +141,7 @@ def test_heartbeats_and_goodbyes_for_another_are_nobodys(
 
 
 def test_its_own_former_session_and_token_are_worth_nothing(mallory: Mallory) -> None:
-    """Whoever copied them from a worker before it registered again has nothing."""
+    """Use a session and token that were copied from a worker before it registered again."""
     token, session = mallory.token, mallory.session
     mallory.become(mallory.register(mallory.join_token))
     assert mallory.token != token
@@ -171,7 +171,7 @@ def test_with_anothers_host_keys_it_is_not_the_other_and_is_never_ready(
 
 
 def test_anothers_address_is_refused_while_that_one_answers_there(attacked: Platform, rental: dict[str, Any]) -> None:
-    """From the very address, as if it had been taken over: with new keys and with the join token."""
+    """Register from that address, as if it had been taken over, with new keys and the join token."""
     with attacked.client(attacked.secrets.join_token) as there:
         assert code(there.post("/api/register", json=CLAIM), 409) == "address_in_use"
     assert workers(attacked)[rental["worker_id"]]["health"] == "ready"
@@ -192,7 +192,7 @@ def test_a_rental_that_it_claims_to_hold_stays_where_it_is(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any], epochs_later: int
 ) -> None:
     def place() -> dict[str, Any]:
-        """Not its copies: those are made on their own time."""
+        """Leave out its snapshots, which have their own schedule."""
         shown = now(attacked, rental)
         return {key: shown[key] for key in ("id", "state", "epoch", "worker_id", "moving_to", "username")}
 

@@ -21,11 +21,11 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 def test_growth_is_measured_and_kept(tmp_path: Path) -> None:
     done = bench("growth", "--sizes", "100", "300", "--samples", "3", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "growth.json").read_text())
-    measured = {label: [size for size, _ in points] for label, points in told["lines"].items()}
-    assert {tuple(sizes) for sizes in measured.values()} == {(100, 300)}, told["details"]
+    results = json.loads((tmp_path / "growth.json").read_text())
+    measured = {label: [size for size, _ in points] for label, points in results["lines"].items()}
+    assert {tuple(sizes) for sizes in measured.values()} == {(100, 300)}, results["details"]
     assert {"memory (MB)", "one heartbeat (ms)", "one decision that led to something (ms)"} <= measured.keys()
-    assert all(one["p50"] > 0 for one in told["rows"])
+    assert all(one["p50"] > 0 for one in results["rows"])
     assert ET.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")  # noqa: S314 - we made it
     assert "one heartbeat" in done.stdout
 

@@ -124,7 +124,7 @@ CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAAIHNzaC1lZDI1NTE5"
 
 @pytest.fixture
 def a_rental_that_comes() -> Iterator[ScriptedPlatform]:
-    """Yield a platform whose rental is migrating at the first question and active afterwards."""
+    """Yield a platform whose rental is migrating at the first request and active afterwards."""
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals/box", rental(state="migrating"))
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(worker_id="w-bbbb3333"))
@@ -320,12 +320,12 @@ async def test_a_lost_full_screen_session_leaves_the_terminal_in_order(
             assert await asyncio.to_thread(terminal.ends, 60) == 255
             left, modes = terminal.rest().decode(), termios.tcgetattr(terminal.screen)
     before, _, after = left.partition("orion: ")
-    assert "\x1b[?1049l" in before, "the alternate screen is left before anything is said"
+    assert "\x1b[?1049l" in before, "the alternate screen is left before the first message"
     assert "\x1b[!p" in before, "a soft reset shows the cursor again"
     assert not re.search(r"(?<!\r)\n", after), "each line begins at the left"
     first, *of_ssh = [line.strip("\r") for line in after.removesuffix("\n").split("\n")]
     assert first == ENDS[how]
-    assert of_ssh, "ssh says that it has ended"
+    assert of_ssh, "ssh reports its end"
     assert all(line.startswith(WORDS_OF_SSH) for line in of_ssh), of_ssh
     assert modes[1] & termios.OPOST
     assert modes[3] & termios.ICANON

@@ -158,7 +158,7 @@ def test_a_rental_that_was_made_elsewhere_is_looked_up_when_ssh_needs_it(machine
     machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
     machine.platform.calls.clear()
     assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
-    assert machine.platform.calls == [], "what is known is not asked for"
+    assert machine.platform.calls == [], "a known rental needs no request"
     assert machine.asks("web.orion")["user"] == "r-another234"
 
 
@@ -247,7 +247,7 @@ def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path
         done = machine.run_ssh("-o", "BatchMode=yes", "box.orion")
         assert machine.platform.calls[0].path == "/api/rentals/abcdefgh23/ssh", done.stderr
         machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
-        assert machine.asks("web.orion")["user"] == "r-another234", "and asks for what it does not know"
+        assert machine.asks("web.orion")["user"] == "r-another234", "an unknown rental is requested"
         machine.orion("config-ssh", "--remove")
         assert machine.config.read_bytes() == THEIRS
         assert not list(tmp_path.rglob("pwned"))
@@ -320,7 +320,7 @@ def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: RenterMac
         assert found["identityfile"] == [str(key)]
         assert found["proxycommand"] == machine.asks(host)["proxycommand"]
         assert shlex.split(found["proxycommand"])[-1] == "abcdefgh23"
-    assert machine.platform.calls == [], "what is known is not asked for"
+    assert machine.platform.calls == [], "a known rental needs no request"
     machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
     unknown = read_by_paramiko(machine, "web.orion")
     assert "user" not in unknown
@@ -379,7 +379,7 @@ def test_a_rental_without_a_key_here_is_opened_by_one_certificate_an_epoch(
         machine.platform.answer("GET", "/api/rentals/abcdefgh23", rental(epoch=epoch))
         asked = machine.asks("box.orion")
         assert asked["identityfile"] == str(place / "id_ed25519")
-        assert asked["identitiesonly"] == "yes", "an agent with many keys leaves it its turn"
+        assert asked["identitiesonly"] == "yes", "the keys of an agent do not use up all attempts"
         assert asked["certificatefile"] == str(place / "abcdefgh23-cert.pub")
         assert (place / "abcdefgh23-cert.pub").read_text().startswith("ssh-ed25519-cert-v01@openssh.com AAAA ")
         assert times_asked() == times

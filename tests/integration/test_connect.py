@@ -322,10 +322,10 @@ async def test_a_report_says_how_the_session_ended(tmp_path: Path) -> None:
     report = tmp_path / "report"
     async with platform(moved) as port:
         lost = await run(port, b"", ORION_CONNECT_REPORT=str(report))
-    told = json.loads(report.read_text())
-    assert (told["lost"], told["there"]) == (True, True)
-    assert told["reason"].endswith("its worker is down")
-    assert lost.stderr == b"", "whoever asked for the report says it"
+    ended = json.loads(report.read_text())
+    assert (ended["lost"], ended["there"]) == (True, True)
+    assert ended["reason"].endswith("its worker is down")
+    assert lost.stderr == b"", "the reader of the report prints it"
     async with platform(echo) as port:
         await run(port, b"END\xff", ORION_CONNECT_REPORT=str(report))
     assert json.loads(report.read_text())["lost"] is False, "stdin had ended: it was ssh's own end"
@@ -354,9 +354,9 @@ def assert_waited(stderr: bytes, reason: str) -> None:
     first, *again = stderr.decode().splitlines()
     assert first == f"orion: {reason}; waiting"
     for number, line in enumerate(again, 1):
-        told = re.fullmatch(rf"orion: {re.escape(reason)}; waiting \((\d+) s\)", line)
-        assert told, line
-        assert int(told[1]) >= SAY_EVERY_S * number, line
+        waited = re.fullmatch(rf"orion: {re.escape(reason)}; waiting \((\d+) s\)", line)
+        assert waited, line
+        assert int(waited[1]) >= SAY_EVERY_S * number, line
 
 
 async def moved(connection: ServerConnection) -> None:
@@ -380,7 +380,7 @@ async def test_a_migrating_rental_is_waited_for_and_the_reason_is_shown_at_once(
         done = await run(server.sockets[0].getsockname()[1], b"END\xff")
     assert (done.stdout, done.returncode) == (b"END\xff", 0)
     assert_waited(done.stderr, "it is queued: no slot")
-    assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason first, then a word every five seconds"
+    assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason, then a message every 5 s"
 
 
 async def test_an_ended_rental_is_not_waited_for() -> None:
@@ -405,11 +405,11 @@ REMARKED = b"orion: box: its home holds 9.0 MB of 10.0 MB [2J\n"
 
 
 @pytest.mark.parametrize(
-    ("stdin_of_ssh", "said_before", "told"),
+    ("stdin_of_ssh", "said_before", "shown"),
     [("a terminal", {}, REMARKED), ("a pipe", {}, b""), ("a terminal", {"ORION_CONNECT_SAID": "1"}, b"")],
 )
 async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
-    stdin_of_ssh: str, said_before: dict[str, str], told: bytes
+    stdin_of_ssh: str, said_before: dict[str, str], shown: bytes
 ) -> None:
     """A program that copies files always starts ssh with a pipe as its stdin."""
 
@@ -425,13 +425,13 @@ async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
         out, err = await asyncio.wait_for(process.communicate(), 60)
     os.close(ours)
     os.close(terminal)
-    assert (out, err) == (b"END\xff", told)
+    assert (out, err) == (b"END\xff", shown)
 
 
 async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the_next() -> None:
     """A paused worker accepts connections and sends nothing. ssh does not notice that another worker answers later."""
     sessions = 0
-    told = asyncio.Event()
+    continued = asyncio.Event()
 
     async def first_silent(connection: ServerConnection) -> None:
         nonlocal sessions
@@ -439,7 +439,7 @@ async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the
         if sessions > 1:
             return await echo(connection)
         assert await connection.recv() == b"SSH-2.0-a END\xff"
-        await asyncio.wait_for(told.wait(), 60)
+        await asyncio.wait_for(continued.wait(), 60)
         return await connection.close(4001, "its worker is down")
 
     async with platform(first_silent) as port:
@@ -450,7 +450,7 @@ async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the
         process.stdin.write(b"SSH-2.0-a END\xff")
         said = await asyncio.wait_for(process.stderr.readline(), 60)
         assert said == b"orion: its worker does not answer yet; waiting\n"
-        told.set()
+        continued.set()
         assert await asyncio.wait_for(process.stdout.read(), 60) == b"SSH-2.0-a END\xff"
         assert await process.wait() == 0
         said = await process.stderr.read()

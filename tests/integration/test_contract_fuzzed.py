@@ -1,4 +1,4 @@
-"""The contract against itself: what OpenAPI promises, asked by schemathesis through the real proxy, role by role.
+"""Tests of the API against its OpenAPI document, by schemathesis through the real proxy, role by role.
 
 No answer is a server's error, and none is undocumented in its status, its content type or its schema.
 """
@@ -24,7 +24,7 @@ CHECKS = (
     "response_headers_conformance",
     "response_schema_conformance",
 )
-"""What is accepted and what is refused is for test_attacks_requests.py: a key's data, say, is beyond a schema."""
+"""Accepted and refused values are tested in test_attacks_requests.py: a schema cannot describe a key's data."""
 
 OF_RENTERS = r"/api/(rent.*|events|status)"
 OF_OPERATORS = r"/api/(workers.*|tokens|status|admin/backup)|/healthz|/metrics"
@@ -34,7 +34,7 @@ WAIT_S = 0.1
 
 
 def impatient(contract: dict[str, Any]) -> dict[str, Any]:
-    """The contract, but that nobody asks the manager to wait for long."""
+    """Return the document with short limits of waiting times."""
     text, found = re.subn(rf'"maximum": {wire.MAX_WAIT_S}(\.0)?\b', f'"maximum": {WAIT_S}', json.dumps(contract))
     assert found
     whole: dict[str, Any] = json.loads(text)
@@ -50,8 +50,8 @@ def fuzz(attacked: Platform, token: str, paths: str) -> None:
     command += ["--checks", ",".join(CHECKS), "--max-examples", "15", "--seed", "1", "--request-timeout", "60"]
     command += ["--generation-database", "none", "--max-failures", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False, cwd=attacked.folder)
-    told = "\n".join(line[:400] for line in done.stdout.splitlines())  # a body may fill pages
-    assert done.returncode == 0, told[-12_000:] + done.stderr[-2_000:]
+    shown = "\n".join(line[:400] for line in done.stdout.splitlines())  # a body may fill pages
+    assert done.returncode == 0, shown[-12_000:] + done.stderr[-2_000:]
     assert " generated" in done.stdout, done.stdout[-2_000:]
 
 

@@ -1,4 +1,4 @@
-"""scripts/engine.sh on a machine whose engine does not run: stand-ins for Docker's programs, the real script."""
+"""Tests of scripts/engine.sh, with stand-ins for Docker's programs, on a machine whose engine does not run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_who_reads_what_the_bring_up_says_does_not_wait_for_the_end_of_the_engin
     done = subprocess.run(
         [ROOT / "scripts/engine.sh"],
         env={"PATH": path},
-        stdout=subprocess.PIPE,  # read to its end, which comes when nobody holds it any more
+        stdout=subprocess.PIPE,  # read to its end, which comes when every process has closed it
         stderr=subprocess.STDOUT,
         text=True,
         timeout=WITHIN_S,

@@ -25,8 +25,8 @@ FILE = Path(__file__).parents[2] / "manager_app" / "entrypoint.py"
 MANAGER = 1_900_000_000 + os.getpid()
 ENGINE = MANAGER + 4_194_304
 FILES = ENGINE + 4_194_304
-"""Nobody's on this machine. The supervisor kills all that runs under the engine's uid, and outside of a container
-that could be somebody else's: the uids of the image are those of every container that runs beside this test."""
+"""An unused uid: the supervisor kills all processes of the engine's uid. Outside of a container, the uids of the image
+are also those of every container that runs beside this test."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="starting a child under another uid needs root; CI is root")
 
@@ -129,7 +129,7 @@ def test_a_file_that_holds_something_else_is_not_replaced_and_the_start_is_refus
 
 
 def test_killed_at_any_instant_each_secret_is_whole_or_missing_and_the_next_start_completes_it(places: Any) -> None:
-    """A child runs the start and dies at its n-th line, for each n until it comes to the end."""
+    """Run the start in a child that dies at its n-th line, for each n until the start succeeds."""
     key = entrypoint.make_ssh_key()
     survivors: dict[Path, str] = {}
     for line in range(1, 2000):
@@ -189,11 +189,11 @@ from entrypoint import Account, Directories, Supervisor, helpers
 entrypoint.HELPER_GRACE_S = float(sys.argv[3])
 os.umask(0o077)
 places = Directories(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
-manager, engine, vault = (["sh", "-c", script] for script in sys.argv[4:])
-real = dict(zip(("engine", "vault"), helpers(places)))
+manager, engine, snapshots = (["sh", "-c", script] for script in sys.argv[4:])
+real = dict(zip(("engine", "snapshots"), helpers(places)))
 mine = (
     replace(real["engine"], command=engine, home=places.run),
-    replace(real["vault"], command=vault, home=places.run, orphans_uid={FILES}),
+    replace(real["snapshots"], command=snapshots, home=places.run, orphans_uid={FILES}),
 )
 sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 """
@@ -292,7 +292,7 @@ def test_an_engine_that_ends_is_started_again_and_that_is_logged(run: Any) -> No
 
 @needs_root
 def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: Any) -> None:
-    """Its runs leave its session and process group, so the uid is what is left to know them by."""
+    """Let runs leave the engine's session and process group, so that only the uid identifies them."""
     leave = "setsid sh -c 'echo $$ > left; exec sleep 1000' & while [ ! -s left ]; do :; done; kill -9 $$"
     look = "cat /proc/$(cat left)/status > new; echo >> new; mv new again; exit"
     engine = f"if [ -e once ]; then {look}; fi; echo > once; {leave}"

@@ -1,4 +1,4 @@
-"""A disk without a byte left, for real: the manager's store goes on, and there is room again for the copies to come."""
+"""A test on a really full disk: the manager's store continues, and later there is room for snapshots again."""
 
 from __future__ import annotations
 

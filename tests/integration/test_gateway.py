@@ -28,7 +28,7 @@ Sshd = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @dataclass
 class RelayGateway:
-    """A server whose one route relays to `host`, and the connections that it relayed."""
+    """Yield a server whose one route relays to `host`, and the connections that it relayed."""
 
     host: Host
     url: str = ""
@@ -217,7 +217,7 @@ async def test_what_is_not_relayed_closes_with_its_reason(frame: str | bytes, co
 
 
 async def test_a_frame_of_a_gigabyte_is_refused_by_its_header() -> None:
-    """Nobody waits for what it announces, and no memory is taken for it."""
+    """Check that the gateway neither waits for the announced bytes nor allocates memory for them."""
     async with gateway_to(echo) as gateway, gateway.client() as client:
         head = b"\x82\xff" + (1 << 30).to_bytes(8, "big") + b"mask"
         client.transport.write(head)
@@ -253,7 +253,7 @@ def small_buffer(gateway: RelayGateway) -> socket.socket:
 
 
 async def test_a_client_that_takes_nothing_stops_the_worker_and_not_the_memory() -> None:
-    """The worker offers more than all buffers on the way hold, and gets rid of it only when the client reads.
+    """Let the worker send more than all buffers hold, which succeeds only when the client reads.
 
     The kernel lets a receiver's buffer grow to tens of megabytes: hence a client whose buffer stays small.
     """

@@ -1,6 +1,6 @@
-"""Who lets in whom, on real workers: a renter's ssh verifies its worker, and a worker takes a renter's certificate.
+"""Tests of identities on real workers: ssh verifies its worker, and a worker accepts a renter's certificate.
 
-All that a renter's ssh knows is one line, the authority's; and all that a worker knows of renters is a file of root.
+A renter's ssh knows only one line, the authority's. A worker knows of renters only a file of root.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def certificate(on: Worker, *rentals: Rental, by: Authority = AUTHORITY) -> str:
     return by.host_certificate(by.next_serial(), "w-test", on.host_keys, [each.rental_id for each in rentals]).line
 
 
-def let_in(rental: Rental, line: str = "", **other: Any) -> Rental:
+def activate(rental: Rental, line: str = "", **other: Any) -> Rental:
     line = line or certificate(rental.on, rental)
     variables = rental.variables | {"public_keys": [rental.key.public], "user_authority": AUTHORITY.of_users} | other
     status, report = rental.on.rental("run", **variables, host_certificate=line)
@@ -42,7 +42,7 @@ def let_in(rental: Rental, line: str = "", **other: Any) -> Rental:
 
 
 def shows(on: Worker, line: str) -> None:
-    """As root of that worker might: whatever certificate it has, its sshd shows."""
+    """Make the worker's sshd show this certificate, as root of that worker can."""
     on.run("sh", "-c", f"echo '{line}' > /etc/ssh/orion_host_certificate.pub")
     before = on.run("stat", "-c", "%y", "/run/sshd.pid")
     on.run("sh", "-c", "kill -HUP $(cat /run/sshd.pid)")
@@ -56,7 +56,7 @@ def known_hosts(folder: Path) -> Path:
 
 
 def ssh_command(rental: Rental, to: Worker, *options: str) -> list[str]:
-    """As any tool of a renter runs it: nothing is known but the authority, and checking is on."""
+    """Return ssh as tools of a renter run it: only the authority is known, and checking is on."""
     return [
         "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes",
         "-o", f"ConnectTimeout={PATIENCE_S}",
@@ -95,53 +95,53 @@ def another(host: Worker, folder: Path) -> Iterator[Rental]:
 
 
 def test_a_renter_recognises_its_worker_by_the_authority_alone_and_without_a_question(one: Rental) -> None:
-    let_in(one)
+    activate(one)
     done = ssh(one, one.on)
     assert (done.stdout, done.stderr, done.returncode) == (f"{one.username}\n", "", 0)
 
 
 def test_a_renter_whose_clock_is_late_is_not_refused(one: Rental) -> None:
-    let_in(one, certificate(one.on, one, by=AHEAD))
+    activate(one, certificate(one.on, one, by=AHEAD))
     done = ssh(one, one.on)
     assert (done.stdout, done.stderr) == (f"{one.username}\n", "")
-    let_in(one)
+    activate(one)
     shown = one.on.run("ssh-keygen", "-L", "-f", "/etc/ssh/orion_host_certificate.pub")
     ends = time.strptime(shown.partition(" to ")[2].split()[0], "%Y-%m-%dT%H:%M:%S")
     now = time.strptime(one.on.run("date", "+%Y-%m-%dT%H:%M:%S").strip(), "%Y-%m-%dT%H:%M:%S")
-    assert time.mktime(ends) <= time.mktime(now) + LIFETIME_S, "what was signed ahead of time holds no place"
+    assert time.mktime(ends) <= time.mktime(now) + LIFETIME_S, "a certificate from an earlier clock blocks no new one"
 
 
 def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbour: Worker) -> None:
-    let_in(one)
+    activate(one)
     there = Rental(neighbour, one.key, one.rental_id, one.uid, epoch=2)
-    let_in(there)
+    activate(there)
     done = ssh(one, neighbour)
     assert (done.stdout, done.stderr) == (f"{one.username}\n", "")
     neighbour.rental("purge", **there.variables)
 
 
 def test_a_new_certificate_ends_no_session_and_leaves_sshd_its_score(one: Rental, another: Rental) -> None:
-    let_in(one)
+    activate(one)
     command = [*ssh_command(one, one.on), "echo in; read line; echo $line"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
         assert session.stdin is not None
         assert session.stdout is not None
         assert session.stdout.readline() == "in\n"
-        let_in(another, certificate(one.on, one, another))
+        activate(another, certificate(one.on, one, another))
         assert ssh(another, one.on).stdout == f"{another.username}\n"
         assert ssh(one, one.on).stdout == f"{one.username}\n"
         score = one.on.run("sh", "-c", "cat /proc/$(cat /run/sshd.pid)/oom_score_adj")
-        assert score.strip() == "500", "what it starts begins with it"
+        assert score.strip() == "500", "its children begin with that score"
         out, _ = session.communicate("still here\n", timeout=SESSION_S)
     assert out == "still here\n"
     assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}, "and so do the renters' sessions"
 
 
 def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: Path) -> None:
-    """Neither with its own certificate, nor with none, nor with the one of the worker, which anybody may read."""
-    let_in(one)
+    """Try the neighbour's own certificate, none, and the worker's certificate, which is public."""
+    activate(one)
     its_own = new_rental(neighbour, folder)
-    let_in(its_own)
+    activate(its_own)
     assert is_refused(one, neighbour)
     shows(neighbour, certificate(one.on, one))
     assert is_refused(one, neighbour)
@@ -151,23 +151,23 @@ def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: 
 
 
 def test_a_former_worker_cannot_pass_for_it_when_its_hour_is_over(one: Rental, neighbour: Worker) -> None:
-    let_in(one)
+    activate(one)
     shows(neighbour, certificate(neighbour, one, by=FORMER))
     assert is_refused(one, neighbour)
 
 
 def test_a_certificate_of_anybody_else_is_worth_nothing(one: Rental, neighbour: Worker) -> None:
-    let_in(one)
+    activate(one)
     shows(neighbour, certificate(neighbour, one, by=ANOTHER))
     assert is_refused(one, neighbour)
 
 
 def test_another_rental_of_the_same_name_is_another_host(one: Rental, another: Rental) -> None:
-    """A name is used again; an id never is, and ids are what is verified."""
-    let_in(one, certificate(one.on, one))
+    """Use a name again: ssh verifies ids, which are never used again."""
+    activate(one, certificate(one.on, one))
     status, report = one.on.rental("purge", **one.variables)
     assert status == 0, report
-    let_in(another, certificate(one.on, another))
+    activate(another, certificate(one.on, another))
     assert is_refused(one, one.on)
     assert ssh(another, one.on).returncode == 0
 
@@ -188,8 +188,8 @@ def user_certificate(rental: Rental, folder: Path, of: Rental | None = None, **h
 
 
 def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: Rental, folder: Path) -> None:
-    let_in(one)
-    let_in(another, certificate(one.on, one, another))
+    activate(one)
+    activate(another, certificate(one.on, one, another))
     assert ssh(one, one.on, *user_certificate(one, folder)).stdout == f"{one.username}\n"
     for wrong in (
         user_certificate(one, folder, another),
@@ -208,25 +208,25 @@ def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: 
 
 
 def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Rental, folder: Path) -> None:
-    let_in(one)
+    activate(one)
     held = user_certificate(one, folder)
     one.on.rental("lock", rental_id=one.rental_id, epoch=one.epoch)
     assert "Permission denied" in ssh(one, one.on, *held).stderr
     one.on.rental("unlock", rental_id=one.rental_id, epoch=one.epoch)
     assert ssh(one, one.on, *held).returncode == 0
     one.epoch = 2
-    let_in(one)
+    activate(one)
     assert "Permission denied" in ssh(one, one.on, *held).stderr
     assert ssh(one, one.on, *user_certificate(one, folder)).returncode == 0
 
 
-# What a renter's ssh brings along
+# Agents, languages and terminals of a renter's ssh
 
 
 def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: Rental, another: Rental) -> None:
-    """So that `git clone git@...` works in a rental. A roommate reaches neither the socket nor its folder."""
-    let_in(one)
-    let_in(another, certificate(one.on, one, another))
+    """Forward an agent, which `git clone git@...` needs. A roommate must reach neither the socket nor its folder."""
+    activate(one)
+    activate(another, certificate(one.on, one, another))
     with agent_with(one.key.file) as socket:
         ask = "ssh-add -L; echo $SSH_AUTH_SOCK; echo waiting; read line"
         forwarding = [*ssh_command(one, one.on)[:-1], "-A", f"{one.username}@{one.on.address}", ask]
@@ -244,11 +244,11 @@ def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: R
         without = subprocess.run(
             [*ssh_command(one, one.on), "ssh-add -L"], env=environment, capture_output=True, text=True, check=False
         )
-        assert without.returncode == 2, "who does not ask for it has none there"
+        assert without.returncode == 2, "there is no agent without a request"
 
 
 def test_languages_colours_and_terminals_of_a_renters_machine_are_known(one: Rental) -> None:
-    let_in(one)
+    activate(one)
     told = os.environ | {"LC_ALL": "fr_FR.UTF-8", "COLORTERM": "truecolor", "ODD": "x"}
     options = ("-i", str(one.key.file), "-o", "SendEnv=LC_* COLORTERM ODD")
     ask = "bash -c 'printf é | wc -m'; perl -e 1; echo $LC_ALL $COLORTERM $ODD"

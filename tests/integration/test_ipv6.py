@@ -1,4 +1,4 @@
-"""Workers in a network that was given IPv6 by hand: they speak none, and it is no way around what holds a renter."""
+"""Tests of workers in a network with IPv6: they do not use IPv6, and it does not bypass the filter of renters."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def dual(worker_image: str) -> Iterator[tuple[WorkerNetwork, str]]:
 
 @pytest.fixture(scope="module")
 def scene(dual: tuple[WorkerNetwork, str], join: Path, folder: Path) -> Iterator[tuple[Rental, Worker, str]]:
-    """A renter on a worker whose operator opened all of IPv6, its neighbour, and the gateway's address.
+    """Yield a renter on a worker whose operator opened all of IPv6, its neighbour, and the gateway's address.
 
-    The name by which they call home leads to the gateway by both, as Docker's names do.
+    The host name of the manager has addresses of both protocols, as Docker's names have.
     """
     network, prefix = dual
     with serving(SmallManager(make_key(folder)), network.gateway) as manager:
@@ -116,7 +116,7 @@ def test_a_renter_reaches_nobody_by_ipv6_whatever_was_opened(scene: tuple[Rental
     assert set(answers) <= {"OSError", "PermissionError", "TimeoutError"}, done.stdout
     assert rental.python(CONNECT.format(address="::1", port=22)).strip() in NOWHERE
     neighbours = rental.on.run("ip", "-6", "neigh", "show")
-    assert "lladdr" not in neighbours, "it never learns who has which address"
+    assert "lladdr" not in neighbours, "it resolves no address of a neighbour"
 
 
 def test_a_worker_takes_nothing_by_ipv6_and_no_router_from_the_network(scene: tuple[Rental, Worker, str]) -> None:

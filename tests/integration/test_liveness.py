@@ -1,4 +1,4 @@
-"""The watch on a real worker: what its end tells the manager, and what the worker's agent makes of it."""
+"""Tests of the liveness connection on a real worker: the manager and the agent notice its end."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ KILL_SSHD = ("pkill", "-KILL", "-x", "sshd|sshd-session")
 
 
 class LiveConnection:
-    """A watch on a worker, and all that it has told, with times."""
+    """A liveness connection to a worker, and its signs."""
 
     def __init__(self, on: Worker, manager: SmallManager) -> None:
         boot_id = manager.of("/api/register")[-1].body["boot_id"]
-        watch = SshLiveness(SshReach(on.key.file.read_text()))
+        liveness = SshLiveness(SshReach(on.key.file.read_text()))
         host = Host(on.worker_id, on.address, on.host_keys)
-        self.told: list[Sign] = []
-        self.task = asyncio.create_task(self._hold(watch, host, boot_id))
+        self.signs: list[Sign] = []
+        self.task = asyncio.create_task(self._hold(liveness, host, boot_id))
 
-    async def _hold(self, watch: SshLiveness, host: Host, boot_id: str) -> End:
-        """Begin anew as the manager does: a busy sshd may need more time than one attempt gives it."""
-        while (end := await watch.hold(host, boot_id, self.told.append)) is End.NOT_HELD and not self.told:
+    async def _hold(self, liveness: SshLiveness, host: Host, boot_id: str) -> End:
+        """Connect anew as the manager does, because a busy sshd may need more time than one attempt allows."""
+        while (end := await liveness.hold(host, boot_id, self.signs.append)) is End.NOT_HELD and not self.signs:
             pass
         return end
 
     async def until(self, *signs: Sign, within_s: float = 60.0) -> None:
         deadline = time.monotonic() + within_s
-        while self.told != list(signs):
-            assert time.monotonic() < deadline, self.told
+        while self.signs != list(signs):
+            assert time.monotonic() < deadline, self.signs
             await asyncio.sleep(0.02)
 
 
 @asynccontextmanager
-async def watched(on: Worker, manager: SmallManager) -> AsyncIterator[LiveConnection]:
-    held = LiveConnection(on, manager)
-    await held.until(Sign.HELD)
-    yield held
-    held.task.cancel()
-    await asyncio.gather(held.task, return_exceptions=True)
+async def live_connection(on: Worker, manager: SmallManager) -> AsyncIterator[LiveConnection]:
+    connection = LiveConnection(on, manager)
+    await connection.until(Sign.HELD)
+    yield connection
+    connection.task.cancel()
+    await asyncio.gather(connection.task, return_exceptions=True)
 
 
 async def shown(on: Worker) -> str:
@@ -69,46 +69,48 @@ def log_with_times(on: Worker) -> str:
 async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
     network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
-    manager.interval_s, manager.lease_s = 600.0, 3600.0  # none that is due by itself comes meanwhile
+    manager.interval_s, manager.lease_s = 600.0, 3600.0  # no heartbeat is due meanwhile
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)
         rental = await asyncio.to_thread(new_rental(new, folder).create_quickly)
 
-        async with watched(new, manager):
+        async with live_connection(new, manager):
             quiet = time.monotonic()
-        await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=quiet), "it asks who comes next")
-        await asyncio.sleep(1.2)  # when it would stand still, had nobody let go
-        assert len(manager.of("/api/heartbeat", after=quiet)) == 1, "it was heard"
+        await asyncio.to_thread(
+            wait_until, lambda: manager.of("/api/heartbeat", after=quiet), "the agent calls the next manager"
+        )
+        await asyncio.sleep(1.2)  # an agent without an answer would have frozen its rentals by then
+        assert len(manager.of("/api/heartbeat", after=quiet)) == 1, "its only call was answered"
         assert '"running"' in await shown(new)
 
-        async with watched(new, manager) as held:
+        async with live_connection(new, manager) as connection:
             ended = time.monotonic()
             await asyncio.to_thread(new.run, *KILL_SSHD)
-            await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
-            await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=ended), "it asks")
+            await connection.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
+            await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=ended), "the agent calls")
             beats = manager.of("/api/heartbeat", after=ended)
-            assert len(beats) == 1, "it asked at once, and was answered"
+            assert len(beats) == 1, "the agent called at once, and was answered"
             assert beats[0].at - ended < manager.interval_s / 2
             assert '"running"' in await shown(new)
 
             await asyncio.to_thread(docker, "kill", new.name)
             async with asyncio.timeout(60):
-                assert await held.task is End.GONE
-            assert held.told[-1] is Sign.CLOSED
+                assert await connection.task is End.GONE
+            assert connection.signs[-1] is Sign.CLOSED
         assert rental.username
 
 
 async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
     network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
-    manager.lease_s = 3600.0  # it is not its end that freezes
+    manager.lease_s = 3600.0  # the lease does not end within the test
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)
         await asyncio.to_thread(new_rental(new, folder).create_quickly)
-        async with watched(new, manager) as held:
+        async with live_connection(new, manager) as connection:
             await asyncio.to_thread(docker, "network", "disconnect", network.name, new.name)
             await asyncio.sleep(1.8)
-            assert held.told == [Sign.HELD], "a cut ends nothing: the lease decides"
+            assert connection.signs == [Sign.HELD], "a cut ends no connection: the lease decides"
             assert '"running"' in await shown(new)
             killing = f"date +%s.%N; exec {shlex.join(KILL_SSHD)}"
             killed_at = float(await asyncio.to_thread(new.run, "sh", "-c", killing))
@@ -123,16 +125,16 @@ async def test_another_boot_of_the_container_is_not_watched_in_its_name(
 ) -> None:
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)
-        watch = SshLiveness(SshReach(new.key.file.read_text()))
-        told: list[Sign] = []
-        assert await watch.hold(Host("w", new.address, new.host_keys), "another-boot", told.append) is End.NOT_HELD
-        assert told == []
+        liveness = SshLiveness(SshReach(new.key.file.read_text()))
+        signs: list[Sign] = []
+        assert await liveness.hold(Host("w", new.address, new.host_keys), "another-boot", signs.append) is End.NOT_HELD
+        assert signs == []
 
 
 async def test_what_was_never_held_proves_nothing(manager: SmallManager) -> None:
-    watch = SshLiveness(SshReach(manager.key.file.read_text()))
+    liveness = SshLiveness(SshReach(manager.key.file.read_text()))
     key = manager.key.public
-    assert await watch.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
+    assert await liveness.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
 
 
 async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Pat
                 await process.stdout.drain()
                 sent += 2**16
 
-    class Anybody(asyncssh.SSHServer):
+    class OpenServer(asyncssh.SSHServer):
         def begin_auth(self, username: str) -> bool:
             return True
 
@@ -160,12 +162,14 @@ async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Pat
         def public_key_auth_supported(self) -> bool:
             return True
 
-    server = await asyncssh.listen("127.0.0.1", 0, server_factory=Anybody, server_host_keys=[key], process_factory=talk)
-    watch = SshLiveness(SshReach(key.export_private_key().decode()))
+    server = await asyncssh.listen(
+        "127.0.0.1", 0, server_factory=OpenServer, server_host_keys=[key], process_factory=talk
+    )
+    liveness = SshLiveness(SshReach(key.export_private_key().decode()))
     host = Host("w", "127.0.0.1", (key.export_public_key().decode().strip(),), server.get_port())
-    told: list[Sign] = []
+    signs: list[Sign] = []
     async with asyncio.timeout(60):
-        assert await watch.hold(host, "boot-0001", told.append) is End.NOT_HELD
-    assert told == [Sign.HELD]
+        assert await liveness.hold(host, "boot-0001", signs.append) is End.NOT_HELD
+    assert signs == [Sign.HELD]
     assert sent < 2**24
     server.close()

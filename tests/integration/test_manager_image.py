@@ -20,7 +20,7 @@ SECRETS = (
     "/var/lib/orion-proxy/secret",
 )
 DATABASE = "/var/lib/orion/database/orion.db"
-VAULT_SOCKET = "/run/orion-vault/vault.sock"
+SNAPSHOT_SOCKET = "/run/orion-vault/vault.sock"
 FILES, FILES_KEY = "902:902", "/run/orion-vault/ssh/id_ed25519"
 RENTAL = "123456:123456"
 ENGINE_KEY = "/run/orion/engine/id_ed25519"
@@ -101,9 +101,12 @@ def test_the_engines_socket_is_for_the_manager_and_itself(manager: ManagerContai
 
 def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: ManagerContainer) -> None:
     def status() -> list[str]:
-        return manager.run("stat", "--format", "%u %g %a", VAULT_SOCKET, check=False).split()
+        return manager.run("stat", "--format", "%u %g %a", SNAPSHOT_SOCKET, check=False).split()
 
-    wait_until(lambda: status() not in ([], ["0", "0", "660"]), "the vault listens, and has given its socket away")
+    wait_until(
+        lambda: status() not in ([], ["0", "0", "660"]),
+        "the snapshot service listens, and its socket belongs to the manager",
+    )
     assert status() == ["0", "900", "660"]
     assert manager.can(FILES, "-r", FILES_KEY)
     for user in (MANAGER, ENGINE, RENTAL):
@@ -111,10 +114,10 @@ def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: M
 
 
 def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: ManagerContainer) -> None:
-    """What speaks rsync with a worker has such a uid; whoever takes it over is there."""
+    """Use the uid of a process that receives files by rsync: an attacker that controls it must be confined."""
     for test, path in (
         *(("-r", path) for path in (*SECRETS, DATABASE, ENGINE_KEY, "/var/lib/orion/copies")),
-        *(("-w", path) for path in ("/var/lib/orion", "/var/lib/orion/copies", "/run", "/opt/orion", VAULT_SOCKET)),
+        *(("-w", path) for path in ("/var/lib/orion", "/var/lib/orion/copies", "/run", "/opt/orion", SNAPSHOT_SOCKET)),
         ("-e", "/run/orion/engine.sock"),
     ):
         assert not manager.can(RENTAL, test, path), (test, path)
@@ -143,7 +146,7 @@ def test_no_secret_is_in_an_environment_or_an_argument(manager: ManagerContainer
 def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager: ManagerContainer) -> None:
     before = manager.engine_pids()
     assert before
-    # Who runs as the engine's user is struck with what it has left behind, before it begins anew.
+    # Before the engine starts anew, all processes of its user are killed, those of this test too.
     manager.run("sh", "-c", f"kill -9 {' '.join(before)}", user=ENGINE, check=False)
     wait_until(lambda: manager.engine_pids() - before, "another engine runs")
     wait_until(manager.engine_listens, "it listens")

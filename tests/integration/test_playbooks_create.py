@@ -22,8 +22,8 @@ def test_a_created_account_opens_to_its_key_alone_and_a_second_run_changes_nothi
     assert played.ok, played.output
     assert played.changed
     assert played.last["state"] == "running"
-    assert rental.lets_in()
-    assert not rental.lets_in(make_key(folder))
+    assert rental.accepts()
+    assert not rental.accepts(make_key(folder))
     assert rental.ssh("stat -c %a:%u:%g ~").stdout.strip() == f"700:{rental.uid}:{rental.uid}"
     again = rental.create()
     assert again.ok, again.output
@@ -35,8 +35,8 @@ def test_new_keys_replace_the_old_ones_while_it_runs(rental: Rental, folder: Pat
     new = make_key(folder)
     status, report = rental.on.rental("create", **rental.variables, public_keys=[new.public])
     assert (status, report["changed"], report["state"]) == (0, True, "running")
-    assert rental.lets_in(new)
-    assert not rental.lets_in()
+    assert rental.accepts(new)
+    assert not rental.accepts()
 
 
 SAYS = "echo $ORION_RENTAL,$ORION_RENTAL_ID"
@@ -48,21 +48,21 @@ def test_its_sessions_know_the_rentals_name_in_variables_and_in_the_prompt(renta
     prompt = rental.ssh("cd /tmp; bash -i", "exit\n").stderr
     assert "my-lab:/tmp$ " in prompt, prompt
     rental.ssh("mkdir -p .ssh; echo LD_PRELOAD=/tmp/x > .ssh/environment; echo ORION_RENTAL=mine >> .ssh/environment")
-    assert rental.ssh("echo $LD_PRELOAD").stdout == "\n", "what a home says counts for nothing else"
+    assert rental.ssh("echo $LD_PRELOAD").stdout == "\n", "a file in the home sets no other variable"
     status, _ = rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
     assert status == 0
     rental.ssh("rm -r .ssh")
-    assert rental.ssh(SAYS).stdout == f"my-lab,{rental.rental_id}\n", "an order by hand leaves the name as it was"
+    assert rental.ssh(SAYS).stdout == f"my-lab,{rental.rental_id}\n", "an order by hand does not change the name"
 
 
 def test_a_created_account_is_locked_until_its_epoch_is_unlocked(rental: Rental) -> None:
     rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
-    assert not rental.lets_in()
+    assert not rental.accepts()
     status, report = rental.on.rental("unlock", rental_id=rental.rental_id, epoch=2)
     assert (status, report["code"]) == (3, "stale_epoch")
-    assert not rental.lets_in()
+    assert not rental.accepts()
     assert rental.on.rental("unlock", rental_id=rental.rental_id, epoch=1)[0] == 0
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_a_lower_epoch_is_refused_with_its_reason_and_a_higher_one_is_taken(rental: Rental) -> None:
@@ -72,10 +72,10 @@ def test_a_lower_epoch_is_refused_with_its_reason_and_a_higher_one_is_taken(rent
     assert not late.ok
     assert late.last["code"] == "stale_epoch"
     assert late.last["msg"] == "epoch 1 is older than epoch 2, which was seen here"
-    assert rental.lets_in()
+    assert rental.accepts()
     rental.epoch = 3
     rental.create_quickly()
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_an_order_past_its_deadline_is_refused(rental: Rental) -> None:
@@ -91,7 +91,7 @@ def test_a_locked_rental_refuses_its_renter_and_loses_its_processes(rental: Rent
     status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
     assert status == 0
     assert report["killed"] >= 1
-    assert not rental.lets_in()
+    assert not rental.accepts()
     wait_until(lambda: str(rental.uid) not in rental.on.run("ps", "-eo", "ruid"), "the dead are reaped")
 
 
@@ -103,7 +103,7 @@ def test_a_name_or_number_of_another_rental_is_refused(rental: Rental, folder: P
         keys = {"public_keys": [other.key.public]} if command == "create" else {}
         status, report = rental.on.rental(command, **other.variables, **keys)
         assert (status, report["code"]) == (3, "conflict")
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 SERVE = """echo "I'm $(id -un) in $PWD, $SHELL"; tty; ulimit -u; ps -o sid=,pid= -p $$; exec sleep 1000"""

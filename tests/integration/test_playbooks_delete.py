@@ -1,4 +1,4 @@
-"""delete_user.yml against a renter who does not want to go."""
+"""Tests of delete_user.yml against a renter that resists."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_nothing_is_left_of_a_renter_who_hides_and_forks_and_the_neighbour_keeps
     assert played.last["removed_files"] > 5500
     assert {"/", "/dev/mqueue", "processes", "System V IPC"} <= set(played.last["looked"])
     assert rental.traces() == ""
-    assert neighbour.lets_in()
+    assert neighbour.accepts()
     kept = neighbour.ssh("cat ~/file; ls ~; pgrep -c -u $(id -u) sleep").stdout.split()
     assert kept == ["kept", "file", "open", "1"]
 
@@ -117,7 +117,7 @@ def test_a_purged_epoch_never_comes_back_and_purging_again_is_a_success(rental: 
     assert rental.traces() == ""
     rental.epoch = 2
     rental.create_quickly()
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_a_stale_purge_does_not_touch_a_newer_epoch(rental: Rental) -> None:
@@ -126,7 +126,7 @@ def test_a_stale_purge_does_not_touch_a_newer_epoch(rental: Rental) -> None:
     late = rental.delete(epoch=4)
     assert not late.ok
     assert late.last["code"] == "stale_epoch"
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_purging_what_never_was_there_is_a_success(rental: Rental) -> None:
@@ -184,4 +184,4 @@ def test_several_rentals_are_removed_in_one_order_and_one_that_is_refused_stays(
         assert report["killed"] >= 1
         assert report["removed_files"] >= 2
         assert each.traces() == ""
-    assert newer.lets_in()
+    assert newer.accepts()

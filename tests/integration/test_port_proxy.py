@@ -59,7 +59,7 @@ def serving(rental: Rental, says: str, address: str = "127.0.0.1", port: int = P
         finally:
             rental.ssh("pkill -f create_server")
             with suppress(subprocess.TimeoutExpired):
-                running.wait(PATIENCE_S)  # its end is told when the server's has been waited for: its port is free
+                running.wait(PATIENCE_S)  # it ends after the server: then the port is free
             running.kill()
 
 
@@ -73,7 +73,7 @@ def session_of(worker: Worker) -> str:
 
 
 def ask(rental: Rental, port: int = PORT, epoch: int = 0, session: str = "") -> str:
-    """What comes back, until nothing more does for a second; from the address of app and proxy."""
+    """Return the answer, up to a second of silence, to a request from the address of app and proxy."""
     way = PortToken(rental.rental_id, epoch or rental.epoch, port)
     with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
         there.sendall(request(way, session or session_of(rental.on)))

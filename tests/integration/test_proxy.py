@@ -80,7 +80,7 @@ def assert_problem(reply: httpx.Response, status: int, code: str) -> None:
     assert len(reply.headers["x-request-id"]) == 32
 
 
-# What reaches the manager
+# Requests that reach the manager
 
 
 def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.Client, proxy: Proxy) -> None:
@@ -133,7 +133,7 @@ def test_healthz_and_metrics_pass_and_nothing_outside_the_contract_does(client: 
     assert_problem(client.get("/.git/config"), 404, "not_found")
 
 
-# What goes back
+# Answers
 
 
 def test_replies_carry_the_security_headers_and_no_version(client: httpx.Client) -> None:
@@ -300,7 +300,7 @@ def test_one_token_over_its_limit_costs_its_neighbour_at_the_same_address_nothin
 
 
 def test_heartbeats_with_made_up_tokens_meet_the_ceiling_of_their_address(client: httpx.Client) -> None:
-    """Behind one address there is one worker, which sends some in a minute."""
+    """Send more than one worker does, which sends a few in a minute."""
     calls = [(HEARTBEAT, bearer(1000 + number, "worker")) for number in range(1500)]
     answers = [reply.status_code for reply in at_once(client.base_url, calls)]
     assert set(answers) == {200, 429}
@@ -382,9 +382,9 @@ def test_the_certificate_made_at_first_start_verifies(proxy: Proxy, client: http
 
 
 async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
-    """Return what comes back, by a client with one thread.
+    """Return the answer, by a client with one thread.
 
-    The one with two reads and writes the same TLS connection at a time, and may so lose what it sends.
+    A client with two threads reads and writes one TLS connection at the same time, and may lose bytes that it sends.
     """
     async with connect_in_one_thread(url, ssl=trust, proxy=None, open_timeout=60) as shell:
         await shell.send(sent)
@@ -407,7 +407,7 @@ def test_the_certificate_bears_the_names_asked_for(proxy: Proxy, tmp_path: Path)
 def test_old_protocols_are_refused(proxy: Proxy) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=certificate(proxy))
-    context.set_ciphers("ALL:@SECLEVEL=0")  # else this side would refuse before the proxy is asked
+    context.set_ciphers("ALL:@SECLEVEL=0")  # otherwise the client would refuse before the proxy does
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     with (
@@ -585,7 +585,7 @@ def test_with_nobody_at_the_address_and_a_certificate_of_the_users_own(own_certi
         lonely.give_secret()
         wait_until(lonely.answers, "the proxy answers")
         assert certificate(lonely) == (own_certificate / "tls.crt").read_text()
-        assert "set_real_ip_from" not in lonely.exec("cat", "/run/orion-trusted.conf").stdout, "nobody is trusted"
+        assert "set_real_ip_from" not in lonely.exec("cat", "/run/orion-trusted.conf").stdout, "no address is trusted"
         for _ in range(2):
             reply = post(f"{lonely.url}{HEARTBEAT}")
             assert reply.status_code in {502, 504}

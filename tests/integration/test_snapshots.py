@@ -92,7 +92,7 @@ class TestRealVault(SnapshotServiceContract):
     pass
 
 
-# What a home may hold
+# Contents of a home
 
 
 FURNISH = r"""
@@ -164,7 +164,7 @@ def told(rental: Rental) -> dict[str, Any]:
 
 
 async def move(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
-    """Restored on another worker at the next epoch, and let in."""
+    """Migrate a rental to another worker at the next epoch, and activate it there."""
     moved = replace(rental, on=to, epoch=rental.epoch + 1)
     await _rental(to, "create", **moved.variables, public_keys=[moved.key.public])
     assert await real.client.restore(home_of(moved))
@@ -222,7 +222,7 @@ async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_othe
 async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
     real: RealSnapshotService, rental: Rental
 ) -> None:
-    """Files that grow, links put in the place of files and of directories, as fast as the renter can."""
+    """Let files grow, and links replace files and directories, as fast as the renter can."""
     rental.ssh(
         "mkdir swap away; echo mine > swap/shadow; echo mine > file; head -c 3000000 /dev/zero > grows; "
         "(while :; do ln -sfT /etc/shadow file; rm -f file; echo mine > file; done) >/dev/null 2>&1 & "
@@ -249,7 +249,7 @@ SPOILED = {
     "another's": "100644 0,0 900:902",
     "sub": "120777 0,0 0:0",
 }
-"""What a compromised worker may have written of its files in a copy, as rsync keeps it."""
+"""Owners and modes of files that a compromised worker may have put into a snapshot, as rsync stores them."""
 
 
 async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
@@ -292,7 +292,7 @@ for name in itertools.islice(itertools.product(string.ascii_letters, repeat=2), 
     os.mkdir("".join(name))
     os.chmod("".join(name), 0o300)
 """
-"""As many directories as there can be of whose modes the manager is told, by names that are as short as can be."""
+"""The most directories whose modes the manager receives, with the shortest names."""
 
 
 @pytest.mark.parametrize("furnish", [LONG_NAMES, MANY_SHUT], ids=["long names", "many modes"])
@@ -361,7 +361,7 @@ async def test_the_resident_server_does_the_transfers_without_loading_anything(
     assert (stale.code, again.code) == ("stale_epoch", ALREADY_ACTIVATED)
     assert "PermissionError" in knocked.stderr
     assert (await real.client.take(home_of(rental), LIMITS)).snapshot.files == copied.snapshot.files, (
-        "nobody stands there now"
+        "no process of the renter is there now"
     )
 
 
@@ -440,13 +440,13 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
     await asyncio.sleep(0.2)
     restoring.cancel()
     await asyncio.gather(restoring, return_exceptions=True)
-    assert not moved.lets_in()
+    assert not moved.accepts()
     first = asyncio.create_task(real.client.restore(home_of(moved)))
     await asyncio.sleep(0.2)
     restoring = asyncio.create_task(real.client.restore(home_of(moved)))
     before = fillers(moved)
     assert (await refusal(first)).code == "superseded"
-    begun_or_over = lambda: restoring.done() or fillers(moved) - before  # noqa: E731 - one look may take longer than it
+    begun_or_over = lambda: restoring.done() or fillers(moved) - before  # noqa: E731 - one check may take longer than the restore
     await asyncio.to_thread(wait_until, begun_or_over, "the worker fills the home")
     unlocking = asyncio.create_task(_rental(neighbour, "unlock", rental_id=moved.rental_id, epoch=2))
     (copy,) = [await restoring]
@@ -463,9 +463,9 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     rental.ssh("echo precious > file; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
     status, _ = rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)
     assert status == 0
-    salvaged = await real.client.recover(home_of(rental), LIMITS)
-    assert salvaged.snapshot.recovered
-    assert (real.copy_of(home_of(rental), str(salvaged.snapshot.id)) / "file").read_text() == "precious\n"
+    recovered = await real.client.recover(home_of(rental), LIMITS)
+    assert recovered.snapshot.recovered
+    assert (real.copy_of(home_of(rental), str(recovered.snapshot.id)) / "file").read_text() == "precious\n"
 
     def is_ended() -> bool:
         return not rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip()
@@ -474,7 +474,7 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     for late in ("freeze", "thaw", "unlock"):
         status, report = rental.on.rental(late, rental_id=rental.rental_id, epoch=1)
         assert (status, report["code"]) == (3, "laid_down")
-    assert not rental.lets_in()
+    assert not rental.accepts()
     assert (await asyncio.to_thread(rental.delete)).ok
 
 
@@ -488,26 +488,26 @@ async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_re
     assert (over.code, "more than 50 files" in str(over), "orion thaw" in str(over)) == ("over_limit", True, True)
     states = ("ps", "-o", "stat=", "-u", str(rental.uid))
 
-    def stand() -> bool:
+    def stopped() -> bool:
         return {state[0] for state in rental.on.run(*states).split()} == {"T"}
 
     # One that was in the kernel finds its SIGSTOP when it comes back from there, which takes a turn of the processor.
-    await asyncio.to_thread(wait_until, stand, "all stand still")
-    assert not rental.lets_in()
+    await asyncio.to_thread(wait_until, stopped, "all processes are stopped")
+    assert not rental.accepts()
     rental.on.manager.placements = [placement(rental, "run")]
-    heard = len(rental.on.manager.calls)
+    calls = len(rental.on.manager.calls)
     await asyncio.to_thread(
-        wait_until, lambda: len(rental.on.manager.calls) > heard + 3, "some replies have said that it is to run"
+        wait_until, lambda: len(rental.on.manager.calls) > calls + 3, "some replies have the order to run"
     )
     rental.on.manager.placements = []
-    assert not rental.lets_in(), "a reply does not thaw it"
-    assert str(await refusal(real.client.take(home_of(rental), few))) == str(over), "it is not counted again"
+    assert not rental.accepts(), "a reply does not thaw it"
+    assert str(await refusal(real.client.take(home_of(rental), few))) == str(over), "the home is not counted again"
     thawed = await asyncio.to_thread(lambda: rental.on.playbook("thaw", rental_id=rental.rental_id, epoch=1))
     assert thawed.ok, thawed.output
     assert "unless it does" in str(await refusal(real.client.take(home_of(rental), few)))
     assert rental.ssh("rm -r many; echo kept > file").returncode == 0
     copied = await real.client.take(home_of(rental), few)
     assert copied.snapshot.files == 2
-    assert rental.lets_in()
+    assert rental.accepts()
     assert (await asyncio.to_thread(rental.delete)).ok
     assert rental.traces() == ""

@@ -1,7 +1,7 @@
-"""A lying worker: a program in the place of `orion-rental send` may answer anything, and uses the real rsync.
+"""Attacks of a lying worker: a program instead of `orion-rental send` may send any answer, and uses the real rsync.
 
-The snapshot service is the shipped program, run as root; only its ssh is replaced. What it runs under a rental's uid is
-copied to where any uid may read it, because this project may be in a directory of root's.
+The snapshot service is the shipped program, run as root; only its ssh is replaced. Its programs that have a rental's
+uid are copied to a directory that any uid may read, because this project may be in a directory of root.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def rsync(change=lambda data: data):
 
 
 class Liar:
-    """What it says is a program; `home` is what it has to show. `begin` makes it another rental's worker."""
+    """A lying worker. `says` sets the answering program, `home` has its files, `begin` changes its rental."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -89,7 +89,7 @@ class Liar:
 
     @property
     def kept(self) -> dict[str, str]:
-        """The names and first bytes of all that is in the newest complete copy."""
+        """Return the names and first bytes of all files in the newest complete snapshot."""
         places = [place for place in (self.place / "copies" / self.name).iterdir() if place.name != "incoming"]
         newest = max(places, key=lambda place: int(place.name.split("-")[1])) / "home"
         return {file.name: file.read_text()[:20] for file in newest.iterdir() if file.is_file()}
@@ -192,7 +192,7 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
 ) -> None:
     has(copied)
     copied.says(says)
-    # What is to be found out has all the time there is: a busy machine reads a hundred thousand bytes in seconds.
+    # Other refusals than a timeout get enough time: a busy machine reads a hundred thousand bytes in seconds.
     deadline_s = 3.0 if codes == {"timed_out"} else PATIENCE_S
     refused = await refusal(copied.client.take(copied.of, LIMITS, deadline_s=deadline_s))
     assert refused.code in codes, refused
@@ -246,7 +246,7 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
     ],
 )
 async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: str, told: str) -> None:
-    """The names have the same length, so that the stream stays what rsync expects."""
+    """Use names of the same length, so that the stream stays valid for rsync."""
     outside = copied.place / "outside"
     outside.mkdir(exist_ok=True)
     outside.chmod(0o777)
@@ -313,7 +313,7 @@ async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere
 
 
 def test_both_sides_mean_the_same(liar: Liar) -> None:
-    """What the worker runs is what rsync would have asked it to run, but for what only this side has to know."""
+    """Compare the worker's command with the one that rsync would send, without options of this side only."""
     recorder = liar.place / "recorder"
     recorder.write_text('#!/bin/sh\nshift\necho "$@" >&2\nexit 1\n')
     recorder.chmod(0o755)
@@ -333,7 +333,7 @@ def test_both_sides_mean_the_same(liar: Liar) -> None:
 
 
 def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:
-    """Whoever takes over the rsync here has its uid, and no more: no key, no socket, no other rental's copies."""
+    """Act with the uid of the receiving rsync: it may reach no key, no socket and no snapshot of another rental."""
     copied = liar
     (copied.place / "run/ssh/id_ed25519").write_text("secret")
     (copied.place / "copies/other").mkdir(mode=0o700)

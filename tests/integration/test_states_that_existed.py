@@ -1,6 +1,6 @@
-"""What a copy keeps of a home is a state that existed, and every entry of it: real workers, the real snapshot service.
+"""Tests that a snapshot holds every entry of a home, in a state that existed: real workers, the real snapshot service.
 
-The renter's bank (support/bank.py) notices a state that never was; support/difficult_tree.py holds what is difficult.
+The renter's bank (support/bank.py) detects a state that never existed; support/difficult_tree.py makes difficult files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from orion.manager.snapshots.port import Taken
 
 ROOMY = SnapshotLimits(max_files=100_000, max_bytes=1 << 30)
 MOVE = 1_000_000
-"""The number of a planned move, which only rises."""
+"""The number of a planned migration, which only rises."""
 BANK_S = 60.0
 BALLAST = "head -c 60000000 /dev/urandom > bank/c"
-"""It lies between the bank's files by its name: a copy that reads one after the other takes them at other instants."""
+"""A large file, by its name between the bank's files, so that a sequential read takes these at different times."""
 ATTRIBUTES_MB = 100
 
 
@@ -52,7 +52,7 @@ def _remove(rental: Rental, pair: tuple[Worker, Worker]) -> None:
 
 
 def _lay_down(rental: Rental, program: object) -> str:
-    """A program of the renter, where no copy of its home finds it."""
+    """Put a program of the renter outside of its home, so that no snapshot contains it."""
     path = f"/tmp/{rental.username}-{secrets.token_hex(3)}.py"  # noqa: S108 - of the renter
     source = Path(str(program.__file__)).read_text()  # type: ignore[attr-defined]
     done = rental.ssh(f"cat > {path}", source)
@@ -82,7 +82,7 @@ def _differences(before: list[str], after: list[str]) -> str:
 
 
 async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
-    """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
+    """Migrate as planned: a snapshot while the rental runs, a freeze, another snapshot, a restore elsewhere."""
     await real.client.take(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
 
@@ -96,19 +96,19 @@ async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Renta
 
 
 async def _taken_over(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
-    """As after the loss of its worker: from the last periodic copy."""
+    """Restore the last periodic snapshot, as after the loss of the worker."""
     copied = await real.client.take(home_of(rental), ROOMY)
     assert copied.snapshot.skipped == ()
     return await move(real, rental, to)
 
 
 async def _recovered(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
-    """As its owner restores what its lost worker still had when it came back."""
-    salvaged = await real.client.recover(home_of(rental), ROOMY)
-    assert salvaged.snapshot.skipped == ()
+    """Restore the recovered snapshot of a lost worker that came back."""
+    recovered = await real.client.recover(home_of(rental), ROOMY)
+    assert recovered.snapshot.skipped == ()
     made = replace(rental, on=to, epoch=rental.epoch + 1)
     await _rental(to, "create", **made.variables, public_keys=[made.key.public])
-    assert await real.client.restore(home_of(made), salvaged.snapshot.id)
+    assert await real.client.restore(home_of(made), recovered.snapshot.id)
     await _rental(to, "unlock", rental_id=made.rental_id, epoch=made.epoch)
     return made
 
@@ -183,7 +183,7 @@ async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
     if isinstance(told, Taken):
         moved = await move(real, rental, neighbour)
         after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
-        assert after == before, f"{what} is not as it was, and the move was not refused"
+        assert after == before, f"{what} changed, and the migration was not refused"
     else:
         text = str(await refusal(real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)))
         assert "odd" in text or "oooooooooo" in text, f"{what}: refused without its name: {text}"
@@ -198,7 +198,7 @@ def _open_bank(rental: Rental) -> None:
 
 
 def _wait_beyond(rental: Rental, step: str) -> None:
-    """Wait until the bank has gone beyond this step. Each waits for the disk, which a copy may use for seconds."""
+    """Wait until the bank is beyond this step. A step waits for the disk, which a snapshot may use for seconds."""
     wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > step, "the bank works", BANK_S)
 
 
@@ -213,13 +213,13 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotSer
         steps.add(step)
         await asyncio.to_thread(_wait_beyond, rental, step)
     assert not torn, "\n".join(torn)
-    assert len(steps) > 3, "the bank went on between the copies"
+    assert len(steps) > 3, "the bank continued between the snapshots"
 
 
 async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
-    salvaged = (await real.client.recover(home_of(rental), ROOMY)).snapshot
-    assert bank.faults(real.copy_of(home_of(rental), str(salvaged.id)) / "bank") == []
+    recovered = (await real.client.recover(home_of(rental), ROOMY)).snapshot
+    assert bank.faults(real.copy_of(home_of(rental), str(recovered.id)) / "bank") == []
 
 
 async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_program_goes_on(
@@ -229,5 +229,5 @@ async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_progra
     await real.client.take(home_of(rental), ROOMY)
     there = await move(real, rental, neighbour)
     program = await asyncio.to_thread(_lay_down, there, bank)
-    told = await asyncio.to_thread(there.ssh, f"python3 {program} check bank && python3 {program} run bank 3")
-    assert (told.returncode, told.stdout) == (0, "[]\n"), told.stdout + told.stderr
+    checked = await asyncio.to_thread(there.ssh, f"python3 {program} check bank && python3 {program} run bank 3")
+    assert (checked.returncode, checked.stdout) == (0, "[]\n"), checked.stdout + checked.stderr

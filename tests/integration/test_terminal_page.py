@@ -79,7 +79,7 @@ async def site(house: House, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> A
 
 async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing_of_it_is_cut(site: Site) -> None:
     async def told_size() -> tuple[int, int]:
-        """Return what the shell says: columns and rows."""
+        """Return the columns and rows that the shell reports."""
         await window.does("echo size $(stty size)")
         rows, columns = next(row for row in await window.rows() if row.startswith("size")).split()[1:]
         return int(columns), int(rows)
@@ -167,7 +167,7 @@ async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_bef
             await window.runs(f"printf '{mess}'; sleep 1000")
             printed = mess.encode().decode("unicode_escape").encode("latin-1")
             await eventually("it is printed", lambda printed=printed: _has_ended(site.shell, printed), True)
-            await asyncio.sleep(0.3)  # for the screen: what was printed has no end that could be awaited there
+            await asyncio.sleep(0.3)  # for the screen, which shows no end of the output
             count = len(site.shells.opened)
             site.shell.lose()
             await eventually("a new shell", lambda count=count: _is(len(site.shells.opened) > count), True)
@@ -199,7 +199,7 @@ ANOTHER_SCREEN = """async () => {
 
 
 async def test_what_a_new_shell_says_at_once_stands_on_the_empty_screen(site: Site) -> None:
-    """Not before it, where it would be cleared away: the prompt would be missing."""
+    """Check that the prompt is not written before the screen is cleared, and so lost."""
     async with site.open() as window:
         await window.page.evaluate(ANOTHER_SCREEN)
 
@@ -215,12 +215,12 @@ async def _is(value: bool) -> bool:
 
 
 async def _has_ended(shell: PtyShell, printed: bytes) -> bool:
-    """Return whether the line that was typed is in this shell, and nothing of it on the way to the next."""
+    """Return whether the typed line is in this shell, and no part of it is in transit to the next."""
     return b"sleep 1000" in shell.output and shell.output.endswith(printed)
 
 
 async def is_as_in_tmux(site: Site, window: Window, tmux: Tmux, what: str) -> None:
-    """Wait until the page shows what tmux shows of the same bytes: what is printed meanwhile counts for both."""
+    """Wait until the page shows the same as tmux for the same bytes, also for output that arrives meanwhile."""
 
     async def differs() -> object:
         shown = await window.rows(), await window.cursor()
@@ -297,7 +297,7 @@ async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_non
         await expect(other.locator("#ask")).to_be_visible()
         await window.runs("exit")
         await expect(window.page.locator("#status")).to_contain_text("has ended")
-        await expect(window.page.locator("#again")).to_be_visible()  # the end is said before the connection has ended
+        await expect(window.page.locator("#again")).to_be_visible()  # the end is shown before the connection has ended
         await window.page.reload()
         await expect(window.page.locator("#ask")).to_be_visible()
         assert await window.page.evaluate("sessionStorage.length") == 0
@@ -311,14 +311,14 @@ async def test_a_reload_after_the_right_has_ended_asks_again(site: Site) -> None
         await expect(window.page.locator("#ask")).to_be_visible()
         await expect(window.page.locator("#why")).to_contain_text("cannot be opened again")
         assert await window.page.evaluate("sessionStorage.length") == 0
-        window.complaints.clear()  # Chromium tells of each WebSocket that is refused
+        window.complaints.clear()  # Chromium complains of each refused WebSocket
 
 
 @pytest.mark.parametrize(
     ("owners", "found"), [(["bob", "admin"], "admin"), (["bob", "carol"], "Several"), (["bob"], "bob")]
 )
 async def test_an_admins_own_rental_goes_before_others_of_its_name(owners: list[str], found: str) -> None:
-    """As it does for the command and for ssh. An administrator sees everybody's."""
+    """Check the same choice as that of the command and of ssh. An administrator sees the rentals of all owners."""
     everybodys = [{"id": f"of-{owner}"} for owner in owners]
 
     async def answer(route: Route) -> None:

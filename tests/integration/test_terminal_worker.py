@@ -56,7 +56,7 @@ def rental(host: Worker, folder: Path) -> Iterator[Rental]:
 
 @dataclass
 class TerminalGateway:
-    """A server whose one route is a terminal of the rental."""
+    """Yield a server whose one route is a terminal of the rental."""
 
     shells: SshShells
     host: Host
@@ -97,7 +97,7 @@ class TerminalGateway:
 
 
 class Browser:
-    """What the page does, without its screen: everything is shown at once."""
+    """The page without its screen: all output is shown at once."""
 
     def __init__(self, websocket: ClientConnection) -> None:
         self._websocket = websocket
@@ -148,7 +148,7 @@ class Browser:
         return seen
 
     async def runs(self, command: str) -> str:
-        """What it prints: between two marks that are not in what is typed."""
+        """Return the output of a command, between two marks that are not in the typed text."""
         await self.types(f"echo be''gin; {command}; echo do''ne\n".encode())
         await self.sees(b"begin\r\n")
         return (await self.sees(b"done\r\n"))[: -len(b"done\r\n")].decode()

@@ -20,7 +20,7 @@ from worker_support import (
 )
 
 STOPS_WITHIN_S = "60"
-"""Then Docker kills it, which its exit status tells: much more than it takes to begin and to end on a busy machine."""
+"""Seconds until Docker kills it, which its exit status shows: much more than start and end take on a busy machine."""
 
 
 def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
@@ -47,12 +47,12 @@ def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
     with worker(network, manager, join) as new:
         new.wait_registered()
         beats = wait_until(lambda: len(manager.of("/api/heartbeat")) > 4 and manager.of("/api/heartbeat"), "5 beats")
-        assert (beats[-1].at - beats[0].at) / (len(beats) - 1) > 0.28, "no more often than it was told"
+        assert (beats[-1].at - beats[0].at) / (len(beats) - 1) > 0.28, "no more often than the reply allows"
         assert [beat.body["seq"] for beat in beats] == list(range(1, len(beats) + 1))
         assert beats[-1].body["load"]["memory_limit_bytes"] == 512 * 2**20
         assert beats[-1].body["load"]["processes"] > 2
         manager.interval_s = 2.0
-        changed_at = time.monotonic()  # after it: an answer to a call before it may tell either
+        changed_at = time.monotonic()  # taken after the change: an earlier call may get either answer
         first = wait_until(lambda: manager.of("/api/heartbeat", after=changed_at), "it is told the other interval")[0]
         second = wait_until(lambda: manager.of("/api/heartbeat", after=first.at), "the one after that")[0]
         assert second.at - first.at > 1.9
@@ -82,8 +82,8 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
         beats = manager.of("/api/heartbeat")
         asked = [beat for beat in beats if beat.body.get("vacating")]
         (goodbye,) = [beat for beat in beats if beat.body.get("leaving")]  # a call of before may come in behind it
-        assert goodbye.at - asked[0].at < 18, "it waits no longer than its grace of 8 s for what is not taken away"
-        assert len(asked) > 2, "it asks again and again"
+        assert goodbye.at - asked[0].at < 18, "it waits no longer than its grace of 8 s for its rentals"
+        assert len(asked) > 2, "it repeats its call"
         assert docker("inspect", "-f", "{{.State.ExitCode}}", new.name).strip() == "0"
         assert [item["state"] for item in goodbye.body["inventory"]] == ["locked"]
         assert "ended" in new.log()
@@ -96,17 +96,17 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
         assert new.host_keys == host_keys
         assert call.body["boot_id"] != manager.of("/api/register")[0].body["boot_id"]
         assert call.body["inventory"][0]["state"] == "locked"
-        assert not rental.lets_in(), "locked until a reply says run"
+        assert not rental.accepts(), "locked until a reply says run"
         manager.placements = [placement(rental, "run")]
         wait_until(lambda: _state(new, rental) == "running", "unlocked by a heartbeat's reply")
-        assert rental.lets_in()
+        assert rental.accepts()
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.2, 0.6])
 def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_killed(
     network: WorkerNetwork, manager: SmallManager, join: Path, after_s: float
 ) -> None:
-    """Process 1 gets no signal that it has no handler for, and the grace of a worker is ten minutes."""
+    """Stop it before it has handlers: process 1 ignores signals without one, and a worker has ten minutes of grace."""
     with worker(network, manager, join) as new:
         time.sleep(after_s)
         docker("restart", "--time", STOPS_WITHIN_S, new.name)
@@ -127,10 +127,10 @@ def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
         manager.placements = [placement(rental, want, epoch=1)]
         now = time.monotonic()
         wait_until(lambda: len(manager.of("/api/heartbeat", after=now)) > 2, "three heartbeats")
-        assert rental.lets_in()
+        assert rental.accepts()
         manager.placements = [placement(rental, want)]
         wait_until(lambda: _state(new, rental) == "locked", "locked")
-        assert not rental.lets_in()
+        assert not rental.accepts()
 
 
 def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(

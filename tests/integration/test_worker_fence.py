@@ -1,4 +1,4 @@
-"""What runs on a worker without a lease stands still, whatever its renter prepared against it; and goes on after."""
+"""Tests of the fence: processes on a worker without a lease are stopped, even hostile ones, and continue later."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DOOR_ANSWER_S = 0.5
 LONG_LEASE_S = 75.0
 """The lease while a scene is set up: a busy machine may leave a worker no time to renew a short one."""
 BUSY_S = 4.0
-"""What the worker, on one processor that its renters use up, may be late by where other tests run beside this one.
-By the clocks of the platform 15 s lie between a lease's end and a takeover."""
+"""Seconds by which the worker may be late on one processor that its renters use up, while other tests run.
+By the clocks of the platform, 15 s are between a lease's end and a takeover."""
 FROZEN_WITHIN_S = LEASE_S + BUSY_S
 WAKE_BUDGET_S = 0.5
 AWAY = {"X-Orion-Manager": "unreachable"}
@@ -104,7 +104,7 @@ class LeasedWorker:
         return next(str(item["state"]) for item in items if item["rental_id"] == of.rental_id)
 
     def shorten(self) -> None:
-        """Give it short leases until `mend`, and wait for the second call, which shows that it has heard of them."""
+        """Give it short leases until `mend`, and wait for the second call, which shows that it knows of them."""
         self.manager.lease_s = self.lease_s
         now = time.monotonic()
         wait_until(lambda: len(self.manager.of("/api/heartbeat", after=now)) > 1, "it has a short lease")
@@ -137,7 +137,7 @@ def run_in_background(rental: Rental, program: str) -> None:
 
 @pytest.fixture(scope="module")
 def fought(network: WorkerNetwork, join: Path, folder: Path) -> Iterator[LeasedWorker]:
-    """Each fight in a rental of its own on one worker, whose manager then falls silent."""
+    """Yield one rental for each attack on one worker, whose manager then stops answering."""
     with scene(network, join, folder, [*FIGHTS]) as found:
         for name, program in FIGHTS.items():
             run_in_background(found.rentals[name], program)
@@ -156,7 +156,7 @@ def test_a_renter_who_fights_the_freeze_loses(fought: LeasedWorker, fight: str) 
     late = max(ticks) - fought.cut_at
     assert 0 < late < FROZEN_WITHIN_S, f"{late:.3f} s\n{fought.worker.log()}"
     assert fought.states(rental) <= {"T", "Z"}
-    assert not rental.lets_in()
+    assert not rental.accepts()
     assert fought.shown(rental) == "frozen"
     time.sleep(0.4)
     assert fought.ticks(rental) == ticks
@@ -198,7 +198,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
         found.mend()
         wait_until(lambda: found.shown(rental) == "running", "thawed")
         wait_until(lambda: len(found.ticks(rental)) > len(ticks), "it ticks again")
-        assert rental.lets_in()
+        assert rental.accepts()
         terminal.stdin.write("after\nexit\n")
         terminal.stdin.write("\x04exit\n")
         said = terminal.communicate(timeout=SESSION_S)[0]
@@ -206,7 +206,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
         assert "after" in said
         assert "Stopped" not in said, "its shell did not notice"
         stopped = found.worker.run("sh", "-c", f"ps -o stat=,args= -u {rental.uid} | grep 'sleep 777'")
-        assert stopped.startswith("T"), "what the renter had stopped stays so"
+        assert stopped.startswith("T"), "processes that the renter had stopped stay stopped"
 
 
 def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
@@ -221,7 +221,7 @@ def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
         found.manager.instead = (502, AWAY)
         time.sleep(lease_s + 1.5)
         assert found.shown(rental) == "running"
-        assert rental.lets_in()
+        assert rental.accepts()
         found.cut(status=502)
         wait_until(lambda: found.shown(rental) == "frozen", "frozen")
         wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
@@ -247,7 +247,7 @@ def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_els
         if asleep == "its container":
             docker("unpause", found.worker.name)
             woke = time.time()
-        else:  # by the worker's own word: what is run in a container begins late on a busy machine
+        else:  # by the worker's own log: a command in a container begins late on a busy machine
             woke = float(found.worker.run("sh", "-c", "date +%s.%N; pkill -CONT -f orion/orion-agent"))
         time.sleep(WAKE_BUDGET_S + BUSY_S)
         late = max(found.ticks(rental)) - woke
@@ -265,7 +265,7 @@ def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: WorkerNetwo
         assert (played.changed, played.last["state"]) == (True, "frozen")
         wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
         ticks = found.ticks(rental)
-        assert not rental.lets_in()
+        assert not rental.accepts()
         assert found.worker.rental("freeze", **order)[1]["changed"] is False
         assert found.ticks(rental) == ticks
         assert found.states(rental) == {"T"}

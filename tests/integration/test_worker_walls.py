@@ -1,4 +1,4 @@
-"""What holds a renter inside its worker, tried by a renter."""
+"""Tests of the walls around a renter on its worker, tried by a renter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ except TimeoutError: print("silent")
 except OSError as error: print(error.strerror)
 """
 FILTERED = "No route to host"
-"""What a connection ends with that the worker's own filter rejects."""
+"""The error of a connection that the worker's own filter rejects."""
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_a_renter_reaches_no_neighbour_no_manager_and_no_local_address(
 def test_a_renter_sends_no_datagram_to_a_neighbour_even_from_a_socket_closed_at_once(
     rental: Rental, neighbour: Worker
 ) -> None:
-    """Heard by a raw count of what arrived, since the neighbour's own filter would hide it.
+    """Count the packets that arrive at the neighbour, because its own filter would hide them.
 
-    Its heartbeats are counted too, which are some ten packets a second: on a busy machine this may last a minute.
+    The count includes its heartbeats, some ten packets a second: on a busy machine this may last a minute.
     """
     counter = "awk '$1 ~ /eth0/ {print $3}' /proc/net/dev"
     before = int(neighbour.run("sh", "-c", counter))
@@ -188,7 +188,7 @@ time.sleep(60)
         assert status == 0
         assert report["killed"] >= made
     rental.on.rental("unlock", rental_id=rental.rental_id, epoch=1)
-    assert rental.lets_in()
+    assert rental.accepts()
 
 
 def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental: Rental) -> None:
@@ -201,8 +201,8 @@ def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental
 def test_failed_log_ins_of_a_renter_do_not_shut_the_managers_address_out(rental: Rental, folder: Path) -> None:
     stranger = new_rental(rental.on, folder)
     for _ in range(12):
-        assert not rental.lets_in(stranger.key)
-    assert rental.lets_in()
+        assert not rental.accepts(stranger.key)
+    assert rental.accepts()
 
 
 def test_files_go_in_and_out_by_sftp(rental: Rental, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _reply(status: str, *lines: str, body: str = "") -> bytes:
 
 
 class MadeUpWorker:
-    """A fake worker, whose port proxy takes the real proxy's requests with access tokens of the real manager."""
+    """A fake worker, whose port proxy accepts the real proxy's requests with access tokens of the real manager."""
 
     def __init__(self, platform: Platform, root: Path) -> None:
         self.address = f"{platform.proxy.network}.1"
