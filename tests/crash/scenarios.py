@@ -28,7 +28,7 @@ class Scenario:
     ignored_points: str = "cop"
     """A regular expression for crash points that are ignored: another scenario covers them, or a timer causes them.
 
-    An activated rental is copied at once; the scenario `copying` covers that.
+    A snapshot of an activated rental is taken at once; the scenario `copying` covers that.
     """
     workers: int | None = 2
 

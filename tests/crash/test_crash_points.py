@@ -80,7 +80,9 @@ async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
     tried = [point for point, (killed, _) in zip(points, results, strict=True) if killed]
     wrong = [broke for _, broke in results if broke]
     took_s = round(time.monotonic() - began)
-    record_property(CRASH_POINTS, [name, *(sum(point.kills == who for point in tried) for who in VICTIMS), took_s])
+    record_property(
+        CRASH_POINTS, [name, *(sum(point.kills == victim for point in tried) for victim in VICTIMS), took_s]
+    )
     assert points
     assert not wrong, "\n".join([f"{len(wrong)} of {len(points)}:", *wrong])
     missed = [f"{point.name} (time {point.time})" for point in points if point not in tried]

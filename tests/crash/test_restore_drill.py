@@ -38,15 +38,15 @@ async def test_going_back_to_a_backup_keeps_what_it_knows_and_destroys_nothing_t
     async with environment.running(), asyncio.timeout(2 * PATIENCE_S):
         for agent in [environment.new_agent() for _ in range(3)]:
             await environment.until_health(agent, "ready")
-        kept, moved, ended = [await rent(environment, name) for name in ("kept", "moved", "ended")]
+        kept, migrated, ended = [await rent(environment, name) for name in ("kept", "migrated", "ended")]
         token = (await environment.ask("POST", "/api/tokens", json={"name": "alice"})).json()
         backup = (await environment.ask("GET", "/api/admin/backup")).content
 
         # After the backup: one rental is released, one is taken over, one is new, and a token is revoked.
-        first, other = await environment.holder_of(moved), await environment.holder_of(ended)
+        first, other = await environment.holder_of(migrated), await environment.holder_of(ended)
         await environment.release(ended)
         first.die()
-        await environment.until(lambda r: r["state"] == "active" and r["worker_id"] == other.worker_id, moved)
+        await environment.until(lambda r: r["state"] == "active" and r["worker_id"] == other.worker_id, migrated)
         environment.return_of(first)
         await environment.until_health(first, "ready")
         since = await rent(environment, "since")
@@ -66,7 +66,7 @@ async def test_going_back_to_a_backup_keeps_what_it_knows_and_destroys_nothing_t
         await eventually(lambda: holder.unlocked() == {kept["id"]: 1})
 
         # A placement that the backup does not know is kept on its worker, locked, until the operator decides.
-        for agent, rental, epoch in ((first, since, 1), (other, moved, 2)):
+        for agent, rental, epoch in ((first, since, 1), (other, migrated, 2)):
             await environment.until_health(agent, "quarantined")
             assert (
                 rental["id"] in (await environment.ask("GET", f"/api/workers/{agent.worker_id}")).json()["explanation"]
@@ -77,11 +77,11 @@ async def test_going_back_to_a_backup_keeps_what_it_knows_and_destroys_nothing_t
         assert {item["id"] for item in status["overdue"]} == {first.worker_id, other.worker_id}
 
         # A rental that does not run where the backup says waits, and is created again with a higher epoch than ever.
-        for rental in (moved, ended):
+        for rental in (migrated, ended):
             await environment.until(lambda r: r["state"] == "queued", rental)
         for agent in [environment.new_agent(), environment.new_agent()]:
             await environment.until_health(agent, "ready")
-        for rental in (moved, ended):
+        for rental in (migrated, ended):
             await environment.until(lambda r: r["state"] == "active", rental)
             assert await epoch_of(environment, rental) > EPOCH_GAP
 

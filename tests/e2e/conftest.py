@@ -71,7 +71,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, figures: Figures) -> Iter
 
 @pytest.fixture(scope="session")
 def renter(platform: Stack, tmp_path_factory: pytest.TempPathFactory) -> Renter:
-    """Return a renter who is logged in as the admin."""
+    """Return a renter that is logged in as the admin."""
     return Renter(tmp_path_factory.mktemp("renter"), platform.url, platform.admin_token())
 
 

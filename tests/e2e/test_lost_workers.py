@@ -67,7 +67,7 @@ def test_a_killed_worker_loses_its_rental_and_is_cleaned_when_it_returns(
 
 
 @contextmanager
-def copied(stack: Stack, worker: Container) -> Iterator[str]:
+def copy_of(stack: Stack, worker: Container) -> Iterator[str]:
     """Run a second container with a copy of all files of this one, while that runs, and yield its name."""
     name = f"{PROJECT}-copy"
     stack.docker("commit", "--pause=false", worker.id, f"{name}:latest")
@@ -92,7 +92,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
 ) -> None:
     worker = stack.container_of(rental.worker_id)
     mark = stack.mark()
-    with copied(stack, worker) as copy:
+    with copy_of(stack, worker) as copy:
 
         def said() -> str:
             done = stack.exec(copy, "true")
@@ -229,9 +229,9 @@ def _check_files(
     orion: Orion, rental: Rental, renter: Renter, killed_at: float, shown: Rental, figures: Figures
 ) -> None:
     """Assert that the files are back, and that only files newer than the reported snapshot are missing."""
-    moved = orion.rental(rental.id)
-    assert renter.inside(moved, "cat kept; stat -c %a kept") == "precious\n640"
-    last_line = float(renter.inside(moved, "tail -n 1 lines"))
+    migrated = orion.rental(rental.id)
+    assert renter.inside(migrated, "cat kept; stat -c %a kept") == "precious\n640"
+    last_line = float(renter.inside(migrated, "tail -n 1 lines"))
     assert shown.last_safe_copy_at
     assert last_line >= shown.last_safe_copy_at.timestamp() - 0.5
     figures["lines lost by a kill"] = f"{killed_at - last_line:.1f} s of them"
@@ -268,12 +268,12 @@ def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> Non
 
 def _check_moved(orion: Orion, rental: Rental, renter: Renter) -> None:
     """Assert that the rental has the same name, account, key and expiry, and the pinned host key of its new worker."""
-    moved = orion.rental(rental.id)
-    assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
-    assert moved.worker_id != rental.worker_id
-    assert moved.ssh_host_keys == orion.worker(str(moved.worker_id)).ssh_host_keys != rental.ssh_host_keys
-    assert (moved.name, moved.username, moved.expires_at) == (rental.name, rental.username, rental.expires_at)
-    assert renter.inside(moved, "id -un") == rental.username
+    migrated = orion.rental(rental.id)
+    assert (migrated.state, migrated.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
+    assert migrated.worker_id != rental.worker_id
+    assert migrated.ssh_host_keys == orion.worker(str(migrated.worker_id)).ssh_host_keys != rental.ssh_host_keys
+    assert (migrated.name, migrated.username, migrated.expires_at) == (rental.name, rental.username, rental.expires_at)
+    assert renter.inside(migrated, "id -un") == rental.username
 
 
 def _check_return(stack: Stack, mark: int, rental: Rental, container: Container) -> None:

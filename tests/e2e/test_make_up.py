@@ -64,19 +64,19 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
     said = rolled(stack, ORION_SLOTS="2")
     figures["make up with other settings, one rental of 400 files"] = f"{time.monotonic() - began:.0f} s"
     assert f"Migrated, with all files: {rental.name}" in said
-    moved = _still_there(stack, orion, renter, mark, rental, tree)
-    assert moved.epoch == rental.epoch + 1
+    migrated = _still_there(stack, orion, renter, mark, rental, tree)
+    assert migrated.epoch == rental.epoch + 1
     assert not set(_workers(stack)) & set(before)
     assert [one.slots for one in orion.workers()] == [2] * WORKERS
 
-    renter.inside(moved, WRITING)
+    renter.inside(migrated, WRITING)
     time.sleep(3)
-    mark, written = stack.mark(), _power_cut(stack, moved)
+    mark, written = stack.mark(), _power_cut(stack, migrated)
     said = rolled(stack, ORION_SLOTS="1")
     assert f"Starting {WORKERS} stopped worker(s) unchanged" in said
-    last = _still_there(stack, orion, renter, mark, moved, tree)
+    last = _still_there(stack, orion, renter, mark, migrated, tree)
     assert int(renter.inside(last, "cat count")) >= written, "the files are at least as new as those on the disk"
-    assert last.epoch == moved.epoch + 1
+    assert last.epoch == migrated.epoch + 1
     assert [one.slots for one in orion.workers()] == [1] * WORKERS
 
     same = _workers(stack)

@@ -45,8 +45,8 @@ def last_number(at_work: subprocess.Popen[str]) -> int:
     return max((int(line) for line in said.split("\n")[:-1]), default=1)
 
 
-def check_nothing_is_missing(renter: Renter, moved: Rental, last_printed: int) -> None:
-    lines = [int(line) for line in renter.inside(moved, "cat lines").split()]
+def check_nothing_is_missing(renter: Renter, migrated: Rental, last_printed: int) -> None:
+    lines = [int(line) for line in renter.inside(migrated, "cat lines").split()]
     assert lines == list(range(1, len(lines) + 1))
     assert len(lines) >= last_printed
 
@@ -64,16 +64,16 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
         mark = stack.mark()
         said = renter.orion("migrate", "mover")
         last_printed = last_number(at_work)
-    moved = orion.rental(rental.id)
-    assert said.stdout == f"mover is on worker {moved.worker_id} now.\n"
-    assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
-    assert moved.worker_id != rental.worker_id
-    check_nothing_is_missing(renter, moved, last_printed)
-    check_all_is_there(renter, moved, tree)
-    assert renter.inside(moved, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
+    migrated = orion.rental(rental.id)
+    assert said.stdout == f"mover is on worker {migrated.worker_id} now.\n"
+    assert (migrated.state, migrated.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
+    assert migrated.worker_id != rental.worker_id
+    check_nothing_is_missing(renter, migrated, last_printed)
+    check_all_is_there(renter, migrated, tree)
+    assert renter.inside(migrated, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
     events = stack.events(mark)
-    held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
-    figures["planned migration of 100 MB: quiesce to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
+    quiesced, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
+    figures["planned migration of 100 MB: quiesce to active"] = f"{(active.at - quiesced.at).total_seconds():.2f} s"
     assert "placement.lost" not in kinds(events, rental), story(events)
     eventually("the source is purged", lambda: "placement.purged" in kinds(stack.events(mark), rental), 60)
 
@@ -97,9 +97,9 @@ def test_a_drain_migrates_what_it_can_explains_what_it_waits_for_and_ends(
         said = renter.orion("drain", drained)
         last_printed = last_number(at_work)
     assert said.stdout == f"{drained} is drained.\n"
-    moved = orion.rental(stays.id)
-    assert (moved.state, moved.worker_id) == (RentalState.ACTIVE, other.worker_id)
-    check_nothing_is_missing(renter, moved, last_printed)
+    migrated = orion.rental(stays.id)
+    assert (migrated.state, migrated.worker_id) == (RentalState.ACTIVE, other.worker_id)
+    check_nothing_is_missing(renter, migrated, last_printed)
     waiting = orion.rent(ssh_public_key=renter.public_key, wait_s=0)
     eventually(
         "the explanation has the drained worker", lambda: "1 draining" in orion.rental(waiting.id).explanation, 60

@@ -37,9 +37,13 @@ def test_a_new_worker_becomes_ready_and_a_removed_one_migrates_its_rental_first(
     figures["scale-down to active on another worker"] = f"{time.monotonic() - began:.1f} s"
     down = stack.await_kind(mark, "worker.became_down", 60, left.id)
     _check_move(stack, mark, down)
-    moved = orion.rental(moving.id)
-    assert (moved.state, moved.worker_id, moved.username) == (RentalState.ACTIVE, place.worker_id, moving.username)
-    assert renter.inside(moved, "cat kept") == "written at the last moment"
+    migrated = orion.rental(moving.id)
+    assert (migrated.state, migrated.worker_id, migrated.username) == (
+        RentalState.ACTIVE,
+        place.worker_id,
+        moving.username,
+    )
+    assert renter.inside(migrated, "cat kept") == "written at the last moment"
 
     assert orion.worker(left.id).health is WorkerHealth.DOWN
     renter.orion("remove", left.id, "--yes")

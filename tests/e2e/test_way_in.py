@@ -159,7 +159,7 @@ def test_a_rental_of_which_this_machine_has_no_key_is_opened_by_a_certificate(
 
 
 def test_a_shell_reconnects_after_a_restart_of_the_manager(stack: Stack, lab: Rental, renter: Renter) -> None:
-    """A terminal that was in an editor's mode is reset before a message is printed."""
+    """Check also that a terminal in an editor's mode is reset before a message is printed."""
     with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment) as shell:
         shell.shows("$ ", 30)
         shell.type("MARK=only-in-this-shell\n")
@@ -183,8 +183,8 @@ def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orio
     assert renter.ssh(lab, "true").returncode == 255
     last = renter.orion_json("keys", "lab", "ls")[0]
     assert "only key" in renter.orion("keys", "lab", "rm", last["id"], "--yes", status=6).stderr
-    stranger = make_key(tmp_path / "stranger")
-    said = renter.orion("ssh", "--cert", "-i", str(stranger), "lab", "echo $(id -un) $ORION_RENTAL")
+    unknown = make_key(tmp_path / "unknown")
+    said = renter.orion("ssh", "--cert", "-i", str(unknown), "lab", "echo $(id -un) $ORION_RENTAL")
     assert said.stdout == f"{lab.username} lab\n"
     kinds = [event.kind for event in orion.events(rental_id=lab.id)]
     assert {"rental.key_added", "rental.key_removed", "rental.certificate_issued"} <= set(kinds)
@@ -239,10 +239,10 @@ def test_plain_ssh_waits_for_a_rental_that_is_migrating(stack: Stack, lab: Renta
     stack.await_no_brake()
     machine = renter.run(["ssh", "-F", config, "lab.orion", "hostname"]).stdout
     stack.docker("kill", stack.container_of(lab.worker_id).id)
-    moved = renter.run(["ssh", "-F", config, "-o", "BatchMode=yes", "lab.orion", "hostname"])
-    assert moved.returncode == 0, moved.stderr
-    assert moved.stdout != machine
-    assert "host key" not in moved.stderr.lower()
+    done = renter.run(["ssh", "-F", config, "-o", "BatchMode=yes", "lab.orion", "hostname"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout != machine
+    assert "host key" not in done.stderr.lower()
 
 
 def test_with_persist_a_broken_connection_restores_the_screen(lab: Rental, renter: Renter) -> None:

@@ -40,7 +40,7 @@ def serving(orion: Orion, renter: Renter, name: str) -> Rental:
     return rental
 
 
-def who(url: str, **headers: str) -> str:
+def served_by(url: str, **headers: str) -> str:
     """Return the hostname of the worker that answers at the address, or an empty string if none answers."""
     try:
         reply = httpx.get(f"{url}who", headers=headers, timeout=WITHIN_S / 3, trust_env=False)
@@ -70,7 +70,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     path = f"{stack.url}/r/{rental.id}/{PORT}/"
     token = {"Authorization": f"Bearer {renter.token}"}
     assert httpx.get(path, timeout=WITHIN_S, trust_env=False).json()["code"] == "private"
-    before = eventually("the page is served", lambda: who(path, **token), WITHIN_S)
+    before = eventually("the page is served", lambda: served_by(path, **token), WITHIN_S)
 
     # On the platform's own address the page is in a sandbox, where everything works that needs no origin.
     page = context.new_page()
@@ -102,10 +102,10 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     # A public port is open to everybody, also after a migration.
     public = renter.orion("expose", rental.name, PORT, "--public", "--path").stdout
     assert path in public
-    assert who(path) == before
+    assert served_by(path) == before
     renter.orion("migrate", rental.name)
     expect(own).to_have_title("cut", timeout=WITHIN_S * 1000)
-    after = eventually("the target serves the page", lambda: who(path), MOVED_WITHIN_S)
+    after = eventually("the target serves the page", lambda: served_by(path), MOVED_WITHIN_S)
     assert after != before
     loads(own, f"http://{host}/")
     loads(page, page.url)
@@ -130,7 +130,7 @@ def test_a_page_of_one_rental_gets_nothing_of_another_that_the_same_browser_may_
     for rental in (mine, hostile):
         path = f"{stack.url}/r/{rental.id}/{PORT}/"
         token = {"Authorization": f"Bearer {renter.token}"}
-        eventually("the page is served", lambda path=path, token=token: who(path, **token), WITHIN_S)
+        eventually("the page is served", lambda path=path, token=token: served_by(path, **token), WITHIN_S)
     page = context.new_page()
     addresses = {}
     for way in ((), ("--path",)):

@@ -53,7 +53,7 @@ def done(order: BatchOrder, together: int) -> ResultMessage:
 
 
 def _found_a_family() -> bool:
-    """A child and a grandchild, each in a session of its own, as Ansible's workers are; none ever ends by itself.
+    """Start a child and a grandchild, each in a session of its own, as Ansible's workers; none ends by itself.
 
     Each writes its number to the file `family`. True in their parent, once both have: it may die then.
     """

@@ -55,7 +55,7 @@ class Process:
     """The engine's process, as the entrypoint starts it."""
 
     def __init__(self, directory: Path, private_key: Path | None, playbooks: Path = ROOT / "playbooks") -> None:
-        """Starts where there is a key for it."""
+        """Start the engine where there is a key for it."""
         self.playbooks = playbooks
         self.socket = directory / "engine.sock"
         self.directory = directory
@@ -120,7 +120,7 @@ def calm_manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManager]
 
 @pytest.fixture(scope="module")
 def mine(network: WorkerNetwork, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
-    """Not one that other tests share: these pause it."""
+    """Yield a worker that other tests do not share, because these pause it."""
     with worker(network, calm_manager, join) as made:
         made.wait_registered()
         yield made
@@ -163,12 +163,12 @@ class TestAnsibleEngine(EngineContract):
             assert_done(outcome)
             assert outcome.report.get("started") is started
         log = f"/home/{job.order.username}/.orion/start.log"
-        told = await asyncio.to_thread(
+        printed = await asyncio.to_thread(
             wait_until,
             lambda: (t := bench.on.run("sh", "-c", f"cat {log} || true")).count("\n") == 3 and t,
             "the command has ended",
         )
-        assert told.splitlines()[1] == said
+        assert printed.splitlines()[1] == said
         assert_done(await bench.engine.run(deletion(job)))
 
     async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(
@@ -223,14 +223,14 @@ class TestAnsibleEngine(EngineContract):
 class TestSshReach(ReachContract):
     @pytest.fixture
     def bench(self, mine: Worker, folder: Path) -> RealEngineBench:
-        """The reach needs no engine: this one is never started."""
+        """Return a bench whose engine is never started: the reach needs none."""
         return RealEngineBench(mine, Process(folder, None))
 
     async def test_a_worker_that_does_not_know_our_key_is_not_reached(
         self, bench: RealEngineBench, folder: Path
     ) -> None:
-        stranger = SshReach(make_key(folder).file.read_text())
-        assert await stranger.reach(bench.host, 60) is Reached.NO
+        unknown = SshReach(make_key(folder).file.read_text())
+        assert await unknown.reach(bench.host, 60) is Reached.NO
 
     async def test_a_port_that_accepts_and_says_nothing_is_given_up_in_time(self, bench: RealEngineBench) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as mute:
@@ -252,7 +252,7 @@ async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
     added = "    - name: What an operator added\n      ansible.builtin.command: hostname\n"
     with (playbooks / "create_user.yml").open("a") as playbook:
         playbook.write(added)
-    directory = folder / "held"
+    directory = folder / "kept"
     directory.mkdir(mode=0o700)
     process = Process(directory, calm_manager.key.file, playbooks)
     engine = AnsibleEngine(process.socket)

@@ -66,7 +66,7 @@ PLAYS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Of each play, in one process, because loading Ansible takes a while."""
+    """Return the results of each play, in one process, because loading Ansible takes a while."""
     directory = tmp_path_factory.mktemp("playbooks")
     (directory / "library").mkdir()
     (directory / "library" / "say.py").write_text(MODULE)

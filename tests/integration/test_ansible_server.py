@@ -74,7 +74,7 @@ class Engine:
             assert self.answer()["ok"]
 
     def occupy(self) -> list[Path]:
-        """All runners are at work until these gates are written to."""
+        """Occupy all runners until the test writes to the returned gates."""
         gates = []
         for name in [f"wait{number}" for number in range(RUNNERS)]:
             gates.append(self.gate(name))
@@ -96,7 +96,7 @@ class Engine:
         return self.directory / name
 
     def catch_up(self) -> None:
-        """When this returns, the engine has acted on everything that was sent before."""
+        """Return when the engine has processed all earlier requests."""
         for _ in range(2):
             self.send(b"?")
             assert not self.answer()["ok"]
@@ -164,7 +164,7 @@ def gone(pid: int) -> bool:
 
 
 def family(engine: Engine) -> list[int]:
-    """The three processes of a job 'family', once each has written its number."""
+    """Return the three processes of a job 'family', once each has written its number."""
     found = engine.directory / "family"
     wait_until(lambda: found.exists() and found.read_text().count("\n") == 3)
     return [int(pid) for pid in found.read_text().split()]

@@ -30,7 +30,7 @@ LARGE_FILE = "/terminal/xterm/xterm.js"
 
 
 def address(proxy: Proxy, port: int = 80) -> tuple[str, int]:
-    """The proxy itself, by no port that the engine might carry for it."""
+    """Return the proxy's own address, without a port that Docker might forward."""
     return f"{proxy.network}.2", port
 
 
@@ -67,7 +67,7 @@ def unfinished_headers_by_tls(attacked: Platform) -> socket.socket:
 
 
 def unfinished_body(attacked: Platform, path: str = "/api/rent", source: str = "", token: str = "") -> socket.socket:
-    """Of a known caller, for which the manager waits."""
+    """Begin a body of a known caller, for which the manager waits."""
     there = socket.create_connection(address(attacked.proxy), timeout=30, source_address=(source, 0))
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token or attacked.secrets.admin_token}\r\n"
     there.sendall(f"{head}Content-Length: 16000\r\n\r\n{'a' * 15_000}".encode())
@@ -102,8 +102,12 @@ KINDS: dict[str, tuple[Callable[[Platform], socket.socket], int, int]] = {
     "unfinished headers": (unfinished_headers, SAMPLE, CONNECTION_KIB),
     "unfinished headers by TLS": (unfinished_headers_by_tls, SAMPLE, CONNECTION_KIB),
     "unfinished bodies": (unfinished_body, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
-    "answers that nobody reads": (unread_answer, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
-    "streams that nobody reads": (unread_streams, SAMPLE // STREAMS, CONNECTION_KIB + STREAMS * REQUEST_KIB),
+    "answers that the client does not read": (unread_answer, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
+    "streams that the client does not read": (
+        unread_streams,
+        SAMPLE // STREAMS,
+        CONNECTION_KIB + STREAMS * REQUEST_KIB,
+    ),
 }
 """How one is opened, how many are, and the KiB that one may take."""
 
@@ -224,9 +228,9 @@ def under(
 def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
-    held, figures = under(attack, attacked, unknown_rentals[:1], TRUSTED, 10)
-    record_property("cost", {"held": held} | figures)
-    assert held <= room(attacked.proxy) // 4
+    connections, figures = under(attack, attacked, unknown_rentals[:1], TRUSTED, 10)
+    record_property("cost", {"connections": connections} | figures)
+    assert connections <= room(attacked.proxy) // 4
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -236,9 +240,9 @@ def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
     """Allow that they block new clients, but no client that is already connected."""
     # A large body of an unknown client is refused at once: the number depends on the attacker's speed.
     at_least = room(attacked.proxy) // (8 if attack == "large-bodies" else 4)
-    held, figures = under(attack, attacked, unknown_rentals, LIKE_A_WORKER, at_least)
-    record_property("cost", {"held": held} | figures)
-    assert held <= room(attacked.proxy) * 7 // 8
+    connections, figures = under(attack, attacked, unknown_rentals, LIKE_A_WORKER, at_least)
+    record_property("cost", {"connections": connections} | figures)
+    assert connections <= room(attacked.proxy) * 7 // 8
 
 
 def requests_of_nothing(number: int) -> bytes:
@@ -331,15 +335,15 @@ def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
         head = f"POST /api/rent HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
         there.sendall(head.encode())
         there.settimeout(1.0)
-        told = b""
-        while code not in told and time.monotonic() < began + 4 * WHOLE_WITHIN_S:
+        received = b""
+        while code not in received and time.monotonic() < began + 4 * WHOLE_WITHIN_S:
             there.sendall(b" ")
             try:
-                told += there.recv(65536)
+                received += there.recv(65536)
             except TimeoutError:
                 continue
-    assert told.startswith(b"HTTP/1.1 %d " % status)
-    assert code in told
+    assert received.startswith(b"HTTP/1.1 %d " % status)
+    assert code in received
     assert time.monotonic() - began >= within_s - 0.5
 
 

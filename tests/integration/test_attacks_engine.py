@@ -74,12 +74,12 @@ class Evil:
         self._replace("/usr/bin/python3", WRAPPER)
 
     def become(self, mode: str) -> None:
-        """From the next connection on; those that the engine keeps are broken off."""
+        """Change its behaviour from the next connection on, and break off those that the engine keeps."""
         self._replace("/run/evil", mode)
-        held = self._ssh_to_it()
+        kept = self._ssh_to_it()
         self.on.run("sh", "-c", "pkill -KILL -f '^sshd-session' || true")
         # Otherwise the engine may still use one of them, and gets the error that it was closed.
-        wait_until(lambda: not any(map(_is_running, held)), "the connections that were there have ended")
+        wait_until(lambda: not any(map(_is_running, kept)), "the connections that were there have ended")
 
     def answer(self, report: object) -> None:
         """Replace the output of its orion-rental from now on."""
@@ -88,7 +88,7 @@ class Evil:
         self.become("liar")
 
     def _ssh_to_it(self) -> set[int]:
-        """The processes of ssh on this machine that lead to it."""
+        """Return the processes of ssh on this machine that connect to it."""
         found = set()
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -122,7 +122,7 @@ def process(folder: Path, shared_manager: SmallManager) -> Iterator[Process]:
 
 @pytest.fixture
 async def bench(host: Worker, process: Process) -> AsyncIterator[RealEngineBench]:
-    """The engine, and an honest worker."""
+    """Yield the engine with an honest worker."""
     bench = RealEngineBench(host, process)
     yield bench
     await bench.engine.close()

@@ -34,7 +34,7 @@ def elsewhere(neighbour: Worker, folder: Path) -> Rental:
 
 @contextmanager
 def running(rental: Rental, program: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python program of the renter's, from its first line of output on until this ends."""
+    """Run a Python program of the renter from its first line of output until the block ends."""
     command = [*rental.on.ssh_command(rental.username, rental.key), "exec python3 -u -"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) as begun:
@@ -97,9 +97,9 @@ def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_sha
     """No search finds the owner of hidden terminals. Log-ins get theirs from root; other containers do not count."""
     with running(rental, OPEN_ALL.replace("HIDE", "True")) as attack:
         assert attack.stdout is not None
-        error, held = map(int, attack.stdout.readline().split())
+        error, count = map(int, attack.stdout.readline().split())
         assert error == SHUT
-        assert MOST_HELD - 16 < held < MOST_HIDDEN
+        assert MOST_HELD - 16 < count < MOST_HIDDEN
         for other in (roommate, elsewhere):
             assert terminal(other).startswith("/dev/pts/")
         assert has_more(elsewhere)

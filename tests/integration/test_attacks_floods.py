@@ -97,15 +97,15 @@ HONEST = {"rent": 201, "show": 200, "renew": 200, "release": 200}
 
 @asynccontextmanager
 async def flooding(attacked: Platform, request: Callable[[], bytes]) -> AsyncIterator[Counter[int]]:
-    """As fast as it goes, many requests at a time on each connection, from when it is a flood until the block ends."""
+    """Send requests as fast as possible, many at a time on each connection, until the block ends."""
     answers: Counter[int] = Counter()
     begun = asyncio.Event()
 
     async def attacker() -> None:
         while True:
             requests = b"".join(request() for _ in range(IN_A_ROW))
-            told = await raw(attacked.proxy.http_port, requests + LAST, within_s=20)
-            *flood, _last = re.findall(rb"HTTP/1\.1 (\d{3}) ", told) or [b""]
+            received = await raw(attacked.proxy.http_port, requests + LAST, within_s=20)
+            *flood, _last = re.findall(rb"HTTP/1\.1 (\d{3}) ", received) or [b""]
             answers.update(map(int, flood))
             if sum(answers.values()) > IN_A_ROW:
                 begun.set()

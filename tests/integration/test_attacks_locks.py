@@ -59,20 +59,20 @@ sys.addaudithook(note)
 HOLD = """
 import fcntl, os, sys, time
 WAYS = (
-    lambda held: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB),
-    lambda held: fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB),
-    lambda held: fcntl.lockf(held, fcntl.LOCK_SH | fcntl.LOCK_NB),
-    lambda held: fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_RDLCK),
+    lambda descriptor: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB),
+    lambda descriptor: fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB),
+    lambda descriptor: fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB),
+    lambda descriptor: fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK),
 )
 def hold(place):
     for flags in (os.O_RDWR, os.O_RDONLY):
         try:
-            held = os.open(place, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+            descriptor = os.open(place, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError:
             continue
         for way in WAYS:
             try:
-                way(held)
+                way(descriptor)
             except OSError:
                 pass
         return print(place)
@@ -150,16 +150,16 @@ def live(rental: Rental, folder: Path) -> None:
 
 
 @contextmanager
-def held_by(attacker: Rental, *guesses: str) -> Iterator[list[str]]:
+def locked_by(attacker: Rental, *guesses: str) -> Iterator[list[str]]:
     """Have a renter lock and lease all that it can open, until this ends; give the files and directories."""
     command = attacker.on.ssh_command(attacker.username, attacker.key)
     program = shlex.join(["python3", "-c", HOLD, *guesses])
     with subprocess.Popen([*command, program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as holding:
         assert holding.stdout is not None
         try:
-            held = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))
-            assert len(held) > 100, "it locks all files that every user may read"
-            yield held
+            places = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))
+            assert len(places) > 100, "it locks all files that every user may read"
+            yield places
             assert holding.poll() is None, "it kept the locks all the time"
         finally:
             holding.kill()
@@ -172,8 +172,8 @@ def test_a_renter_who_locks_all_that_it_can_open_keeps_nobody_waiting(observed: 
     locked = observed.noted("lock")
     assert {"/run/orion/sshd.lock", "/run/orion/freezing.lock", "/etc/.pwd.lock"} <= set(locked)
     there = (f"/var/lib/orion-aside/.{victim.rental_id}", f"/var/lib/orion/rentals/locks/{victim.rental_id}")
-    with held_by(attacker, *locked, *there) as held:
-        assert not set(held) & set(locked)
+    with locked_by(attacker, *locked, *there) as places:
+        assert not set(places) & set(locked)
         live(victim, folder)
     status, report = observed.on.rental("purge", **attacker.variables)
     assert (status, report["left"]) == (0, []), report
@@ -237,8 +237,8 @@ def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_
         assert holding.stdout is not None
         try:
             assert holding.stdout.readline() == "full\n"
-            held = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))  # type: ignore[union-attr]
-            assert f"/home/{attacker.username}/deep/file" in held
+            places = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))  # type: ignore[union-attr]
+            assert f"/home/{attacker.username}/deep/file" in places
             for order in ("freeze", "thaw", "lock", "unlock"):
                 asyncio.run(real.client.take(home_of(attacker), LIMITS))
                 status, report = on.rental(order, rental_id=attacker.rental_id, epoch=1)

@@ -39,8 +39,8 @@ def roommate(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
 
 
 def outcomes(rental: Rental, attempts: str) -> dict[str, str]:
-    told = rental.python(TRY_TO + attempts)
-    return dict(line.split(" ", 1) for line in told.splitlines())
+    printed = rental.python(TRY_TO + attempts)
+    return dict(line.split(" ", 1) for line in printed.splitlines())
 
 
 # Privileges
@@ -136,7 +136,7 @@ def test_a_renter_changes_nothing_of_how_it_is_let_in(rental: Rental) -> None:
 
 @pytest.fixture
 def machine() -> Iterator[tuple[str, int]]:
-    """A service of the machine that the platform runs on, at an address that is not of the platform's network."""
+    """Yield a service of the platform's host, at an address outside of the platform's network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         address = probe.getsockname()[0]

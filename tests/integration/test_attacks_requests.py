@@ -50,7 +50,7 @@ def assert_problem(reply: httpx.Response, *statuses: int) -> dict[str, Any]:
 
 
 def digits(token: str) -> str:
-    """The token with its last character changed."""
+    """Return the token with its last character changed."""
     return token[:-1] + ("a" if token[-1] != "a" else "b")
 
 
@@ -71,19 +71,21 @@ STRANGE_CREDENTIALS = {
 @pytest.mark.parametrize("credentials", STRANGE_CREDENTIALS.values(), ids=STRANGE_CREDENTIALS)
 def test_strange_credentials_are_none(attacked: Platform, credentials: str | bytes | None) -> None:
     headers = {} if credentials is None else {"Authorization": credentials}
-    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as nobody:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as anonymous:
         for path in ("/api/rentals", "/api/workers", "/api/events", "/api/status"):
-            assert assert_problem(nobody.get(path, headers=headers), 401)["code"] == "unauthorized"
-        assert_problem(nobody.post("/api/rent", json={}, headers=headers), 401)
+            assert assert_problem(anonymous.get(path, headers=headers), 401)["code"] == "unauthorized"
+        assert_problem(anonymous.post("/api/rent", json={}, headers=headers), 401)
 
 
 def test_a_token_counts_in_its_header_alone(attacked: Platform) -> None:
     token = attacked.secrets.admin_token
-    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60, cookies={"Authorization": token}) as nobody:
+    with httpx.Client(
+        base_url=attacked.url, trust_env=False, timeout=60, cookies={"Authorization": token}
+    ) as anonymous:
         for name in ("token", "access_token", "authorization"):
-            assert_problem(nobody.get("/api/workers", params={name: token}), 401)
-        assert_problem(nobody.get("/api/workers", headers={"Proxy-Authorization": f"Bearer {token}"}), 401)
-        assert_problem(nobody.get("/api/workers", headers={"Authorization": f"Bearer {digits(token)}"}), 401)
+            assert_problem(anonymous.get("/api/workers", params={name: token}), 401)
+        assert_problem(anonymous.get("/api/workers", headers={"Proxy-Authorization": f"Bearer {token}"}), 401)
+        assert_problem(anonymous.get("/api/workers", headers={"Authorization": f"Bearer {digits(token)}"}), 401)
 
 
 async def test_two_authorization_headers_are_refused(attacked: Platform) -> None:
@@ -383,8 +385,8 @@ AFTER_A_BODY: dict[str, tuple[bytes, list[int]]] = {
     "what waits to be asked": (framed(b"Expect: 100-continue", b"Content-Length: 12", body=BODY), [100, 401]),
     "chunks that wait to be asked": (framed(b"Expect: 100-continue", IN_CHUNKS, body=chunk(BODY) + LAST), [100, 401]),
     "what expects something else": (framed(b"Expect: 200-ok", b"Content-Length: 12", body=BODY), [401]),
-    "a large body of a stranger": (framed(b"Content-Length: 99999", body=WHOLE * 400), [401]),
-    "large chunks of a stranger": (framed(IN_CHUNKS, body=b"20000\r\n" + WHOLE * 400), [401]),
+    "a large body, unknown client": (framed(b"Content-Length: 99999", body=WHOLE * 400), [401]),
+    "large chunks, unknown client": (framed(IN_CHUNKS, body=b"20000\r\n" + WHOLE * 400), [401]),
     "a body over the limit": (framed(b"Content-Length: 300000", body=WHOLE * 1000), [413]),
     "chunks over the limit": (framed(IN_CHUNKS, body=chunk(WHOLE * 200) * 40 + LAST), [413]),
     "a body where there is nothing": (framed(b"Content-Length: %d" % len(WHOLE), body=WHOLE, path=b"/none"), [404]),
@@ -404,15 +406,15 @@ AFTER_A_BODY: dict[str, tuple[bytes, list[int]]] = {
     "a header that only the proxy takes": (framed(b"Idempotency-Key: \xff\x01", b"Content-Length: 0", body=b""), [400]),
 }  # fmt: skip
 """The sent bytes and the statuses that an unknown client gets; a known client gets 422 instead of 401."""
-UNENDED = {"a trailer without an end", "less than was announced", "less than a chunk", "a large body of a stranger",
-           "large chunks of a stranger"}  # fmt: skip
+UNENDED = {"a trailer without an end", "less than was announced", "less than a chunk", "a large body, unknown client",
+           "large chunks, unknown client"}  # fmt: skip
 """The rest of it is waited for, where a body of this size is taken from this caller."""
 
 
-@pytest.mark.parametrize("who", ["a stranger", "a client"])
-async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Platform, who: str) -> None:
+@pytest.mark.parametrize("sender", ["an unknown client", "a client"])
+async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Platform, sender: str) -> None:
     """Send bodies that the proxy forwards unbuffered, over connections that requests of others use next."""
-    token = attacked.token("bodies").encode() if who == "a client" else b""
+    token = attacked.token("bodies").encode() if sender == "a client" else b""
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
     sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
     port = attacked.proxy.http_port
@@ -615,9 +617,9 @@ def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: http
     assert reply.headers["x-request-id"] != "mine"
     body = {"hostname": "h", "ssh_host_keys": [host_key(9)], "slots": 1, "boot_id": "boot-0009", "agent_version": "1"}
     join = {"Authorization": f"Bearer {attacked.secrets.join_token}"} | forged
-    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as stranger:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as unknown:
         # It is the address at which the honest worker answers: so it is in use.
-        assert assert_problem(stranger.post("/api/register", json=body, headers=join), 409)["code"] == "address_in_use"
+        assert assert_problem(unknown.post("/api/register", json=body, headers=join), 409)["code"] == "address_in_use"
 
 
 async def test_plain_http_is_not_upgraded_to_another_protocol(attacked: Platform) -> None:

@@ -53,7 +53,7 @@ def rental(host: Worker, folder: Path) -> Rental:
 
 @contextmanager
 def running(rental: Rental, program: str) -> Iterator[None]:
-    """A Python program of the renter's that no freeze and no log-in has anything to do with."""
+    """Run a Python program of the renter without a log-in, and beyond the reach of a freeze."""
     become = ["setpriv", f"--reuid={rental.uid}", f"--regid={rental.uid}", "--clear-groups"]
     docker("exec", "--detach", rental.on.name, *become, "python3", "-c", program)
     try:
@@ -99,11 +99,11 @@ async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_
 ) -> None:
     await asyncio.to_thread(rental.ssh, "head -c 60000000 /dev/urandom > file")
     await real.client.take(home_of(rental), LIMITS)
-    moved = replace(rental, on=neighbour, epoch=2)
-    create = lambda: neighbour.rental("create", **moved.variables, public_keys=[moved.key.public])  # noqa: E731
+    restored = replace(rental, on=neighbour, epoch=2)
+    create = lambda: neighbour.rental("create", **restored.variables, public_keys=[restored.key.public])  # noqa: E731
     assert (await asyncio.to_thread(create))[0] == 0
-    with running(moved, STOP_EACH_RSYNC):
-        refused = await refusal(real.client.restore(home_of(moved), deadline_s=DEADLINE_S))
+    with running(restored, STOP_EACH_RSYNC):
+        refused = await refusal(real.client.restore(home_of(restored), deadline_s=DEADLINE_S))
         assert refused.code in {"timed_out", "stalled"}, refused
         await asyncio.to_thread(
             wait_until,
@@ -112,8 +112,8 @@ async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_
             LATE_S,
         )
     assert (await asyncio.to_thread(create))[0] == 0, "the rental's lock is free"
-    assert await real.client.restore(home_of(moved))
-    assert (await asyncio.to_thread(moved.delete)).ok
+    assert await real.client.restore(home_of(restored))
+    assert (await asyncio.to_thread(restored.delete)).ok
 
 
 def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(rental: Rental) -> None:

@@ -34,7 +34,7 @@ def alice(attacked: Platform) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def nobody(attacked: Platform) -> Iterator[httpx.Client]:
+def anonymous(attacked: Platform) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as client:
         yield client
 
@@ -55,7 +55,7 @@ def worker(attacked: Platform, rental_id: str, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def public(alice: httpx.Client, rental_id: str, worker: MadeUpWorker) -> str:
-    """Its path, which ends without a slash."""
+    """Return its path without a slash at the end."""
     reply = alice.put(f"/api/rentals/{rental_id}/ports/{worker.renter.port}", json={"public": True})
     return str(reply.raise_for_status().json()["path"]).rstrip("/")
 
@@ -104,19 +104,19 @@ def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
 
 
 def test_a_path_behind_the_port_passes_as_it_was_sent_and_so_does_a_log_in_of_the_renters_own(
-    nobody: httpx.Client, public: str
+    anonymous: httpx.Client, public: str
 ) -> None:
-    reply = nobody.get(f"{public}/a%2Fb//c/~d?e=%00", headers={"Authorization": "Basic YTpi"})
+    reply = anonymous.get(f"{public}/a%2Fb//c/~d?e=%00", headers={"Authorization": "Basic YTpi"})
     assert reply.json()["line"] == "GET /a%2Fb//c/~d?e=%00 HTTP/1.1"
     assert headers_at_renter(reply)["authorization"] == "Basic YTpi"
-    assert nobody.get(public).headers["location"] == f"{public}/"
+    assert anonymous.get(public).headers["location"] == f"{public}/"
 
 
 # Answers of a renter's process
 
 
-def test_what_a_renters_process_says_counts_for_its_own_page_alone(nobody: httpx.Client, public: str) -> None:
-    said = nobody.get(f"{public}/free").headers
+def test_what_a_renters_process_says_counts_for_its_own_page_alone(anonymous: httpx.Client, public: str) -> None:
+    said = anonymous.get(f"{public}/free").headers
     policies = said.get_list("content-security-policy")
     assert policies[0] == "sandbox allow-same-origin", "more of them only narrow"
     assert policies[1].startswith("sandbox allow-scripts")
@@ -132,8 +132,8 @@ def test_what_a_renters_process_says_counts_for_its_own_page_alone(nobody: httpx
 
 
 @pytest.mark.parametrize("number", range(len(SECRETS)))
-def test_the_proxy_obeys_nothing_that_a_renters_process_says(nobody: httpx.Client, public: str, number: int) -> None:
-    assert nobody.get(f"{public}/accel/{number}").text == "its own"
+def test_the_proxy_obeys_nothing_that_a_renters_process_says(anonymous: httpx.Client, public: str, number: int) -> None:
+    assert anonymous.get(f"{public}/accel/{number}").text == "its own"
 
 
 @pytest.mark.parametrize("number", range(len(SLOP)))
@@ -155,9 +155,9 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
 
 
 async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes_them(
-    attacked: Platform, worker: MadeUpWorker, nobody: httpx.Client, public: str, monkeypatch: pytest.MonkeyPatch
+    attacked: Platform, worker: MadeUpWorker, anonymous: httpx.Client, public: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = await asyncio.to_thread(nobody.get, f"{public}/hints")
+    reply = await asyncio.to_thread(anonymous.get, f"{public}/hints")
     assert (reply.status_code, reply.text) == (200, "its own")
     assert "sandbox" in reply.headers["content-security-policy"]
     assert "link" not in reply.headers
@@ -168,12 +168,12 @@ async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes
 
 @pytest.mark.parametrize("kilobytes", [5, 28])
 def test_an_answer_may_have_large_cookies(
-    nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, kilobytes: int
+    anonymous: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, kilobytes: int
 ) -> None:
-    assert nobody.get(f"{public}/cookie/{kilobytes}").text == "its own"
+    assert anonymous.get(f"{public}/cookie/{kilobytes}").text == "its own"
     host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.proxy.http_port}"
-    own = nobody.get(f"/cookie/{kilobytes}", headers={"Host": host})
-    nobody.cookies.clear()
+    own = anonymous.get(f"/cookie/{kilobytes}", headers={"Host": host})
+    anonymous.cookies.clear()
     assert own.headers["set-cookie"] == f"a={'b' * (kilobytes << 10)}; Path=/"
 
 
@@ -186,36 +186,36 @@ def test_an_answer_may_have_large_cookies(
     ],
 )
 def test_a_renters_answer_that_cannot_be_passed_on_is_blamed_on_nobody_else(
-    nobody: httpx.Client, public: str, path: str, code: str, says: str
+    anonymous: httpx.Client, public: str, path: str, code: str, says: str
 ) -> None:
-    reply = nobody.get(f"{public}/{path}")
+    reply = anonymous.get(f"{public}/{path}")
     assert (reply.status_code, reply.json()["code"]) == (502, code)
     assert says in reply.json()["detail"]
 
 
 @pytest.mark.parametrize("method", ["PROPFIND", "REPORT", "MKCOL", "QUERY", "VERSION-CONTROL"])
 def test_a_renters_program_may_know_more_methods_than_the_platform(
-    nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, method: str
+    anonymous: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, method: str
 ) -> None:
     host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.proxy.http_port}"
     for path, headers in ((f"{public}/x", {}), ("/x", {"Host": host})):
-        reply = nobody.request(method, path, headers=headers, content=b"<a/>")
+        reply = anonymous.request(method, path, headers=headers, content=b"<a/>")
         assert reply.json().get("line") == f"{method} /x HTTP/1.1", reply.text
-    assert nobody.request(method, "/api/rentals").json()["code"] == "method_not_allowed"
-    assert nobody.request("TRACE", f"{public}/x").status_code == 405
+    assert anonymous.request(method, "/api/rentals").json()["code"] == "method_not_allowed"
+    assert anonymous.request("TRACE", f"{public}/x").status_code == 405
 
 
 def test_its_owner_finds_a_rental_by_its_name(
-    alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+    alice: httpx.Client, anonymous: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
     port = worker.renter.port
     sent_on = alice.get(f"/r/web/{port}/a%2Fb?c=d")
     assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{port}/a%2Fb?c=d")
     followed = alice.put(f"/r/web/{port}", content=b"x", follow_redirects=True)
     assert followed.json()["line"] == "PUT / HTTP/1.1"
-    stranger = nobody.get(f"/r/web/{port}/")
-    assert (stranger.status_code, stranger.json()["code"]) == (401, "private")
-    assert f"`orion open web {port}`" in stranger.json()["detail"]
+    refused = anonymous.get(f"/r/web/{port}/")
+    assert (refused.status_code, refused.json()["code"]) == (401, "private")
+    assert f"`orion open web {port}`" in refused.json()["detail"]
     for path in ("/r/web/", "/r/web/80/", "/r/x"):
         assert "orion open" in alice.get(path).json()["detail"]
 
@@ -248,19 +248,21 @@ def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])
-def test_an_error_of_the_renters_is_the_renters(nobody: httpx.Client, public: str, status: int) -> None:
-    reply = nobody.get(f"{public}/status/{status}")
+def test_an_error_of_the_renters_is_the_renters(anonymous: httpx.Client, public: str, status: int) -> None:
+    reply = anonymous.get(f"{public}/status/{status}")
     assert (reply.status_code, reply.text) == (status, "as the renter says")
     assert "sandbox" in reply.headers["content-security-policy"]
 
 
-def test_a_redirect_of_a_program_that_knows_no_prefix_stays_in_its_port(nobody: httpx.Client, public: str) -> None:
-    assert nobody.get(f"{public}/redirect").headers["location"] == f"{public}/login?a=b"
+def test_a_redirect_of_a_program_that_knows_no_prefix_stays_in_its_port(anonymous: httpx.Client, public: str) -> None:
+    assert anonymous.get(f"{public}/redirect").headers["location"] == f"{public}/login?a=b"
 
 
-def test_a_page_in_a_sandbox_may_ask_its_own_port_first_whether_it_may_ask(nobody: httpx.Client, public: str) -> None:
+def test_a_page_in_a_sandbox_may_ask_its_own_port_first_whether_it_may_ask(
+    anonymous: httpx.Client, public: str
+) -> None:
     asks = {"Origin": "null", "Access-Control-Request-Method": "POST"}
-    reply = nobody.options(f"{public}/x", headers=asks)
+    reply = anonymous.options(f"{public}/x", headers=asks)
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (204, "*")
     assert "access-control-allow-credentials" not in reply.headers
 
@@ -369,21 +371,21 @@ async def test_both_lengths_at_once_are_one_request_or_none(
 
 def test_a_second_answer_on_a_renters_connection_is_nobodys(nobody: httpx.Client, public: str) -> None:
     for _ in range(3):
-        assert nobody.get(f"{public}/twice").text == "first"
-        assert nobody.get("/healthz").json() == {"status": "ok"}
+        assert anonymous.get(f"{public}/twice").text == "first"
+        assert anonymous.get("/healthz").json() == {"status": "ok"}
 
 
 # Permissions, and ports without a server
 
 
 def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
-    attacked: Platform, nobody: httpx.Client, alice: httpx.Client, private: str, worker: MadeUpWorker
+    attacked: Platform, anonymous: httpx.Client, alice: httpx.Client, private: str, worker: MadeUpWorker
 ) -> None:
     before = len(worker.renter.heads)
-    refused = nobody.get(f"{private}/x")
+    refused = anonymous.get(f"{private}/x")
     assert (refused.status_code, refused.json()["code"]) == (401, "private")
     assert "sandbox" not in refused.headers["content-security-policy"], "this page is the platform's own"
-    assert nobody.get("/r/aaaaaaaaaa/8000/").json()["code"] == "private"
+    assert anonymous.get("/r/aaaaaaaaaa/8000/").json()["code"] == "private"
     with attacked.client(attacked.token("mallory")) as mallory:
         assert mallory.get(f"{private}/x").json()["code"] == "not_found"
         assert mallory.post(f"{private}/x", content=b"x" * 1000).json()["code"] == "not_found"
@@ -393,26 +395,26 @@ def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
 
 
 def test_a_browser_opens_a_private_port_by_a_ticket_and_its_key_is_in_no_log(
-    attacked: Platform, alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+    attacked: Platform, alice: httpx.Client, anonymous: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
-    page = nobody.get("/.orion/open/")
+    page = anonymous.get("/.orion/open/")
     assert "form-action 'self'" in page.headers["content-security-policy"]
     port = str(worker.renter.port)
     ticket = alice.post(f"/api/rentals/{rental_id}/ports/{port}/ticket").json()["ticket"]
     form = {"rental": rental_id, "port": port, "ticket": ticket}
-    sent_on = nobody.post("/.orion/open/ticket", data=form)
+    sent_on = anonymous.post("/.orion/open/ticket", data=form)
     assert (sent_on.status_code, "set-cookie" in sent_on.headers) == (303, False)
-    assert nobody.post("/.orion/open/ticket", data=form).status_code == 401
-    assert nobody.get("/.orion/open/ticket").status_code == 404
+    assert anonymous.post("/.orion/open/ticket", data=form).status_code == 401
+    assert anonymous.get("/.orion/open/ticket").status_code == 404
     address = sent_on.headers["location"]
-    seen = headers_at_renter(nobody.get(f"{address}x"))
+    seen = headers_at_renter(anonymous.get(f"{address}x"))
     assert seen["x-forwarded-prefix"] == address.rstrip("/")
     key = address.partition("~")[2].rstrip("/")
-    assert nobody.get(f"{address}redirect").headers["location"] == f"{address}login?a=b"
+    assert anonymous.get(f"{address}redirect").headers["location"] == f"{address}login?a=b"
     for strange in (key[:-1], key + "x", key.replace("client", "admin"), "x" * 43 + key[43:]):
-        assert nobody.get(f"{private}/~{strange}/x").status_code == 401, strange
+        assert anonymous.get(f"{private}/~{strange}/x").status_code == 401, strange
     other = f"/r/{rental_id}/{worker.renter.port + 1}/~{key}/x"
-    assert nobody.get(other).status_code == 401
+    assert anonymous.get(other).status_code == 401
     wait_until(
         lambda: any(line["path"] == f"{private}/~/x" for line in attacked.proxy.access_log()), "it is in the log"
     )
@@ -444,16 +446,16 @@ def test_a_worker_that_does_not_answer_is_to_be_waited_for(
 # Transfers
 
 
-def test_streams_pass_as_they_come(nobody: httpx.Client, public: str, worker: MadeUpWorker) -> None:
-    with nobody.stream("GET", f"{public}/stream") as reply:
+def test_streams_pass_as_they_come(anonymous: httpx.Client, public: str, worker: MadeUpWorker) -> None:
+    with anonymous.stream("GET", f"{public}/stream") as reply:
         lines = reply.iter_lines()
         assert next(lines) == "one"
         worker.goes_on()
         assert next(lines) == "two"
 
 
-def test_large_bodies_pass_without_being_kept(nobody: httpx.Client, public: str) -> None:
-    assert nobody.post(f"{public}/upload", content=b"x" * 40 * MB).text == str(40 * MB)
+def test_large_bodies_pass_without_being_kept(anonymous: httpx.Client, public: str) -> None:
+    assert anonymous.post(f"{public}/upload", content=b"x" * 40 * MB).text == str(40 * MB)
 
 
 def heard(there: socket.socket, until: bytes) -> bytes:
@@ -554,14 +556,14 @@ def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None
     assert (seen["x-forwarded-proto"], seen["host"]) == ("https", f"127.0.0.1:{attacked.proxy.https_port}")
 
 
-def test_only_a_websocket_is_an_upgrade(nobody: httpx.Client, public: str) -> None:
-    seen = headers_at_renter(nobody.get(f"{public}/x", headers={"Upgrade": "h2c", "HTTP2-Settings": "x"}))
+def test_only_a_websocket_is_an_upgrade(anonymous: httpx.Client, public: str) -> None:
+    seen = headers_at_renter(anonymous.get(f"{public}/x", headers={"Upgrade": "h2c", "HTTP2-Settings": "x"}))
     assert "upgrade" not in seen
     assert seen["connection"] == "close"
 
 
 def test_a_rental_has_a_hundred_connections_and_calls_go_on(
-    attacked: Platform, nobody: httpx.Client, public: str
+    attacked: Platform, anonymous: httpx.Client, public: str
 ) -> None:
     with ExitStack() as open_ones:
         request = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -569,11 +571,11 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
             one = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.proxy.http_port)))
             one.sendall(request)
             assert one.recv(100).startswith(b"HTTP/1.1 200")
-        refused = nobody.get(f"{public}/x")
+        refused = anonymous.get(f"{public}/x")
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_connections")
         assert "web ports of this rental" in refused.json()["detail"]
-        assert nobody.get("/healthz").status_code == 200
-    wait_until(lambda: nobody.get(f"{public}/x").status_code == 200, "who has gone is forgotten")
+        assert anonymous.get("/healthz").status_code == 200
+    wait_until(lambda: anonymous.get(f"{public}/x").status_code == 200, "who has gone is forgotten")
 
 
 def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
@@ -602,20 +604,20 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
 
 
 def test_on_its_own_host_it_has_cookies_and_headers_of_its_own_and_never_ours(
-    attacked: Platform, alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+    attacked: Platform, alice: httpx.Client, anonymous: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
     port = str(worker.renter.port)
     host = f"{port}-{rental_id}.localhost:{attacked.proxy.http_port}"
-    assert nobody.get("/x", headers={"Host": host}).json()["code"] == "private"
+    assert anonymous.get("/x", headers={"Host": host}).json()["code"] == "private"
     ticket = alice.post(f"/api/rentals/{rental_id}/ports/{port}/ticket").json()
     assert ticket["host"] == host.partition(":")[0]
     form = {"rental": rental_id, "port": port, "ticket": ticket["ticket"]}
-    sent_on = nobody.post("/.orion/open/ticket", data=form, headers={"Host": host})
+    sent_on = anonymous.post("/.orion/open/ticket", data=form, headers={"Host": host})
     assert (sent_on.status_code, sent_on.headers["location"]) == (303, "/")
     cookie = sent_on.headers["set-cookie"]
     assert "HttpOnly" in cookie
     key = cookie.partition(";")[0].partition("=")[2]
-    nobody.cookies.clear()
+    anonymous.cookies.clear()
     for sent, passed in (
         (our_cookie(key), None),
         (f"a=b; {our_cookie(key)}", "a=b;"),
@@ -623,19 +625,19 @@ def test_on_its_own_host_it_has_cookies_and_headers_of_its_own_and_never_ours(
         (f"a=b; {our_cookie(key)}; c=d", "a=b; c=d"),
         (f"{our_cookie('x')}; {our_cookie(key)}; c=d", None),
     ):
-        seen = headers_at_renter(nobody.get("/x", headers={"Host": host, "Cookie": sent}))
+        seen = headers_at_renter(anonymous.get("/x", headers={"Host": host, "Cookie": sent}))
         assert seen.get("cookie", "").strip() == (passed or "").strip(), sent
         assert key not in json.dumps(seen)
         assert "x-forwarded-prefix" not in seen
-    said = nobody.get("/free", headers={"Host": host, "Cookie": our_cookie(key)}).headers
+    said = anonymous.get("/free", headers={"Host": host, "Cookie": our_cookie(key)}).headers
     assert len(said.get_list("set-cookie")) == 2
     assert said.get_list("cross-origin-resource-policy") == ["same-origin"]
     assert said.get_list("content-security-policy")[1] == "frame-ancestors 'self'"
     assert "strict-transport-security" not in said
     stolen = {"Host": host, "Cookie": our_cookie(key), "Origin": "http://8000-aaaaaaaaaa.localhost"}
-    assert nobody.get("/x", headers=stolen).status_code == 403
+    assert anonymous.get("/x", headers=stolen).status_code == 403
     elsewhere = {"Host": f"8000-{rental_id}.localhost", "Cookie": our_cookie(key)}
-    assert nobody.get("/x", headers=elsewhere).status_code == 401
-    assert nobody.get("/api/rentals", headers={"Host": host}).json()["code"] == "private", "no call of the platform"
+    assert anonymous.get("/x", headers=elsewhere).status_code == 401
+    assert anonymous.get("/api/rentals", headers={"Host": host}).json()["code"] == "private", "no call of the platform"
     for path in ("/.web/way", "/.orion/x"):
-        assert SECRET not in nobody.get(path, headers={"Host": host, "Cookie": our_cookie(key)}).text
+        assert SECRET not in anonymous.get(path, headers={"Host": host, "Cookie": our_cookie(key)}).text

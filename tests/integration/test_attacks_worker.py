@@ -40,16 +40,16 @@ class Mallory:
     def register(self, token: str, headers: dict[str, str] | None = None, **claim: Any) -> httpx.Response:
         return self._send("/api/register", token, CLAIM | claim, headers or {})
 
-    def beat(self, **told: Any) -> httpx.Response:
+    def beat(self, **fields: Any) -> httpx.Response:
         self.seq += 1
-        body = {"session_id": self.session, "seq": self.seq} | told
+        body = {"session_id": self.session, "seq": self.seq} | fields
         return self._send("/api/heartbeat", self.token, body, {})
 
     def become(self, reply: httpx.Response) -> None:
         assert reply.status_code == 201, reply.text
-        told = reply.json()
+        answer = reply.json()
         self.worker_id, self.token, self.session, self.seq = (
-            told["worker_id"], told["worker_token"], told["session_id"], 0,
+            answer["worker_id"], answer["worker_token"], answer["session_id"], 0,
         )  # fmt: skip
 
     def _send(self, path: str, token: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
@@ -58,7 +58,7 @@ class Mallory:
 
 @pytest.fixture(scope="module")
 def address(attacked: Platform) -> Iterator[str]:
-    """An address in the proxy's network that is not the honest worker's."""
+    """Return an address in the proxy's network that is not the honest worker's."""
     own = f"{attacked.proxy.network}.77"
     inspect = ["docker", "network", "inspect", "-f", "{{.Id}}", f"{attacked.proxy.project}_orion_net"]
     network = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout
@@ -134,8 +134,8 @@ def test_heartbeats_and_goodbyes_for_another_are_nobodys(
     victim = rental["worker_id"]
     heard = workers(attacked)[victim]["last_heartbeat_at"]
     for session in (attacked.session, SESSION, "00000000"):
-        for told in ({}, {"leaving": True}, {"seq": 2**53 - 1}):
-            assert code(mallory.beat(session_id=session, **told), 409) == "stale_session"
+        for fields in ({}, {"leaving": True}, {"seq": 2**53 - 1}):
+            assert code(mallory.beat(session_id=session, **fields), 409) == "stale_session"
     wait_until(lambda: workers(attacked)[victim]["last_heartbeat_at"] != heard, "the victim's own heartbeats count")
     assert workers(attacked)[victim]["health"] == "ready"
 
@@ -199,9 +199,9 @@ def test_a_rental_that_it_claims_to_hold_stays_where_it_is(
     before = place()
     item = {"rental_id": rental["id"], "username": rental["username"], "uid": 100_001, "state": "running"}
     claimed = [item | {"epoch": rental["epoch"] + epochs_later}]
-    told = mallory.register(mallory.token, inventory=claimed)
-    mallory.become(told)
-    for reply in (told, mallory.beat(inventory=claimed)):
+    registered = mallory.register(mallory.token, inventory=claimed)
+    mallory.become(registered)
+    for reply in (registered, mallory.beat(inventory=claimed)):
         orders = reply.json()["placements"]
         assert [order["want"] for order in orders] == ["purge"]
     assert place() == before

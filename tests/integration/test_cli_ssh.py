@@ -58,9 +58,9 @@ def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: s
     ssh, *options = ssh_arguments(found, AUTHORITY, SshRequest((), key), certificate)
     done = subprocess.run([ssh, "-F", "none", "-G", *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = done.stdout.replace("%%", "%").splitlines()
-    assert f"identityfile {key}" in told
-    assert f"certificatefile {certificate}" in told
+    options = done.stdout.replace("%%", "%").splitlines()
+    assert f"identityfile {key}" in options
+    assert f"certificatefile {certificate}" in options
 
 
 def test_an_agent_is_forwarded_only_where_that_is_asked_for() -> None:

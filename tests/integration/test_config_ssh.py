@@ -263,7 +263,7 @@ def test_a_path_that_cannot_be_written_is_refused_and_nothing_changes(machine: R
 
 
 def test_a_configuration_that_ssh_refuses_is_never_installed(machine: RenterMachine) -> None:
-    """A configuration that ssh refuses would break every ssh of this user."""
+    """Keep the former file: a configuration that ssh refuses would break every ssh of this user."""
     machine.orion("config-ssh")
     before = (machine.home / ".config/orion/ssh/config").read_text()
     strict = machine.home / "bin/ssh"
@@ -278,7 +278,7 @@ def test_a_configuration_that_ssh_refuses_is_never_installed(machine: RenterMach
 
 
 def test_another_users_home_is_left_alone(machine: RenterMachine) -> None:
-    """With sudo, files of root in a user's home would break every ssh of that user."""
+    """Run as with sudo: files of root in a user's home would break every ssh of that user."""
     if os.geteuid():
         pytest.skip("Only root can make a file that is another user's.")
     os.chown(machine.home, 12345, 12345)

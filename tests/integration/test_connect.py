@@ -320,7 +320,7 @@ async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 async def test_a_report_says_how_the_session_ended(tmp_path: Path) -> None:
     report = tmp_path / "report"
-    async with platform(moved) as port:
+    async with platform(migrated) as port:
         lost = await run(port, b"", ORION_CONNECT_REPORT=str(report))
     ended = json.loads(report.read_text())
     assert (ended["lost"], ended["there"]) == (True, True)
@@ -359,7 +359,7 @@ def assert_waited(stderr: bytes, reason: str) -> None:
         assert int(waited[1]) >= SAY_EVERY_S * number, line
 
 
-async def moved(connection: ServerConnection) -> None:
+async def migrated(connection: ServerConnection) -> None:
     """Begin a session, then close it because the rental leaves its worker."""
     await connection.send(b"SSH-2.0-x\r\n")
     await connection.close(4001, "its worker is down")
@@ -411,7 +411,7 @@ REMARKED = b"orion: box: its home holds 9.0 MB of 10.0 MB [2J\n"
 async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
     stdin_of_ssh: str, said_before: dict[str, str], shown: bytes
 ) -> None:
-    """A program that copies files always starts ssh with a pipe as its stdin."""
+    """Use a pipe as the stdin of ssh, as every program that copies files does."""
 
     def remarked(_connection: ServerConnection, _request: Request, response: Response) -> None:
         response.headers["X-Orion-Remark"] = "box: its home holds 9.0 MB of 10.0 MB\x85[2J"
@@ -429,7 +429,7 @@ async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
 
 
 async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the_next() -> None:
-    """A paused worker accepts connections and sends nothing. ssh does not notice that another worker answers later."""
+    """Act as a paused worker, which accepts connections and sends nothing. ssh does not notice the other worker."""
     sessions = 0
     continued = asyncio.Event()
 
@@ -463,7 +463,7 @@ async def test_a_lost_session_leaves_the_terminal_in_order(raw: bool) -> None:
     ours, theirs = pty.openpty()
     if raw:
         tty.setraw(theirs)
-    async with platform(moved) as port:
+    async with platform(migrated) as port:
         process = await start(port, stderr=theirs)
         os.close(theirs)
         assert process.stdout is not None
@@ -531,7 +531,7 @@ async def certified(platform: ScriptedPlatform, folder: Path) -> subprocess.Comp
 async def test_a_certificate_waits_for_a_queued_or_migrating_rental(
     certifying: ScriptedPlatform, tmp_path: Path
 ) -> None:
-    """A certificate that is made earlier would be for the former epoch and open nothing."""
+    """Check that no certificate is made earlier: that would be for the former epoch and open nothing."""
     queued = rental(state="queued", explanation="no worker has a free slot")
     moving = rental(state="migrating", explanation="its worker is down")
     certifying.answer("GET", "/api/rentals/abcdefgh23", queued, queued, moving, rental(epoch=3))

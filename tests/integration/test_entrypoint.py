@@ -46,7 +46,7 @@ entrypoint = load()
 
 @pytest.fixture
 def places(tmp_path: Path) -> Any:
-    """All of one's own, so that no right is needed."""
+    """Return directories of the tests' user, so that the tests need no privileges."""
     me = entrypoint.Account(os.geteuid(), os.getegid())
     everybody = {"root": me, "manager": me, "engine": me, "files": me}
     return entrypoint.Directories(
@@ -81,12 +81,12 @@ def test_the_first_start_makes_every_secret_for_root_alone(places: Any) -> None:
 
 
 def test_the_manager_is_told_what_the_files_hold(places: Any) -> None:
-    held = entrypoint.prepare(places)
+    secrets = entrypoint.prepare(places)
     authorities = ["host_authority", "user_authority"]
     tokens = ["admin_token", "join_token", "proxy_secret"]
-    assert sorted(held) == sorted([*authorities, *tokens, "ssh_private_key", "ssh_public_key"])
-    assert held["admin_token"] == (places.data / "secrets/admin_token").read_text().strip()
-    assert held["ssh_private_key"] == (places.data / "secrets/ssh_key").read_text()
+    assert sorted(secrets) == sorted([*authorities, *tokens, "ssh_private_key", "ssh_public_key"])
+    assert secrets["admin_token"] == (places.data / "secrets/admin_token").read_text().strip()
+    assert secrets["ssh_private_key"] == (places.data / "secrets/ssh_key").read_text()
 
 
 def test_a_second_start_keeps_every_secret(places: Any) -> None:
@@ -95,16 +95,16 @@ def test_a_second_start_keeps_every_secret(places: Any) -> None:
 
 
 def test_the_engine_gets_its_copy_of_the_key_and_a_place_for_its_socket(places: Any) -> None:
-    held = entrypoint.prepare(places)
+    secrets = entrypoint.prepare(places)
     copy = places.run / "engine" / "id_ed25519"
-    assert copy.read_text() == held["ssh_private_key"]
+    assert copy.read_text() == secrets["ssh_private_key"]
     assert (mode(copy), mode(copy.parent), mode(places.run)) == (0o600, 0o700, 0o2750)
 
 
 def test_the_vault_gets_a_place_for_copies_and_its_ssh_a_copy_of_the_key(places: Any) -> None:
-    held = entrypoint.prepare(places)
+    secrets = entrypoint.prepare(places)
     copy = places.snapshot_service / "ssh" / "id_ed25519"
-    assert copy.read_text() == held["ssh_private_key"]
+    assert copy.read_text() == secrets["ssh_private_key"]
     assert (mode(copy), mode(copy.parent), mode(places.snapshot_service), mode(places.data / "copies")) == (
         *(0o600, 0o700, 0o711, 0o711),
     )
@@ -158,7 +158,7 @@ def _prepare_with(places: Any, key: str) -> None:
 
 
 def die_at(line: int, work: Callable[[], None]) -> bool:
-    """Whether the work came to its end before its n-th line."""
+    """Return whether the work ended before its n-th line."""
     pid = os.fork()
     if pid == 0:
         left = line
@@ -217,7 +217,7 @@ class EntrypointContainer:
         return self.process.wait(PATIENCE_S)
 
     def read(self, name: str) -> str:
-        """Waits until a child has written a whole line into the file."""
+        """Wait until a child has written a whole line into the file; return the file's text."""
         deadline = time.monotonic() + PATIENCE_S
         while not (self.directory / name).exists() or not (self.directory / name).read_text().endswith("\n"):
             assert time.monotonic() < deadline, name
@@ -227,7 +227,7 @@ class EntrypointContainer:
 
 @pytest.fixture
 def run() -> Iterator[Callable[..., EntrypointContainer]]:
-    """Starts containers in a directory that every uid can write to, as pytest's own cannot."""
+    """Yield a function that starts containers in a directory that every uid can write to, unlike pytest's own."""
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o777)
     started: list[EntrypointContainer] = []

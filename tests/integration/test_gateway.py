@@ -243,7 +243,7 @@ async def test_the_largest_frame_is_relayed() -> None:
 
 
 def small_buffer(gateway: RelayGateway) -> socket.socket:
-    """A connection to it, without which the kernel may take a great deal in for a client that reads nothing."""
+    """Connect with a small buffer: otherwise the kernel may buffer many bytes for a client that reads nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     address = urlsplit(gateway.url)

@@ -73,7 +73,7 @@ def ssh(rental: Rental, to: Worker, *options: str) -> subprocess.CompletedProces
 
 
 def is_refused(rental: Rental, to: Worker) -> bool:
-    """It never comes to a log-in: the host is not believed."""
+    """Return whether ssh refuses the host before a log-in."""
     done = ssh(rental, to)
     assert done.returncode == 255, done.stdout
     assert "Permission denied" not in done.stderr, done.stderr
@@ -176,7 +176,7 @@ def test_another_rental_of_the_same_name_is_another_host(one: Rental, another: R
 
 
 def user_certificate(rental: Rental, folder: Path, of: Rental | None = None, **how: Any) -> tuple[str, ...]:
-    """Options of ssh for one of a key that no worker knows. `of`: the rental for which it was signed."""
+    """Return ssh's options for a certificate of a key that no worker knows. `of`: the rental that it is signed for."""
     named = of or rental
     key = new_rental(rental.on, folder).key
     by, epoch = how.get("by", AUTHORITY), how.get("epoch", named.epoch)
@@ -209,14 +209,14 @@ def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: 
 
 def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Rental, folder: Path) -> None:
     activate(one)
-    held = user_certificate(one, folder)
+    options = user_certificate(one, folder)
     one.on.rental("lock", rental_id=one.rental_id, epoch=one.epoch)
-    assert "Permission denied" in ssh(one, one.on, *held).stderr
+    assert "Permission denied" in ssh(one, one.on, *options).stderr
     one.on.rental("unlock", rental_id=one.rental_id, epoch=one.epoch)
-    assert ssh(one, one.on, *held).returncode == 0
+    assert ssh(one, one.on, *options).returncode == 0
     one.epoch = 2
     activate(one)
-    assert "Permission denied" in ssh(one, one.on, *held).stderr
+    assert "Permission denied" in ssh(one, one.on, *options).stderr
     assert ssh(one, one.on, *user_certificate(one, folder)).returncode == 0
 
 
@@ -249,11 +249,11 @@ def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: R
 
 def test_languages_colours_and_terminals_of_a_renters_machine_are_known(one: Rental) -> None:
     activate(one)
-    told = os.environ | {"LC_ALL": "fr_FR.UTF-8", "COLORTERM": "truecolor", "ODD": "x"}
+    environment = os.environ | {"LC_ALL": "fr_FR.UTF-8", "COLORTERM": "truecolor", "ODD": "x"}
     options = ("-i", str(one.key.file), "-o", "SendEnv=LC_* COLORTERM ODD")
     ask = "bash -c 'printf é | wc -m'; perl -e 1; echo $LC_ALL $COLORTERM $ODD"
     command = [*ssh_command(one, one.on, *options), ask]
-    done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("1\nfr_FR.UTF-8 truecolor\n", "")
     for terminal in ("xterm-kitty", "xterm-ghostty", "alacritty", "wezterm", "foot"):
         assert one.ssh(f"TERM={terminal} infocmp").returncode == 0, terminal
@@ -262,7 +262,7 @@ def test_languages_colours_and_terminals_of_a_renters_machine_are_known(one: Ren
 
 @contextmanager
 def agent_with(key: Path) -> Iterator[str]:
-    """The socket of an agent of ours, which holds that key."""
+    """Yield the socket of a new agent with that key."""
     socket = f"{key}.agent"
     with subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL) as agent:
         wait_until(lambda: takes_connections(Path(socket)), "the agent listens")

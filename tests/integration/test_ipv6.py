@@ -56,7 +56,7 @@ with ThreadPoolExecutor(len(asked)) as pool:
 
 @pytest.fixture(scope="module")
 def dual(worker_image: str) -> Iterator[tuple[WorkerNetwork, str]]:
-    """A network as orion_net, with a prefix of IPv6 besides."""
+    """Yield a network as orion_net, which also has a prefix of IPv6."""
     first = f"10.{20 + secrets.randbelow(70)}.{secrets.randbelow(256)}"
     prefix = f"fd{secrets.token_hex(1)}:{secrets.token_hex(2)}:{secrets.token_hex(2)}:1"
     made = WorkerNetwork(f"{PREFIX}-dual", f"{first}.0/24", f"{first}.1")
@@ -120,7 +120,7 @@ def test_a_renter_reaches_nobody_by_ipv6_whatever_was_opened(scene: tuple[Rental
 
 
 def test_a_worker_takes_nothing_by_ipv6_and_no_router_from_the_network(scene: tuple[Rental, Worker, str]) -> None:
-    """From a container that was attached by hand and has all of the network's powers."""
+    """Send from a container that was attached by hand and may send any packet to the network."""
     rental = scene[0]
     on = rental.on
     routes = on.run("ip", "-6", "route")

@@ -52,7 +52,7 @@ class ManagerContainer:
 
 
 def build() -> str:
-    """The image's name, once it is there."""
+    """Build the image, and return its name."""
     docker("build", "--quiet", "--tag", IMAGE, "--file", f"{ROOT}/manager_app/Dockerfile", str(ROOT), timeout_s=900)
     return IMAGE
 

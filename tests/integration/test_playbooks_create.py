@@ -120,9 +120,9 @@ def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that
     played = rental.create(start=SERVE, start_mark=f"1@{boot}")
     assert played.ok, played.output
     assert played.last["started"] is True
-    wait_until(lambda: len(log().splitlines()) == 5, "the command has said who it is")
-    _, who, terminal, processes, session = log().splitlines()
-    assert who == f"I'm {rental.username} in /home/{rental.username}, /bin/bash"
+    wait_until(lambda: len(log().splitlines()) == 5, "the command has printed its user")
+    _, user, terminal, processes, session = log().splitlines()
+    assert user == f"I'm {rental.username} in /home/{rental.username}, /bin/bash"
     assert terminal == "not a tty"
     assert processes == rental.ssh("ulimit -u").stdout.strip()
     assert len(set(session.split())) == 1, "it leads a session of its own"

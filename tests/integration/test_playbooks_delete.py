@@ -61,7 +61,7 @@ while True:  # never the same process twice: the child goes on, the parent ends
 
 KILLED_PURGE = r"""
 import os, subprocess, sys, time
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both on one processor: who kills has it when it wants
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both on one processor, which the killer gets at once
 purge = subprocess.Popen(["nice", "-n", "19", "orion-rental", "purge"], stdin=subprocess.PIPE)
 purge.stdin.write(sys.argv[1].encode())
 purge.stdin.close()
@@ -150,7 +150,7 @@ def test_what_comes_back_is_reported_and_the_rental_stays_in_the_inventory(renta
         assert rental.rental_id in rental.on.run("orion-rental", "inventory")
     finally:
         rental.on.run("touch", "/run/enough")
-    wait_until(lambda: not rental.on.run("pgrep", "-f", "/run/enough", check=False), "nobody makes it again")
+    wait_until(lambda: not rental.on.run("pgrep", "-f", "/run/enough", check=False), "no program makes it again")
     assert rental.on.rental("purge", **rental.variables)[0] == 0
     assert rental.rental_id not in rental.on.run("orion-rental", "inventory")
 

@@ -40,7 +40,7 @@ def rental(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
 
 @pytest.fixture(scope="module")
 def other(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
-    """Of another renter, on the same worker."""
+    """Return the rental of another renter on the same worker."""
     return new_rental(host, tmp_path_factory.mktemp("keys")).create_quickly()
 
 
@@ -64,8 +64,8 @@ def serving(rental: Rental, says: str, address: str = "127.0.0.1", port: int = P
 
 
 def request(way: PortToken, session: str) -> bytes:
-    told = f"{way.text} {signature(session, way)}"
-    return f"GET /x HTTP/1.1\r\nHost: h\r\nX-Orion-Pass: {told}\r\n\r\n".encode()
+    access_token = f"{way.text} {signature(session, way)}"
+    return f"GET /x HTTP/1.1\r\nHost: h\r\nX-Orion-Pass: {access_token}\r\n\r\n".encode()
 
 
 def session_of(worker: Worker) -> str:

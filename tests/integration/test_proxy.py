@@ -234,9 +234,9 @@ def at_once(url: str | httpx.URL, calls: Iterable[tuple[str, dict[str, str]]]) -
         there = idle.get()
         try:
             there.sendall("\r\n".join([*lines, "", "{}"]).encode())
-            told = HTTPResponse(there, method="POST")
-            told.begin()
-            return httpx.Response(told.status, headers=told.getheaders(), content=told.read())
+            answer = HTTPResponse(there, method="POST")
+            answer.begin()
+            return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
         finally:
             idle.put(there)
 
@@ -343,8 +343,8 @@ async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(proxy: Pr
         with pytest.raises(InvalidStatus) as refusal:
             await open_session(websocket_url(proxy))
         assert refusal.value.response.status_code == 429
-        told = json.loads(refusal.value.response.body or b"")
-        assert (told["code"], "200 open sessions" in told["detail"]) == ("too_many_connections", True)
+        problem = json.loads(refusal.value.response.body or b"")
+        assert (problem["code"], "200 open sessions" in problem["detail"]) == ("too_many_connections", True)
         async with httpx.AsyncClient(base_url=proxy.url, trust_env=False, timeout=60) as http:
             assert (await http.get(REST, headers=bearer(77))).status_code == 200
 
@@ -356,10 +356,10 @@ def test_only_a_websocket_is_an_upgrade(client: httpx.Client) -> None:
 
 def test_an_event_arrives_when_it_happens(client: httpx.Client, manager: EchoManager) -> None:
     with client.stream("GET", "/api/events", headers={"Accept": "text/event-stream"}) as stream:
-        told = stream.iter_lines()
-        assert next(told) == "id: 1"
+        lines = stream.iter_lines()
+        assert next(lines) == "id: 1"
         manager.goes_on.set()  # not before the first has come
-        assert "id: 2" in told
+        assert "id: 2" in lines
 
 
 # TLS
@@ -447,7 +447,7 @@ def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open
         except httpx.TransportError:
             return False
 
-    wait_until(is_served, "a visitor who trusts it is served")
+    wait_until(is_served, "a visitor that trusts it is served")
 
 
 # An outer proxy

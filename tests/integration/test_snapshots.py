@@ -133,11 +133,11 @@ os.chmod("closed", 0)
 os.chmod(".", 0o711)
 """
 
-TELL = r"""
+LISTING = r"""
 import hashlib, json, os, stat
 os.chdir(os.path.expanduser("~"))
-told = {}
-def tell(path):
+entries = {}
+def describe(path):
     status = os.lstat(path)
     kind = stat.S_IFMT(status.st_mode)
     about = {"kind": kind, "mode": stat.S_IMODE(status.st_mode), "mtime": status.st_mtime_ns}
@@ -151,25 +151,25 @@ def tell(path):
             about["content"] = hashlib.sha256(open(path, "rb").read()).hexdigest()
     elif stat.S_ISDIR(kind) and status.st_mode & 0o400:
         for name in sorted(os.listdir(path)):
-            tell(os.path.join(path, name))
-    told[os.fsdecode(path).encode("utf-8", "surrogateescape").hex()] = about
-tell(b".")
-print(json.dumps(told))
+            describe(os.path.join(path, name))
+    entries[os.fsdecode(path).encode("utf-8", "surrogateescape").hex()] = about
+describe(b".")
+print(json.dumps(entries))
 """
 
 
-def told(rental: Rental) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(rental.python(TELL))
+def listing(rental: Rental) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(rental.python(LISTING))
     return {bytes.fromhex(name).decode(errors="backslashreplace"): about for name, about in found.items()}
 
 
-async def move(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
+async def migrate(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """Migrate a rental to another worker at the next epoch, and activate it there."""
-    moved = replace(rental, on=to, epoch=rental.epoch + 1)
-    await _rental(to, "create", **moved.variables, public_keys=[moved.key.public])
-    assert await real.client.restore(home_of(moved))
-    await _rental(to, "unlock", rental_id=moved.rental_id, epoch=moved.epoch)
-    return moved
+    migrated = replace(rental, on=to, epoch=rental.epoch + 1)
+    await _rental(to, "create", **migrated.variables, public_keys=[migrated.key.public])
+    assert await real.client.restore(home_of(migrated))
+    await _rental(to, "unlock", rental_id=migrated.rental_id, epoch=migrated.epoch)
+    return migrated
 
 
 @pytest.fixture
@@ -182,10 +182,10 @@ async def test_a_restored_home_is_as_it_was(real: RealSnapshotService, rental: R
     rental.ssh("touch -hd '2010-01-01 00:00:00.1' folder 'dated link'")
     await real.client.take(home_of(rental), LIMITS)
     rental.ssh("touch -hd '2010-01-01 00:00:00.2' folder 'dated link'")
-    before = told(rental)
+    before = listing(rental)
     copied = await real.client.take(home_of(rental), LIMITS)
     assert copied.snapshot.skipped == ()
-    after = told(await move(real, rental, neighbour))
+    after = listing(await migrate(real, rental, neighbour))
     assert after.keys() == before.keys()
     for name, about in after.items():
         assert about == before[name], name
@@ -204,9 +204,9 @@ async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_h
     await real.client.take(home_of(rental), LIMITS, for_migration=True)
     place = real.copies / rental.rental_id
     assert {each.name for each in place.iterdir()} == {"old-1-1", "1-2", "1-3", "1-4"}
-    there = await move(real, rental, neighbour)
+    there = await migrate(real, rental, neighbour)
     assert there.ssh("cat file").stdout == "last\n"
-    wait_until(lambda: not list(place.glob("old-*")), "it is removed once nobody waits")
+    wait_until(lambda: not list(place.glob("old-*")), "it is removed once no call waits")
 
 
 async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_other_generation(
@@ -261,8 +261,8 @@ async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
     rental.ssh("echo precious > honest")
     copied = (await real.client.take(home_of(rental), LIMITS)).snapshot
     place = real.copy_of(home_of(rental), str(copied.id))
-    for name, told in SPOILED.items():
-        os.setxattr(place / name, STAT, told.encode())
+    for name, stored in SPOILED.items():
+        os.setxattr(place / name, STAT, stored.encode())
     there = replace(rental, on=neighbour, epoch=2)
     await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
     before = neighbour.run("sh", "-c", "ls -la /etc | sha256sum")
@@ -303,7 +303,7 @@ async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_f
     before = rental.ssh("stat -c '%A %n' *").stdout
     copied = (await real.client.take(home_of(rental), LIMITS)).snapshot
     assert len(copied.skipped) == (20 if furnish is LONG_NAMES else 0)
-    there = await move(real, rental, neighbour)
+    there = await migrate(real, rental, neighbour)
     assert there.ssh("stat -c '%A %n' *").stdout == before
 
 
@@ -333,7 +333,7 @@ async def _come(early: asyncio.Task[Snapshot | None], bench: RealSnapshotBench, 
 
 @contextmanager
 def _standing(worker: Worker) -> Iterator[None]:
-    """As while the manager's engine holds its connection to it."""
+    """Keep a connection to the worker, as the manager's engine does."""
     serving = ["docker", "exec", "-i", worker.name, "orion-rental", "serve"]
     with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as standing:
         assert standing.stdout
@@ -434,26 +434,26 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
 ) -> None:
     rental.ssh("head -c 60000000 /dev/urandom > large; echo > small")
     await real.client.take(home_of(rental), LIMITS)
-    moved = replace(rental, on=neighbour, epoch=2)
-    await _rental(neighbour, "create", **moved.variables, public_keys=[moved.key.public])
-    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
+    migrated = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **migrated.variables, public_keys=[migrated.key.public])
+    restoring = asyncio.create_task(real.client.restore(home_of(migrated)))
     await asyncio.sleep(0.2)
     restoring.cancel()
     await asyncio.gather(restoring, return_exceptions=True)
-    assert not moved.accepts()
-    first = asyncio.create_task(real.client.restore(home_of(moved)))
+    assert not migrated.accepts()
+    first = asyncio.create_task(real.client.restore(home_of(migrated)))
     await asyncio.sleep(0.2)
-    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
-    before = fillers(moved)
+    restoring = asyncio.create_task(real.client.restore(home_of(migrated)))
+    before = fillers(migrated)
     assert (await refusal(first)).code == "superseded"
-    begun_or_over = lambda: restoring.done() or fillers(moved) - before  # noqa: E731 - one check may take longer than the restore
+    begun_or_over = lambda: restoring.done() or fillers(migrated) - before  # noqa: E731 - one check may take longer than the restore
     await asyncio.to_thread(wait_until, begun_or_over, "the worker fills the home")
-    unlocking = asyncio.create_task(_rental(neighbour, "unlock", rental_id=moved.rental_id, epoch=2))
+    unlocking = asyncio.create_task(_rental(neighbour, "unlock", rental_id=migrated.rental_id, epoch=2))
     (copy,) = [await restoring]
     assert copy
     await unlocking
-    assert moved.ssh("stat -c %s large").stdout == "60000000\n"
-    assert (await refusal(real.client.restore(home_of(moved)))).code == ALREADY_ACTIVATED
+    assert migrated.ssh("stat -c %s large").stdout == "60000000\n"
+    assert (await refusal(real.client.restore(home_of(migrated)))).code == ALREADY_ACTIVATED
 
 
 async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(

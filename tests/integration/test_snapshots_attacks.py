@@ -47,8 +47,8 @@ LIAR = r"""
 import json, os, subprocess, sys, time
 while os.read(0, 1) not in (b"\n", b""):
     pass
-def hello(**told):
-    os.write(1, json.dumps(told or {"ok": True}).encode() + b"\n")
+def hello(**message):
+    os.write(1, json.dumps(message or {"ok": True}).encode() + b"\n")
 def rsync(change=lambda data: data):
     with open("../list", "wb") as listed:
         listed.write(b"\0".join(map(os.fsencode, os.listdir("."))))
@@ -130,8 +130,8 @@ def liar(folder: Path) -> Iterator[Liar]:
 
 
 @pytest.fixture
-async def copied(liar: Liar) -> Liar:
-    """One that was honest once."""
+async def stored(liar: Liar) -> Liar:
+    """Return a worker that was honest once, so that there is a snapshot."""
     liar.begin()
     liar.shows(honest="first")
     await liar.client.take(liar.of, LIMITS)
@@ -154,7 +154,7 @@ def one_too_large(liar: Liar) -> None:
 
 
 def nothing(_: Liar) -> None:
-    """It has only its words."""
+    """Show no files: the worker sends only its messages."""
 
 
 @pytest.mark.parametrize(
@@ -188,18 +188,18 @@ def nothing(_: Liar) -> None:
     ],
 )  # fmt: skip
 async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
-    copied: Liar, has: Callable[[Liar], None], says: str, codes: set[str]
+    stored: Liar, has: Callable[[Liar], None], says: str, codes: set[str]
 ) -> None:
-    has(copied)
-    copied.says(says)
+    has(stored)
+    stored.says(says)
     # Other refusals than a timeout get enough time: a busy machine reads a hundred thousand bytes in seconds.
     deadline_s = 3.0 if codes == {"timed_out"} else PATIENCE_S
-    refused = await refusal(copied.client.take(copied.of, LIMITS, deadline_s=deadline_s))
+    refused = await refusal(stored.client.take(stored.of, LIMITS, deadline_s=deadline_s))
     assert refused.code in codes, refused
     assert "\x1b" not in str(refused)
     assert len(str(refused)) < 500
-    assert copied.kept == {"honest": "first"}
-    wait_until(lambda: not copied.running(), "nothing of it runs any more")
+    assert stored.kept == {"honest": "first"}
+    wait_until(lambda: not stored.running(), "nothing of it runs any more")
 
 
 def folders(liar: Liar) -> None:
@@ -207,12 +207,12 @@ def folders(liar: Liar) -> None:
         (liar.home / f"folder-{number}").mkdir()
 
 
-async def test_empty_directories_count_for_what_they_take_though_a_worker_says_nothing_of_them(copied: Liar) -> None:
-    folders(copied)
+async def test_empty_directories_count_for_what_they_take_though_a_worker_says_nothing_of_them(stored: Liar) -> None:
+    folders(stored)
     few, enough = SnapshotLimits(max_files=1000, max_bytes=3 << 20), SnapshotLimits(max_files=1000, max_bytes=4 << 20)
-    refused = await refusal(copied.client.take(copied.of, few))
+    refused = await refusal(stored.client.take(stored.of, few))
     assert (refused.code, "more than a snapshot may" in str(refused)) == (OVER_LIMIT, True)
-    copy = (await copied.client.take(copied.of, enough)).snapshot
+    copy = (await stored.client.take(stored.of, enough)).snapshot
     assert (copy.files, copy.bytes >= 902 * BLOCK_BYTES) == (902, True)
 
 
@@ -237,7 +237,7 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "sent"),
     [
         ("QQ_escape", "../escape"),
         ("QQ_QQ_escape", "../../escape"),
@@ -245,21 +245,21 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
         ("link_escape", "link/escape"),
     ],
 )
-async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: str, told: str) -> None:
+async def test_names_that_lead_out_of_a_home_lead_nowhere(stored: Liar, name: str, sent: str) -> None:
     """Use names of the same length, so that the stream stays valid for rsync."""
-    outside = copied.place / "outside"
+    outside = stored.place / "outside"
     outside.mkdir(exist_ok=True)
     outside.chmod(0o777)
-    (copied.home / "link").symlink_to(outside)
-    copied.shows(**{name: "escaped"})
-    copied.says(f"hello(); rsync(lambda data: data.replace({name.encode()!r}, {told.encode()!r}))")
-    assert len(name) == len(told)
-    refused = await refusal(copied.client.take(copied.of, LIMITS, deadline_s=PATIENCE_S))
+    (stored.home / "link").symlink_to(outside)
+    stored.shows(**{name: "escaped"})
+    stored.says(f"hello(); rsync(lambda data: data.replace({name.encode()!r}, {sent.encode()!r}))")
+    assert len(name) == len(sent)
+    refused = await refusal(stored.client.take(stored.of, LIMITS, deadline_s=PATIENCE_S))
     assert refused.code == "failed"
-    assert copied.kept == {"honest": "first"}
+    assert stored.kept == {"honest": "first"}
     assert list(outside.iterdir()) == []
     assert "escape" not in os.listdir("/tmp")  # noqa: PTH208, S108
-    escaped = [file for file in copied.under(copied.place) if file.name.startswith("escape")]
+    escaped = [file for file in stored.under(stored.place) if file.name.startswith("escape")]
     assert [file for file in escaped if "home" not in file.parts[-2:]] == []
 
 
@@ -286,30 +286,30 @@ def rsync(*listed):
 )
 @pytest.mark.parametrize("becomes", ["a link", "a file"])
 async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere(
-    copied: Liar, listed: list[bytes], becomes: str
+    stored: Liar, listed: list[bytes], becomes: str
 ) -> None:
-    outside = copied.place / "outside"
+    outside = stored.place / "outside"
     shutil.rmtree(outside, ignore_errors=True)
     outside.mkdir()
     outside.chmod(0o777)
-    (copied.home / "d").mkdir()
-    (copied.home / "d/x").write_text("first")
-    await copied.client.take(copied.of, LIMITS)
-    shutil.rmtree(copied.home / "d")
+    (stored.home / "d").mkdir()
+    (stored.home / "d/x").write_text("first")
+    await stored.client.take(stored.of, LIMITS)
+    shutil.rmtree(stored.home / "d")
     if becomes == "a link":
-        (copied.home / "d").symlink_to(outside)
+        (stored.home / "d").symlink_to(outside)
         (outside / "x").write_text("worker's")
     else:
-        (copied.home / "d").write_text("file")
-    copied.says(f"{LISTED}\nhello(); rsync(*{listed!r})")
+        (stored.home / "d").write_text("file")
+    stored.says(f"{LISTED}\nhello(); rsync(*{listed!r})")
     with suppress(SnapshotError):
-        await copied.client.take(copied.of, LIMITS, deadline_s=PATIENCE_S)
+        await stored.client.take(stored.of, LIMITS, deadline_s=PATIENCE_S)
     found = {file.name: file.read_text() for file in outside.iterdir()}
     assert found == ({"x": "worker's"} if becomes == "a link" else {})
-    assert copied.kept["honest"] == "first"
-    links = [place for place in copied.under(copied.place / "copies" / copied.name) if place.is_symlink()]
+    assert stored.kept["honest"] == "first"
+    links = [place for place in stored.under(stored.place / "copies" / stored.name) if place.is_symlink()]
     assert links == [], "a link is kept as a file with where it leads"
-    assert not (copied.place / "copies" / copied.name / "outside").exists()
+    assert not (stored.place / "copies" / stored.name / "outside").exists()
 
 
 def test_both_sides_mean_the_same(liar: Liar) -> None:
@@ -334,13 +334,13 @@ def test_both_sides_mean_the_same(liar: Liar) -> None:
 
 def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:
     """Act with the uid of the receiving rsync: it may reach no key, no socket and no snapshot of another rental."""
-    copied = liar
-    (copied.place / "run/ssh/id_ed25519").write_text("secret")
-    (copied.place / "copies/other").mkdir(mode=0o700)
+    stored = liar
+    (stored.place / "run/ssh/id_ed25519").write_text("secret")
+    (stored.place / "copies/other").mkdir(mode=0o700)
     tries = ("run/ssh/id_ed25519", "run/locks", "copies/other", "run/vault.sock")
-    become = ["setpriv", f"--reuid={copied.uid}", f"--regid={copied.uid}", "--clear-groups"]
-    (copied.place / "run/ssh").chmod(0o700)
+    become = ["setpriv", f"--reuid={stored.uid}", f"--regid={stored.uid}", "--clear-groups"]
+    (stored.place / "run/ssh").chmod(0o700)
     for path in tries:
-        done = subprocess.run([*become, "test", "-r", str(copied.place / path)], check=False)
+        done = subprocess.run([*become, "test", "-r", str(stored.place / path)], check=False)
         assert done.returncode == 1, path
-    assert subprocess.run([*become, "ls", str(copied.place / "copies")], capture_output=True, check=False).returncode
+    assert subprocess.run([*become, "ls", str(stored.place / "copies")], capture_output=True, check=False).returncode

@@ -17,7 +17,7 @@ from rental_support import Rental, new_rental
 from snapshot_service_contract import refusal
 from snapshot_support import RealSnapshotService, home_of, snapshot_service
 from support import bank, difficult_tree
-from test_snapshots import _rental, move
+from test_snapshots import _rental, migrate
 from worker_support import Worker, docker, wait_until
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits
@@ -81,7 +81,7 @@ def _differences(before: list[str], after: list[str]) -> str:
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
-async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
+async def _migrated(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """Migrate as planned: a snapshot while the rental runs, a freeze, another snapshot, a restore elsewhere."""
     await real.client.take(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
@@ -92,14 +92,14 @@ async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Renta
     await asyncio.to_thread(wait_until, is_gone, "what was set aside is removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
     await real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)
-    return await move(real, rental, to)
+    return await migrate(real, rental, to)
 
 
 async def _taken_over(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """Restore the last periodic snapshot, as after the loss of the worker."""
-    copied = await real.client.take(home_of(rental), ROOMY)
-    assert copied.snapshot.skipped == ()
-    return await move(real, rental, to)
+    taken = await real.client.take(home_of(rental), ROOMY)
+    assert taken.snapshot.skipped == ()
+    return await migrate(real, rental, to)
 
 
 async def _recovered(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
@@ -113,7 +113,7 @@ async def _recovered(real: RealSnapshotService, rental: Rental, to: Worker) -> R
     return made
 
 
-WAYS = {"planned move": _moved, "takeover": _taken_over, "recovered snapshot": _recovered}
+WAYS = {"planned migration": _migrated, "takeover": _taken_over, "recovered snapshot": _recovered}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -129,7 +129,7 @@ async def test_a_home_that_was_moved_twice_is_still_as_it_was(
     real: RealSnapshotService, rental: Rental, pair: tuple[Worker, Worker]
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental)
-    there = await _moved(real, rental, pair[1])
+    there = await _migrated(real, rental, pair[1])
     await _rental(pair[0], "purge", **rental.variables)
     back = await _taken_over(real, there, pair[0])
     after = await asyncio.to_thread(_listing, back)
@@ -144,7 +144,7 @@ async def test_a_hundred_megabytes_of_attributes_are_carried(
     if not carried:
         pytest.skip("the workers' file system carries no attributes of renters")
     assert carried * difficult_tree.LARGEST_ATTRIBUTE > 0.95 * (ATTRIBUTES_MB << 20)
-    after = await asyncio.to_thread(_listing, await _moved(real, rental, neighbour))
+    after = await asyncio.to_thread(_listing, await _migrated(real, rental, neighbour))
     assert not _differences(before, after), _differences(before, after)[:4000]
 
 
@@ -179,10 +179,10 @@ async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
     before = rental.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=1, move=MOVE)
     copying = asyncio.create_task(real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True))
-    (told,) = await asyncio.gather(copying, return_exceptions=True)
-    if isinstance(told, Taken):
-        moved = await move(real, rental, neighbour)
-        after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
+    (outcome,) = await asyncio.gather(copying, return_exceptions=True)
+    if isinstance(outcome, Taken):
+        migrated = await migrate(real, rental, neighbour)
+        after = migrated.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
         assert after == before, f"{what} changed, and the migration was not refused"
     else:
         text = str(await refusal(real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)))
@@ -227,7 +227,7 @@ async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_progra
 ) -> None:
     await asyncio.to_thread(_open_bank, rental)
     await real.client.take(home_of(rental), ROOMY)
-    there = await move(real, rental, neighbour)
+    there = await migrate(real, rental, neighbour)
     program = await asyncio.to_thread(_lay_down, there, bank)
     checked = await asyncio.to_thread(there.ssh, f"python3 {program} check bank && python3 {program} run bank 3")
     assert (checked.returncode, checked.stdout) == (0, "[]\n"), checked.stdout + checked.stderr

@@ -119,17 +119,17 @@ async def test_a_size_that_changes_while_it_connects_is_not_lost(site: Site) -> 
 
     async with site.open() as window:
         page = window.page
-        held, go_on = asyncio.Event(), asyncio.Event()
+        waiting, go_on = asyncio.Event(), asyncio.Event()
 
         async def hold(route: Any) -> None:
-            held.set()
+            waiting.set()
             await go_on.wait()
             route.connect_to_server()
 
         await page.route_web_socket(re.compile(r"/terminal(\?|$)"), hold)
         await page.goto("about:blank")
         await page.goto(await site.address())
-        await held.wait()
+        await waiting.wait()
         before = len(await window.rows())
         await page.set_viewport_size({"width": 640, "height": 400})
         await eventually("the page has its new size", lambda: _is_other(window, before), True)

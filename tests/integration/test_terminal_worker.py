@@ -116,11 +116,11 @@ class Browser:
                     self.screen += message
                     if self.shows:
                         await self._websocket.send(json.dumps({"ack": len(message)}))
-                elif "took" in (told := json.loads(message)):
-                    self._in_flight -= told["took"]
+                elif "took" in (sent := json.loads(message)):
+                    self._in_flight -= sent["took"]
                     self._took.set()
                 else:
-                    self.said.append(told)
+                    self.said.append(sent)
                 self._news.set()
         except ConnectionClosed:
             self._news.set()
@@ -160,10 +160,10 @@ class Browser:
         return bytes(self.screen)
 
     async def is_told(self, state: str) -> str:
-        while not any(told["state"] == state for told in self.said):
+        while not any(each["state"] == state for each in self.said):
             self._news.clear()
             await self._news.wait()
-        return next(told["message"] for told in self.said if told["state"] == state)
+        return next(each["message"] for each in self.said if each["state"] == state)
 
 
 @asynccontextmanager
@@ -276,9 +276,9 @@ async def test_nobody_gets_in_by_another_epoch_another_authority_or_another_addr
         (SshShells(AUTHORITY, "192.0.2.1"), login),
         (SshShells(another, network.gateway), login),
     ]
-    for shells, who in tried:
+    for shells, renter in tried:
         with pytest.raises(ShellUnreachable, match="refuses every log-in"):
-            await shells.open(place, who, (80, 24))
+            await shells.open(place, renter, (80, 24))
     impostor = replace(place, host_keys=(host_key(1),))
     with pytest.raises(ShellUnreachable, match="another machine"):
         await SshShells(AUTHORITY, network.gateway).open(impostor, login, (80, 24))

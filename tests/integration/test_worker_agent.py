@@ -53,7 +53,7 @@ def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
         assert beats[-1].body["load"]["processes"] > 2
         manager.interval_s = 2.0
         changed_at = time.monotonic()  # taken after the change: an earlier call may get either answer
-        first = wait_until(lambda: manager.of("/api/heartbeat", after=changed_at), "it is told the other interval")[0]
+        first = wait_until(lambda: manager.of("/api/heartbeat", after=changed_at), "it has the other interval")[0]
         second = wait_until(lambda: manager.of("/api/heartbeat", after=first.at), "the one after that")[0]
         assert second.at - first.at > 1.9
 

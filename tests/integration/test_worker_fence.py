@@ -16,7 +16,7 @@ from support.containers import pause
 from worker_support import SESSION_S, SmallManager, Worker, WorkerNetwork, docker, make_key, serving, wait_until, worker
 
 LEASE_S = 3.0
-DOOR_ANSWER_S = 0.5
+PROXY_ANSWER_S = 0.5
 LONG_LEASE_S = 75.0
 """The lease while a scene is set up: a busy machine may leave a worker no time to renew a short one."""
 BUSY_S = 4.0
@@ -92,8 +92,8 @@ class LeasedWorker:
     cut_at: float = 0.0
 
     def ticks(self, of: Rental) -> list[float]:
-        told = self.worker.run("sh", "-c", f"cat /home/{of.username}/ticks 2>/dev/null || true")
-        return [float(line) for line in told.split() if line.count(".") == 1]
+        ticks = self.worker.run("sh", "-c", f"cat /home/{of.username}/ticks 2>/dev/null || true")
+        return [float(line) for line in ticks.split() if line.count(".") == 1]
 
     def states(self, of: Rental) -> set[str]:
         """Return those of all processes with this real uid. (The agent's own helper has it as its effective one.)"""
@@ -122,9 +122,9 @@ class LeasedWorker:
 @contextmanager
 def scene(
     network: WorkerNetwork, join: Path, folder: Path, names: list[str], *options: str,
-    lease_s: float = LEASE_S, door_answer_s: float = DOOR_ANSWER_S,
+    lease_s: float = LEASE_S, proxy_answer_s: float = PROXY_ANSWER_S,
 ) -> Iterator[LeasedWorker]:  # fmt: skip
-    manager = SmallManager(make_key(folder), 0.2, LONG_LEASE_S, door_answer_s)
+    manager = SmallManager(make_key(folder), 0.2, LONG_LEASE_S, proxy_answer_s)
     with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", *options, slots=8) as new:
         new.wait_registered()
         yield LeasedWorker(new, manager, {name: new_rental(new, folder).create_quickly() for name in names}, lease_s)
@@ -190,7 +190,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
         terminal.stdin.write("while it stood\n")
         time.sleep(0.5)
         assert found.ticks(rental) == ticks
-        beats = wait_until(lambda: found.manager.of("/api/heartbeat", after=frozen_at)[1:], "it has told since")
+        beats = wait_until(lambda: found.manager.of("/api/heartbeat", after=frozen_at)[1:], "it has called since")
         assert beats[-1].body["inventory"][0]["state"] == "frozen"
         assert found.worker.rental("unlock", rental_id=rental.rental_id, epoch=1)[1]["code"] == "frozen"
         assert found.worker.rental("thaw", rental_id=rental.rental_id, epoch=1)[1]["code"] == "no_lease"
@@ -212,8 +212,8 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
 def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
     network: WorkerNetwork, join: Path, folder: Path
 ) -> None:
-    lease_s, door_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
-    with scene(network, join, folder, ["one"], lease_s=lease_s, door_answer_s=door_answer_s) as found:
+    lease_s, proxy_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
+    with scene(network, join, folder, ["one"], lease_s=lease_s, proxy_answer_s=proxy_answer_s) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
         wait_until(lambda: found.ticks(rental), "it ticks")
@@ -225,7 +225,7 @@ def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
         found.cut(status=502)
         wait_until(lambda: found.shown(rental) == "frozen", "frozen")
         wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
-        assert max(found.ticks(rental)) - found.cut_at < door_answer_s + BUSY_S
+        assert max(found.ticks(rental)) - found.cut_at < proxy_answer_s + BUSY_S
 
 
 @pytest.mark.parametrize("asleep", ["its container", "its agent alone"])

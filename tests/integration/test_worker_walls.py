@@ -43,7 +43,7 @@ def rental(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
 
 @pytest.fixture
 def listening(rental: Rental) -> Iterator[int]:
-    """A renter's web server, open to all as far as the renter is concerned."""
+    """Yield the port of a renter's web server, which accepts connections from every address."""
     rental.ssh("setsid python3 -m http.server --bind 0.0.0.0 8000 >/dev/null 2>&1 </dev/null &")
     wait_until(lambda: "open" in rental.python(CONNECT.format(address="127.0.0.1", port=8000)), "it listens")
     yield 8000
@@ -94,8 +94,8 @@ for _ in range(6000):
 def test_a_renters_port_is_open_to_itself_and_its_tunnel_and_not_to_the_neighbours(
     rental: Rental, neighbour: Worker, listening: int
 ) -> None:
-    from_next_door = neighbour.run("python3", "-c", CONNECT.format(address=rental.on.address, port=listening))
-    assert from_next_door.strip() == "silent"
+    from_neighbour = neighbour.run("python3", "-c", CONNECT.format(address=rental.on.address, port=listening))
+    assert from_neighbour.strip() == "silent"
     request = "GET / HTTP/1.0\r\n\r\n"
     tunnel = rental.on.ssh_command(rental.username, rental.key, "-W", f"127.0.0.1:{listening}")
     done = subprocess.run(tunnel, input=request, capture_output=True, text=True, check=False, timeout=SESSION_S)
@@ -111,8 +111,8 @@ def test_a_renters_tunnel_leads_nowhere_but_to_its_own_worker(rental: Rental, ne
 
 
 def test_sshd_is_shut_to_neighbours_and_to_renters_inside(rental: Rental, neighbour: Worker) -> None:
-    from_next_door = neighbour.run("python3", "-c", CONNECT.format(address=rental.on.address, port=22))
-    assert from_next_door.strip() == "silent"
+    from_neighbour = neighbour.run("python3", "-c", CONNECT.format(address=rental.on.address, port=22))
+    assert from_neighbour.strip() == "silent"
     for address in ("127.0.0.1", rental.on.address, "::1"):
         assert rental.python(CONNECT.format(address=address, port=22)).strip() in (
             FILTERED,
@@ -155,7 +155,7 @@ def test_the_main_process_has_given_up_the_network_for_good_and_a_renter_has_no_
     status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -o -x orion-agent)/status /proc/$(pgrep -o -x sshd)/status")
     sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("Cap")]
     assert len(sets) == 10
-    assert not any(held & (net_admin | net_raw | setpcap) for held in sets)
+    assert not any(capabilities & (net_admin | net_raw | setpcap) for capabilities in sets)
     over_ssh = rental.on.ssh("root", rental.on.key, "nft flush ruleset")
     assert "Operation not permitted" in over_ssh.stderr
     assert "CapPrm:\t0000000000000000" in rental.ssh("cat /proc/self/status").stdout
@@ -199,9 +199,9 @@ def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental
 
 
 def test_failed_log_ins_of_a_renter_do_not_shut_the_managers_address_out(rental: Rental, folder: Path) -> None:
-    stranger = new_rental(rental.on, folder)
+    other = new_rental(rental.on, folder)
     for _ in range(12):
-        assert not rental.accepts(stranger.key)
+        assert not rental.accepts(other.key)
     assert rental.accepts()
 
 

@@ -116,7 +116,7 @@ class SmallManager:
     key: Key
     interval_s: float = 0.5
     lease_s: float = 75.0
-    door_answer_s: float = 5.0
+    proxy_answer_s: float = 5.0
     placements: list[dict[str, Any]] = field(default_factory=list)
     answers: deque[tuple[str, int, dict[str, Any]]] = field(default_factory=deque)
     instead: tuple[int, dict[str, str]] | None = None
@@ -150,7 +150,7 @@ class SmallManager:
 
     @property
     def _lease(self) -> dict[str, Any]:
-        return {"lease_s": self.lease_s, "door_answer_s": self.door_answer_s}
+        return {"lease_s": self.lease_s, "door_answer_s": self.proxy_answer_s}
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class SimulatedContainer:
         self.token: str | None = None
         self.records: dict[str, RentalRecord] = {}
         self.homes: dict[str, float] = {}
-        """The content of each home: when its renter, who writes all the time, wrote last."""
+        """The content of each home: when its renter, which writes all the time, wrote last."""
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
         self.frozen: set[str] = set()

@@ -157,24 +157,24 @@ class SimulatedLiveness:
     sim: Simulation
     manager: SimulatedManager
 
-    async def hold(self, host: Host, boot_id: str, told: OnSign) -> End:
+    async def hold(self, host: Host, boot_id: str, on_sign: OnSign) -> End:
         await self.manager.point()
         container = self._there(host)
         if container is None or host.host_keys != (container.host_key,) or container.pauses:
             await asyncio.sleep(CONNECT_TIMEOUT_S)
             return End.NOT_HELD
         while container.boot_id == boot_id:
-            await self._until_closed(container, told)
+            await self._until_closed(container, on_sign)
             found = await self._probe(host, self.sim.loop.now)
             if isinstance(found, End):
                 return found
             container = found
         return End.NOT_HELD
 
-    async def _until_closed(self, container: SimulatedContainer, told: OnSign) -> None:
+    async def _until_closed(self, container: SimulatedContainer, on_sign: OnSign) -> None:
         connection: asyncio.Future[bool] = self.sim.loop.create_future()
         container.liveness_connections.add(connection)
-        told(Sign.HELD)
+        on_sign(Sign.HELD)
         try:
             await connection
         finally:
@@ -182,7 +182,7 @@ class SimulatedLiveness:
                 container.manager_process_ended(connection)
             container.liveness_connections.discard(connection)
         await self.manager.point()
-        told(Sign.CLOSED)
+        on_sign(Sign.CLOSED)
 
     async def _probe(self, host: Host, closed_at: float) -> SimulatedContainer | End:
         silence = Silence(closed_at)

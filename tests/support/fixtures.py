@@ -1,4 +1,4 @@
-"""Fixtures: a store on a real SQLite file for each test, copied from one that was migrated once, and the house."""
+"""Fixtures: a store on a real SQLite file for each test, copied from one with the newest schema, and the house."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Agent:
     seq: int = 0
     beating: bool = True
     evacuating: bool = False
-    """Whether it was told to stop and is being emptied."""
+    """Whether the worker is about to stop and is being emptied."""
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
     start_ends: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The sshd of this machine in place of a worker's: behind a WebSocket, for the user who runs the tests."""
+"""The sshd of this machine in place of a worker's: behind a WebSocket, for the user that runs the tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OwnSshd:
     key: Path
     """The file of the private key for the account."""
     account: str
-    """The user who runs the tests: an sshd that is not root's accepts no other user."""
+    """The user that runs the tests: an sshd that is not root's accepts no other user."""
 
     @staticmethod
     def make(folder: Path, rental_ids: tuple[str, ...]) -> OwnSshd:
