@@ -92,7 +92,7 @@ def test_a_drain_migrates_what_it_can_explains_what_it_waits_for_and_ends(
         renter.orion("drain", drained, "--no-wait")
         waits = "1 rental is to be migrated, and no worker can take one: of 3 workers, 1 draining, 2 full"
         # On a busy machine another worker's heartbeat may be late, which the explanation mentions as well.
-        eventually("the drain explains what it waits for", lambda: orion.worker(drained).explanation == waits, 60)
+        eventually("the drain explains why it waits", lambda: orion.worker(drained).explanation == waits, 60)
         orion.release(other.id)
         said = renter.orion("drain", drained)
         last_printed = last_number(at_work)

@@ -1,4 +1,4 @@
-"""Waits with a timeout, whose error says what did not happen."""
+"""Waits with a timeout, whose error names the condition that did not come true."""
 
 from __future__ import annotations
 

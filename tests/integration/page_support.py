@@ -195,7 +195,7 @@ class Window:
 
 
 async def eventually(what: str, look: Callable[[], Awaitable[Any]], wanted: Any) -> None:
-    """Wait until `look` returns what is wanted; on failure, show the difference."""
+    """Wait until `look` returns the wanted value; on failure, show the difference."""
     deadline = asyncio.get_running_loop().time() + WITHIN_S
     seen = await look()
     for _ in range(10 * WITHIN_S):

@@ -121,10 +121,10 @@ def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log
         finally:
             client.kill()
     assert tried == 10 * BURST
-    wait_until(lambda: len(rental.on.log().splitlines()) - log > BURST / 2, "the first of its lines are said")
+    wait_until(lambda: len(rental.on.log().splitlines()) - log > BURST / 2, "the first of its lines are logged")
     said = rental.on.log().splitlines()[log:]
     assert len(said) < 2 * BURST + (time.monotonic() - began) / LINE_EVERY_S
-    wait_until(lambda: "lines of sshd's were left out" in rental.on.log(), "that is said")
+    wait_until(lambda: "lines of sshd's were left out" in rental.on.log(), "that is logged")
     before = number_of_log_ins(rental)
     wait_until(lambda: rental.accepts() and number_of_log_ins(rental) > before, "its other lines are logged")
 

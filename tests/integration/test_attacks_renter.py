@@ -232,7 +232,7 @@ def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: 
         assert all(each.result().returncode != 0 for each in hogs)
     assert docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name) == started
     before = time.monotonic()
-    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
+    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats continue")
 
 
 LOWER = """
@@ -342,7 +342,7 @@ def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) 
     wait_until(lambda: len(rental.on.run("pgrep", "-u", str(rental.uid), check=False).split()) > 30, "it goes off")
     assert roommate.accepts()
     before = time.monotonic()
-    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
+    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats continue")
     status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
     assert (status, report["state"]) == (0, "locked")
     assert rental.on.run("pgrep", "-u", str(rental.uid), check=False) == ""
@@ -398,7 +398,7 @@ def test_a_full_disk_keeps_nobody_out_and_is_empty_after_the_release(small: Work
     assert "No space left" in done.stderr
     assert other.accepts()
     before = time.monotonic()
-    wait_until(lambda: small.manager.of("/api/heartbeat", before), "heartbeats go on")
+    wait_until(lambda: small.manager.of("/api/heartbeat", before), "heartbeats continue")
     status, report = small.rental("purge", **full.variables)
     assert (status, report["left"]) == (0, []), report
     assert other.ssh("dd if=/dev/zero of=room bs=1M count=8").returncode == 0

@@ -150,7 +150,7 @@ def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental
         for client in clients:
             client.kill()
         wait_until(lambda: of_root() == 0, "none of them is left", within_s=3 * LOOKS * LOOK_EVERY_S)
-        wait_until(lambda: stopped() == 0, "nor what it waited for, which is ended behind it")
+        wait_until(lambda: stopped() == 0, "the stopped process that it waited for has ended too")
         assert rental.accepts()
         assert quiet.poll() is None, "no other log-in was ended"
     finally:

@@ -575,7 +575,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_connections")
         assert "web ports of this rental" in refused.json()["detail"]
         assert anonymous.get("/healthz").status_code == 200
-    wait_until(lambda: anonymous.get(f"{public}/x").status_code == 200, "who has gone is forgotten")
+    wait_until(lambda: anonymous.get(f"{public}/x").status_code == 200, "closed connections are forgotten")
 
 
 def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(

@@ -133,9 +133,9 @@ def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that
         assert not again.changed
     assert log().count("runs:") == 1
     assert rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)[0] == 0
-    wait_until(lambda: states() == {"T"}, "all stand still")
+    wait_until(lambda: states() == {"T"}, "all processes are stopped")
     assert rental.on.rental("thaw", rental_id=rental.rental_id, epoch=1)[0] == 0
-    wait_until(lambda: "T" not in states(), "it goes on")
+    wait_until(lambda: "T" not in states(), "it continues")
     deleted = rental.delete()
     assert deleted.ok, deleted.output
     assert deleted.last["killed"] >= 2

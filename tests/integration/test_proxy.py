@@ -43,7 +43,7 @@ def bearer(number: int = 1, role: str = "client") -> dict[str, str]:
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
     with new_proxy(app_host=1) as running:
-        wait_until(lambda: "waiting for /run/orion-proxy/secret" in running.logs(), "the proxy says what it waits for")
+        wait_until(lambda: "waiting for /run/orion-proxy/secret" in running.logs(), "the proxy logs that it waits")
         assert not running.answers()
         running.give_secret()
         wait_until(running.answers, "the proxy answers")
@@ -279,7 +279,7 @@ def test_the_refusals_of_a_flood_do_not_fill_the_log(proxy: Proxy, client: httpx
     limited = refused(flood(client, RENT, 1200, bearer(104)))
     assert len(limited) > 300
     last = client.get(REST, headers=bearer(105)).headers["x-request-id"]
-    wait_until(lambda: any(line["request_id"] == last for line in proxy.access_log()), "the log has what came after")
+    wait_until(lambda: any(line["request_id"] == last for line in proxy.access_log()), "the log has the later requests")
     identities = {reply.headers["x-request-id"] for reply in limited}
     assert sum(line["request_id"] in identities for line in proxy.access_log()) < len(limited) / 10
 

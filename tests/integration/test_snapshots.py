@@ -420,7 +420,7 @@ async def test_a_copy_that_is_cut_short_leaves_the_one_before_and_nothing_runnin
         copying.cancel()
         await asyncio.gather(copying, return_exceptions=True)
     assert first in await real.client.snapshots(rental.rental_id, rental.uid)
-    await asyncio.to_thread(wait_until, lambda: not real.running(rental.uid), "what was struck has ended")
+    await asyncio.to_thread(wait_until, lambda: not real.running(rental.uid), "the killed processes have ended")
     assert (await real.client.take(home_of(rental), LIMITS)).snapshot.bytes > 60_000_000
 
 

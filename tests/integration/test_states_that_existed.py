@@ -89,7 +89,7 @@ async def _migrated(real: RealSnapshotService, rental: Rental, to: Worker) -> Re
     def is_gone() -> bool:
         return not rental.on.run("sh", "-c", f"ls -d {aside} 2>/dev/null || true")
 
-    await asyncio.to_thread(wait_until, is_gone, "what was set aside is removed, on a busy disk late")
+    await asyncio.to_thread(wait_until, is_gone, "the set-aside files are removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
     await real.client.take(home_of(rental), ROOMY, deadline_s=60, for_migration=True)
     return await migrate(real, rental, to)

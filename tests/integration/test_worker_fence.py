@@ -334,7 +334,7 @@ def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(
         assert max(found.ticks(rental)) - found.cut_at < FROZEN_WITHIN_S
         clock.set(960)
         found.mend()
-        wait_until(lambda: found.shown(rental) == "running", "it goes on as ever")
+        wait_until(lambda: found.shown(rental) == "running", "the program continues")
         assert found.states(rental) != {"T"}
         items = json.loads(on.run("orion-rental", "inventory"))["rentals"]
         assert [(item["rental_id"], item["state"]) for item in items] == [(rental.rental_id, "running")]

@@ -119,7 +119,7 @@ class SimulatedContainer:
             self.liveness_ended()
 
     def _close_liveness_connections(self) -> None:
-        """End all liveness connections; the kernel tells the manager unless SSH is cut."""
+        """End all liveness connections; the manager's kernel notices unless SSH is cut."""
         ended, self.liveness_connections = self.liveness_connections, set()
         for connection in ended:
             if not connection.done() and not self.no_ssh:

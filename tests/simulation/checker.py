@@ -209,7 +209,7 @@ class Checker:
         untrusted_since = max(sim.manager.started_at if sim.manager else sim.loop.now, sim.loop.now - SETTLE_S * 0.95)
         since = max(untrusted_since, self._expiry_set_at[rental.id])
         if expires_at > sim.wall() - sum(by_s for at, by_s in self.jumps if at > since) + 1.0:
-            sim.fail("a clock that jumped expires nobody", f"{rental.id} expires")
+            sim.fail("a clock that jumped expires no rental", f"{rental.id} expires")
 
     def _check_rental(self, rental_id: str, before: Rental | None) -> None:
         world = self._sim.state_store.world

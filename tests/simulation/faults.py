@@ -1,4 +1,4 @@
-"""The faults: what a schedule does to the platform, and how each is undone."""
+"""The faults that a schedule injects into the platform, and how each is undone."""
 
 from __future__ import annotations
 

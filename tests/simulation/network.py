@@ -54,7 +54,7 @@ class Network:
             self._sim.manager.spawn(self._serve(self._sim.manager, sender, handler, answer))
 
     async def _serve(self, manager: Any, sender: Any, handler: Handler, answer: asyncio.Future[Answer]) -> None:
-        found = NO_ANSWER  # what the proxy says when the manager dies meanwhile
+        found = NO_ANSWER  # the proxy's answer when the manager dies meanwhile
         try:
             found = await handler(manager)
         finally:

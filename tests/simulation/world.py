@@ -67,7 +67,7 @@ class CheckedStateStore(MemoryStateStore):
         try:
             applied = super()._apply_one(step)
         except InvariantBroken as broken:
-            self._sim.fail("what the schema holds", str(broken))
+            self._sim.fail("the rules of the schema", str(broken))
             raise
         if applied:
             self._sim.checker.committed(step, before)

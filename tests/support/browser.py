@@ -22,7 +22,7 @@ async def ticket(client: httpx.AsyncClient, rental_id: str) -> str:
 
 
 class Page:
-    """The page: what it types and controls, and what it gets."""
+    """The page: its input, its controls and the answers that it gets."""
 
     def __init__(self, client: Client) -> None:
         self.client = client

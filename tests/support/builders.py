@@ -1,4 +1,4 @@
-"""Makes workers, rentals and placements of the domain, with defaults for what a test does not set."""
+"""Makers of workers, rentals and placements of the domain, with defaults for values that a test does not set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tests with containers do with them."""
+"""Helpers of all tests with containers."""
 
 import subprocess
 import time

@@ -16,7 +16,7 @@ class Mutant:
 
     name: str
     breaks: str
-    """One sentence that says what the mutant breaks."""
+    """One sentence about the behaviour that the mutant breaks."""
     file: str
     """The path of the source file in the work tree."""
     old: str
