@@ -78,8 +78,8 @@ def main() -> None:
         engine=IdleEngine(arguments.job_s),
         reach=EverywhereReach(),
         snapshot_service=FakeSnapshotService(FakeWorld(), time.time),
-        door=None,
-        copies_disk=lambda: 1.0,
+        proxy_probe=None,
+        snapshots_disk=lambda: 1.0,
     )
     serve(settings, secrets, store, ports, arguments.host)
 

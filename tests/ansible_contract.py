@@ -83,12 +83,12 @@ def deletion(job: Job) -> Job:
 class EngineContract:
     """A subclass gives the fixture `bench`."""
 
-    async def test_a_created_rental_is_there_and_unlocked(self, bench: EngineBench) -> None:
+    async def test_a_created_rental_is_on_the_worker_and_unlocked(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_a_prepared_rental_is_there_and_locked_until_it_is_created(self, bench: EngineBench) -> None:
+    async def test_a_prepared_rental_is_on_the_worker_and_locked_until_it_is_created(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         prepared = replace(job, action=Action.PREPARE)
         for _ in range(2):
@@ -136,7 +136,7 @@ class EngineContract:
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     @pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
-    async def test_an_order_for_another_life_of_the_container_is_refused_and_changes_nothing(
+    async def test_an_order_for_another_boot_of_the_container_is_refused_and_changes_nothing(
         self, bench: EngineBench, action: Action
     ) -> None:
         job = new_job(bench.host)
@@ -147,13 +147,13 @@ class EngineContract:
         assert (outcome.ok, outcome.report["code"]) == (False, OTHER_BOOT)
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_a_rental_is_purged_in_whatever_life_of_the_container(self, bench: EngineBench) -> None:
+    async def test_a_rental_is_purged_in_any_boot_of_the_container(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert_done(await bench.engine.run(replace(deletion(job), host=replace(bench.host, boot_id="another-life"))))
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: EngineBench) -> None:
+    async def test_a_host_certificate_is_accepted_only_for_the_present_epoch(self, bench: EngineBench) -> None:
         job = new_job(bench.host, epoch=2)
         certify = replace(job, action=Action.CERTIFY)
         certify = certify.with_order(host_certificate=certificate(job), public_keys=())
@@ -175,7 +175,7 @@ class EngineContract:
         assert outcome.report["looked"]
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_deleting_again_or_what_never_was_succeeds(self, bench: EngineBench) -> None:
+    async def test_deleting_again_or_an_unknown_rental_succeeds(self, bench: EngineBench) -> None:
         job = deletion(new_job(bench.host))
         for _ in range(2):
             assert_done(await bench.engine.run(job))
@@ -199,19 +199,19 @@ class EngineContract:
         assert not outcome.ok
         assert str(holder.order.uid) in outcome.message
 
-    async def test_jobs_run_side_by_side_and_each_gets_its_own_answer(self, bench: EngineBench) -> None:
+    async def test_jobs_run_in_parallel_and_each_gets_its_own_answer(self, bench: EngineBench) -> None:
         jobs = [new_job(bench.host, epoch=number) for number in range(1, 7)]
         outcomes = await asyncio.gather(*(bench.engine.run(job) for job in jobs))
         assert [outcome.report.get("epoch") for outcome in outcomes] == [job.order.epoch for job in jobs]
         accounts = await bench.accounts()
         assert [accounts[job.order.rental_id] for job in jobs] == [account(job) for job in jobs]
 
-    async def test_a_worker_that_does_not_answer_is_said_to_be_unreachable(self, bench: EngineBench) -> None:
+    async def test_a_worker_that_does_not_answer_is_reported_as_unreachable(self, bench: EngineBench) -> None:
         outcome = await bench.engine.run(new_job(bench.nowhere()))
         assert not outcome.ok
         assert outcome.message.startswith("the worker cannot be reached by SSH")
 
-    async def test_another_host_key_is_refused_and_said(self, bench: EngineBench) -> None:
+    async def test_another_host_key_is_refused_and_reported(self, bench: EngineBench) -> None:
         job = new_job(bench.impostor())
         outcome = await bench.engine.run(job)
         assert not outcome.ok
@@ -249,7 +249,7 @@ class ReachContract:
     async def test_another_host_key_is_an_impostor(self, bench: EngineBench) -> None:
         assert await bench.reach.reach(bench.impostor(), 60) is Reached.IMPOSTOR
 
-    async def test_where_nothing_answers_nobody_is_reached(self, bench: EngineBench) -> None:
+    async def test_an_address_where_nothing_answers_is_not_reached(self, bench: EngineBench) -> None:
         assert await bench.reach.reach(bench.nowhere(), 60) is Reached.NO
 
     async def test_a_worker_that_hangs_is_not_reached_in_time(self, bench: EngineBench) -> None:

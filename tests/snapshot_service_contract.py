@@ -90,7 +90,7 @@ async def refusal(awaitable: object) -> SnapshotError:
 class SnapshotServiceContract:
     """A subclass gives the fixture `bench`."""
 
-    async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(
+    async def test_a_snapshot_from_one_worker_is_restored_into_a_locked_home_on_another(
         self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
@@ -108,14 +108,14 @@ class SnapshotServiceContract:
         assert await bench.snapshot_service.restore(target) == copied.snapshot
         assert await bench.files(target) == {"one": "first", "two": "second"}
 
-    async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: SnapshotBench) -> None:
+    async def test_a_restore_without_a_snapshot_changes_nothing(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=False)
         assert await bench.snapshot_service.restore(home) is None
         assert await bench.files(home) == {}
         assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == []
 
-    async def test_a_connection_at_hand_is_to_the_worker_with_the_pinned_host_key_or_to_nobody(
+    async def test_an_open_connection_is_used_only_for_the_worker_with_the_pinned_host_key(
         self, bench: SnapshotBench
     ) -> None:
         one, other = bench.hosts
@@ -124,7 +124,7 @@ class SnapshotServiceContract:
         refused = await refusal(bench.snapshot_service.connect(replace(one, host_keys=other.host_keys)))
         assert refused.code == "unreachable"
 
-    async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(
+    async def test_a_restore_may_be_repeated_until_the_activation_and_never_afterwards(
         self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
@@ -141,7 +141,7 @@ class SnapshotServiceContract:
         assert (refused.code, refused.restored) == (ALREADY_ACTIVATED, "1-1")
         assert await bench.files(target) == {"file": "newer than any copy"}
 
-    async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: SnapshotBench) -> None:
+    async def test_a_prepared_snapshot_has_the_changes_since_its_preparation(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for name in ("changed", "removed", "same"):
@@ -169,9 +169,7 @@ class SnapshotServiceContract:
         await bench.snapshot_service.restore(other, first)
         assert await bench.files(other) == {"changed": "changed", "removed": "removed", "same": "same"}
 
-    async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(
-        self, bench: SnapshotBench
-    ) -> None:
+    async def test_an_older_snapshot_is_restored_when_it_is_named_and_exists(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for content in ("a", "bb"):
@@ -186,7 +184,7 @@ class SnapshotServiceContract:
         assert (await refusal(bench.snapshot_service.restore(target, SnapshotId(1, 9)))).code == NO_SUCH_SNAPSHOT
         assert await bench.files(target) == {"file": "a"}
 
-    async def test_copies_are_ordered_by_epoch_first_and_the_newest_of_the_epoch_before_is_kept(
+    async def test_snapshots_are_ordered_by_epoch_first_and_the_newest_of_the_former_epoch_is_kept(
         self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
@@ -205,7 +203,7 @@ class SnapshotServiceContract:
         assert [str(copy.id) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
         assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == list(kept)
 
-    async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: SnapshotBench) -> None:
+    async def test_an_unchanged_home_renews_the_time_of_the_newest_snapshot(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
@@ -217,14 +215,14 @@ class SnapshotServiceContract:
         await bench.remove(home, "other")
         assert (await bench.snapshot_service.take(home, LIMITS)).snapshot.id == SnapshotId(1, 2)
 
-    async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: SnapshotBench) -> None:
+    async def test_a_change_within_a_second_that_keeps_the_size_is_found(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, content in enumerate(("one", "two", "six"), start=1):
             await bench.write(home, "file", content)
             assert (await bench.snapshot_service.take(home, LIMITS)).snapshot.id == SnapshotId(1, number)
 
-    async def test_only_the_epoch_that_is_there_is_copied(self, bench: SnapshotBench) -> None:
+    async def test_only_the_present_epoch_gets_snapshots(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=True)
         for epoch in (1, 3):
@@ -233,7 +231,7 @@ class SnapshotServiceContract:
             ).code == "stale_epoch"
         assert (await refusal(bench.snapshot_service.take(bench.new_home(), LIMITS))).code == "unknown_rental"
 
-    async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: SnapshotBench) -> None:
+    async def test_a_home_over_its_limits_gets_no_snapshot_and_the_last_one_is_kept(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "x" * 2000)
@@ -243,7 +241,7 @@ class SnapshotServiceContract:
             assert (await refusal(bench.snapshot_service.take(home, limits))).code == OVER_LIMIT
         assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == [copied.snapshot]
 
-    async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(
+    async def test_beyond_the_owner_s_share_the_oldest_snapshots_are_removed_for_a_new_one(
         self, bench: SnapshotBench
     ) -> None:
         home = await bench.owned_by()
@@ -251,7 +249,7 @@ class SnapshotServiceContract:
         assert kept == [["1-1"], ["1-1", "1-2"], ["1-2", "1-3"]]
         assert home.owner not in await bench.snapshot_service.short_of_room()
 
-    async def test_the_last_copy_makes_no_room_and_the_new_one_is_refused(self, bench: SnapshotBench) -> None:
+    async def test_the_last_snapshot_is_not_removed_for_a_new_one_which_is_refused(self, bench: SnapshotBench) -> None:
         home = await bench.owned_by()
         await bench.copy_other(home, LIMITS)
         await bench.copy_other(home, LIMITS)
@@ -275,7 +273,7 @@ class SnapshotServiceContract:
         assert (await bench.snapshot_service.take(second, room)).snapshot.id == SnapshotId(1, 1)
         assert first.owner not in await bench.snapshot_service.short_of_room()
 
-    async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: SnapshotBench) -> None:
+    async def test_removed_snapshots_free_room_in_the_owner_s_share(self, bench: SnapshotBench) -> None:
         room = bench.room_for(1.5)
         first = await bench.owned_by()
         second = await bench.owned_by(first)
@@ -285,7 +283,7 @@ class SnapshotServiceContract:
         await bench.snapshot_service.remove(first.rental_id, first.uid)
         assert (await bench.snapshot_service.take(second, room)).snapshot.id == SnapshotId(1, 1)
 
-    async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: SnapshotBench) -> None:
+    async def test_a_removal_deletes_all_snapshots_of_its_rental_and_no_others(self, bench: SnapshotBench) -> None:
         homes = [bench.new_home(), bench.new_home()]
         for home in homes:
             await bench.create(home, activated=True)
@@ -297,7 +295,7 @@ class SnapshotServiceContract:
         kept = await bench.snapshot_service.rentals()
         assert (gone.rental_id in kept, stays.rental_id in kept) == (False, True)
 
-    async def test_a_worker_that_does_not_answer_or_has_another_key_is_said_to_be_unreachable(
+    async def test_a_worker_that_does_not_answer_or_has_another_host_key_is_reported_as_unreachable(
         self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
@@ -307,9 +305,7 @@ class SnapshotServiceContract:
         for wrong in (nowhere, impostor):
             assert (await refusal(bench.snapshot_service.take(wrong, LIMITS))).code == "unreachable"
 
-    async def test_what_is_left_of_a_lost_epoch_is_copied_aside_and_is_not_what_comes_next_by_itself(
-        self, bench: SnapshotBench
-    ) -> None:
+    async def test_the_home_of_a_lost_epoch_is_recovered_and_not_restored_by_itself(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "copied")
@@ -327,7 +323,9 @@ class SnapshotServiceContract:
         assert await bench.snapshot_service.restore(target, SnapshotId(1, 2))
         assert await bench.files(target) == {"file": "written after that"}
 
-    async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: SnapshotBench) -> None:
+    async def test_a_lost_home_equal_to_its_last_snapshot_makes_no_recovered_snapshot(
+        self, bench: SnapshotBench
+    ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
@@ -335,7 +333,7 @@ class SnapshotServiceContract:
         salvaged = await bench.snapshot_service.recover(home, LIMITS)
         assert (salvaged.snapshot.id, salvaged.snapshot.recovered) == (copied.snapshot.id, False)
 
-    async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: SnapshotBench) -> None:
+    async def test_the_latest_recovered_snapshots_and_the_needed_one_are_kept(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, protected in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
@@ -346,7 +344,7 @@ class SnapshotServiceContract:
             staying = {1, 2} if number == 2 else {*oldest, *latest}
             assert {copy.id.number for copy in salvaged.kept} == staying
 
-    async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: SnapshotBench) -> None:
+    async def test_only_a_home_that_was_activated_at_that_epoch_is_recovered(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=False)
         assert (await refusal(bench.snapshot_service.recover(home, LIMITS))).code == NOTHING_TO_RECOVER

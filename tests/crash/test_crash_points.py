@@ -68,7 +68,7 @@ async def kill_at(folder: Path, scenario: Scenario, point: Point, limit: asyncio
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
+async def test_a_kill_of_the_manager_at_any_point_loses_and_doubles_no_rental(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     scenario, began = SCENARIOS[name], time.monotonic()

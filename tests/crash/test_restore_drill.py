@@ -33,7 +33,7 @@ async def restore(environment: CrashEnvironment, backup: bytes) -> dict[str, Any
     return plan
 
 
-async def test_going_back_to_a_backup_keeps_what_it_knows_and_destroys_nothing_that_it_does_not(tmp_path: Path) -> None:
+async def test_a_restored_backup_keeps_known_rentals_and_destroys_no_unknown_one(tmp_path: Path) -> None:
     environment = CrashEnvironment(tmp_path / "drill", slower=SLOWER)
     async with environment.running(), asyncio.timeout(2 * PATIENCE_S):
         for agent in [environment.new_agent() for _ in range(3)]:

@@ -23,7 +23,7 @@ async def until_two_expiry_rounds(environment: CrashEnvironment) -> None:
         await asyncio.sleep(PAUSE_S)
 
 
-async def test_a_manager_that_starts_with_a_clock_forty_days_ahead_ends_nothing_before_an_operator_says_so(
+async def test_a_manager_that_starts_with_a_clock_forty_days_ahead_ends_no_rental_on_its_own(
     tmp_path: Path,
 ) -> None:
     environment = CrashEnvironment(tmp_path / "clock")

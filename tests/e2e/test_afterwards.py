@@ -29,7 +29,9 @@ def secrets(stack: Stack) -> dict[str, str]:
     return found
 
 
-def test_no_secret_is_in_an_environment_an_argument_or_a_log(stack: Stack, secrets: dict[str, str]) -> None:
+def test_no_secret_of_the_platform_is_in_an_environment_an_argument_or_a_log(
+    stack: Stack, secrets: dict[str, str]
+) -> None:
     said = {"all logs": stack.logs(tail=1_000_000)}
     for container in stack.containers():
         said[f"docker inspect {container.name}"] = stack.docker("inspect", container.id)

@@ -36,7 +36,7 @@ def test_the_proxy_answers_a_health_check(stack: Stack) -> None:
     assert reply.headers["X-Request-ID"]
 
 
-def test_a_client_without_a_token_learns_nothing_else(stack: Stack) -> None:
+def test_a_client_without_a_token_gets_nothing_but_the_health_check(stack: Stack) -> None:
     for path in ("/api/rentals", "/api/workers", "/api/status", "/api/events", "/api/tokens"):
         reply = httpx.get(stack.url + path, timeout=PATIENCE_S, trust_env=False)
         assert reply.status_code == 401
@@ -65,7 +65,7 @@ def closed_host(stack: Stack) -> Iterator[None]:
         run("remove_host_rules")
 
 
-def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_else(stack: Stack) -> None:
+def test_the_host_s_packet_filter_blocks_only_the_network_of_the_platform(stack: Stack) -> None:
     worker, gateway = stack.container("worker"), str(stack.subnet.network_address + 1)
     try_it = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
     with socket.create_server((gateway, 0)) as here:
@@ -86,7 +86,7 @@ def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_
         assert reaches(ours), "the filter is restored"
 
 
-def test_the_manager_hangs_up_on_a_worker_that_goes_around_the_door(stack: Stack) -> None:
+def test_the_manager_hangs_up_on_a_worker_that_bypasses_the_proxy(stack: Stack) -> None:
     worker = stack.container("worker")
     address = f"http://{stack.app_address}:5000/healthz"
     answer = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "--max-time", "30", address)

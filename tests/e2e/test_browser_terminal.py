@@ -74,7 +74,7 @@ def address(renter: Renter, rental: Rental) -> str:
     return renter.orion("terminal", rental.name).stdout.strip()
 
 
-def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
+def test_a_shell_in_a_browser_supports_sizes_colours_letters_and_vim(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
 ) -> None:
     screen, url = new_screen(), address(renter, rental)
@@ -127,7 +127,7 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     expect(page.locator("#why")).to_contain_text("valid once", timeout=WITHIN_MS)
 
 
-def test_the_page_takes_a_token_and_keeps_it_nowhere(
+def test_the_page_accepts_a_token_and_stores_it_nowhere(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
 ) -> None:
     screen = new_screen()
@@ -166,7 +166,7 @@ def test_a_page_with_a_token_reconnects_after_an_outage_of_the_manager(
     screen.shows("again")
 
 
-def test_a_flood_of_100_mb_ends_and_disturbs_nobody(
+def test_a_flood_of_100_mb_ends_and_disturbs_no_other_terminal(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen], orion: Orion, figures: Figures
 ) -> None:
     flooded, other = new_screen(), new_screen()
@@ -218,7 +218,7 @@ def test_a_page_reconnects_by_itself_when_its_worker_dies(
     assert "kept" in screen.text()
 
 
-def test_a_page_of_somebody_else_opens_no_terminal_even_with_a_ticket(
+def test_a_page_of_another_origin_opens_no_terminal_even_with_a_ticket(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
 ) -> None:
     """Use a page of the same host on another port, like a renter's own web server: the closest possible origin."""

@@ -56,7 +56,7 @@ def test_the_playbooks_run_by_hand_and_are_idempotent(stack: Stack, rent: Rent, 
     assert (again["changed"], again["failed"]) == (0, 0)
 
 
-def test_a_worker_with_an_account_that_nobody_placed_is_set_aside_until_that_is_gone(
+def test_a_worker_with_an_unknown_account_gets_no_placements_until_that_is_removed(
     stack: Stack, orion: Orion, renter: Renter
 ) -> None:
     worker = next(one for one in orion.workers() if one.slots_free)
@@ -89,7 +89,7 @@ def test_the_inventory_pins_the_host_key_of_every_worker(stack: Stack, orion: Or
         assert workers[worker_id].ssh_host_keys[0].split()[1] in variables["ansible_ssh_common_args"]
 
 
-def test_the_container_of_the_manager_is_logged_in_already(stack: Stack, rent: Rent) -> None:
+def test_the_orion_command_in_the_manager_s_container_needs_no_login(stack: Stack, rent: Rent) -> None:
     rental: Rental = rent()
     manager = stack.container("manager_app").id
     listed = stack.exec(manager, "orion", "ls", "--json")

@@ -21,7 +21,7 @@ AT_ONCE_S = 10.0
 FOLLOWED_S = 60.0
 
 
-def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orion, rent: Rent) -> None:
+def test_the_events_of_a_rental_show_its_whole_life_in_order(stack: Stack, orion: Orion, rent: Rent) -> None:
     rental = rent("described")
     orion.release(rental.id, wait_s=30)
     found = list(orion.events(rental_id=rental.id, limit=2))

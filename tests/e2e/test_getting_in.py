@@ -36,7 +36,7 @@ def test_a_shell_at_a_terminal_has_its_size_and_ends_with_its_status(rent: Rent,
     assert "42" in screen
 
 
-def test_a_binary_stream_passes_whole_in_both_directions(rent: Rent, renter: Renter) -> None:
+def test_a_binary_stream_passes_unchanged_in_both_directions(rent: Rent, renter: Renter) -> None:
     rental = rent()
     renter.inside(rental, "head -c 5000000 /dev/urandom > data")
     here = renter.inside(rental, "sha256sum < data")
@@ -45,7 +45,7 @@ def test_a_binary_stream_passes_whole_in_both_directions(rent: Rent, renter: Ren
     assert renter.receives(rental, "cat data") == here.split()[0]
 
 
-def test_another_key_is_refused(rent: Rent, renter: Renter, tmp_path: Path) -> None:
+def test_a_rental_refuses_another_key(rent: Rent, renter: Renter, tmp_path: Path) -> None:
     rental = rent()
     other = renter.ssh(rental, "true", make_key(tmp_path / "other"))
     assert other.returncode == 255

@@ -44,7 +44,7 @@ def _pause_the_manager(stack: Stack) -> Callable[[], object]:
     [(_kill_the_proxy, AWAY_S), (_kill_the_manager, AWAY_S), (_pause_the_manager, ASLEEP_S)],
     ids=["killed proxy", "killed manager", "paused manager"],
 )
-def test_nothing_moves_because_the_platform_itself_was_away(
+def test_no_rental_migrates_after_an_outage_of_the_platform(
     stack: Stack, rent: Rent, renter: Renter, take_away: Callable[[Stack], Callable[[], object]], away_s: float
 ) -> None:
     rental, mark = rent(), stack.mark()
@@ -74,7 +74,7 @@ def _platform_answers(stack: Stack) -> bool:
     return True
 
 
-def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Rent, renter: Renter) -> None:
+def test_a_platform_that_was_stopped_as_a_whole_continues_unchanged(stack: Stack, rent: Rent, renter: Renter) -> None:
     rental, mark = rent(), stack.mark()
     renter.inside(rental, "echo precious > kept")
     stack.compose("stop")
@@ -91,7 +91,7 @@ def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Re
     assert not {"placement.lost", "rental.taken_over"} & set(kinds), story(stack.events(mark))
 
 
-def test_without_the_manager_the_proxy_says_so(stack: Stack) -> None:
+def test_the_proxy_reports_that_the_manager_is_away(stack: Stack) -> None:
     stack.docker("kill", stack.container("manager_app").id)
     with stack.connect() as orion, pytest.raises(ManagerUnreachable) as refusal:
         orion.status()

@@ -43,7 +43,7 @@ def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
     return rented
 
 
-def test_a_killed_worker_loses_its_rental_and_is_cleaned_when_it_returns(
+def test_a_killed_worker_loses_its_rental_and_is_purged_when_it_returns(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter, figures: Figures
 ) -> None:
     dead, tree = stack.container_of(rental.worker_id), furnish(renter, rental)
@@ -87,7 +87,7 @@ def copy_of(stack: Stack, worker: Container) -> Iterator[str]:
         stack.docker("rmi", f"{name}:latest")
 
 
-def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_when_that_is_gone(
+def test_a_copied_worker_is_refused_with_advice_and_replaces_the_original_once_that_is_gone(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter
 ) -> None:
     worker = stack.container_of(rental.worker_id)
@@ -123,7 +123,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
         )
 
 
-def test_a_worker_that_was_paused_too_long_comes_back_without_its_rental(
+def test_a_worker_that_was_paused_too_long_returns_without_its_rental(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter
 ) -> None:
     asleep = stack.container_of(rental.worker_id)
@@ -147,7 +147,7 @@ def test_a_worker_that_was_paused_too_long_comes_back_without_its_rental(
     _check_moved(orion, rental, renter)
 
 
-def test_a_worker_that_was_cut_off_comes_back_without_its_rental(
+def test_a_worker_that_was_cut_off_from_the_network_returns_without_its_rental(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter
 ) -> None:
     alone = stack.container_of(rental.worker_id)

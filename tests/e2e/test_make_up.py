@@ -43,7 +43,7 @@ def rolled(stack: Stack, **settings: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
+def test_a_rental_survives_new_settings_and_a_restart_of_the_machine(
     stack: Stack, orion: Orion, renter: Renter, rent: Rent, figures: Figures
 ) -> None:
     rental = rent("moved-along")

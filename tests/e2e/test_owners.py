@@ -32,7 +32,7 @@ def bob(stack: Stack, token_file: Path) -> Iterator[Orion]:
         yield orion
 
 
-def test_a_client_sees_and_ends_only_what_is_its_own(rent: Rent, renter: Renter, bob: Orion) -> None:
+def test_a_client_sees_and_ends_only_its_own_rentals(rent: Rent, renter: Renter, bob: Orion) -> None:
     admins = rent("of-the-admin")
     own = bob.rent(name="of-bob", ssh_public_key=renter.public_key)
     assert own.owner == "bob"
@@ -58,14 +58,14 @@ def test_two_owners_may_use_the_same_name(rent: Rent, renter: Renter, bob: Orion
     assert rent("common").id != bob.rent(name="common", ssh_public_key=renter.public_key).id
 
 
-def test_a_client_is_no_operator(bob: Orion) -> None:
+def test_a_client_may_not_use_the_calls_of_an_operator(bob: Orion) -> None:
     with pytest.raises(Forbidden):
         list(bob.workers())
     with pytest.raises(Forbidden):
         bob.create_token("eve")
 
 
-def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
+def test_a_revoked_token_is_refused_and_its_rentals_continue(
     stack: Stack, orion: Orion, renter: Renter, bob: Orion, token_file: Path
 ) -> None:
     own = bob.rent(name="goes-on", ssh_public_key=renter.public_key)

@@ -55,7 +55,7 @@ def kinds(events: list[Event], rental: Rental) -> list[str]:
     return [event.kind for event in events if event.rental_id == rental.id]
 
 
-def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
+def test_a_rental_of_100_mb_migrates_while_its_renter_works(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
 ) -> None:
     rental = rent("mover")
@@ -79,7 +79,7 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
 
 
 @pytest.mark.usefixtures("all_slots")
-def test_a_drain_migrates_what_it_can_explains_what_it_waits_for_and_ends(
+def test_a_drain_migrates_rentals_explains_why_it_waits_and_ends(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter
 ) -> None:
     rentals = [rent() for _ in range(WORKERS)]

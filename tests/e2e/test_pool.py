@@ -46,7 +46,7 @@ def test_a_worker_that_holds_a_rental_is_not_removed(orion: Orion, rent: Rent, r
     assert renter.can_log_in(rental)
 
 
-def test_a_removed_worker_that_still_runs_comes_back_as_a_new_one(stack: Stack, orion: Orion, renter: Renter) -> None:
+def test_a_removed_worker_that_still_runs_registers_as_a_new_one(stack: Stack, orion: Orion, renter: Renter) -> None:
     old = next(one for one in orion.workers() if one.slots_free)
     renter.orion("remove", old.id, "--yes")
     assert old.id not in {one.id for one in orion.workers()}

@@ -105,7 +105,7 @@ def reader(stack: Stack, home: Path) -> ReadmeReader:
 
 
 @pytest.mark.parametrize("block", ["orion rent --name lab", "$API/rent "], ids=["orion", "curl"])
-def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeReader, block: str) -> None:
+def test_the_full_flow_of_the_readme_works(stack: Stack, orion: Orion, reader: ReadmeReader, block: str) -> None:
     mark, machines = stack.mark(), {one.hostname for one in stack.containers("worker")}
     stack.await_no_brake()
     printed = reader.types(block)
@@ -122,7 +122,7 @@ def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeR
         assert killed == started == first != after_takeover != after_migration
 
 
-def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeReader, home: Path) -> None:
+def test_the_tools_of_the_readme_work(stack: Stack, orion: Orion, reader: ReadmeReader, home: Path) -> None:
     machines = {one.hostname for one in stack.containers("worker")}
     printed = reader.types("orion config-ssh")
     assert len([line for line in printed if line in machines]) == 2
@@ -131,7 +131,7 @@ def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeReade
     assert (home / ".ssh/config").read_bytes() == b""
 
 
-def test_the_web_port_of_the_readme(stack: Stack, reader: ReadmeReader) -> None:
+def test_the_web_port_of_the_readme_works(stack: Stack, reader: ReadmeReader) -> None:
     printed = reader.types("orion open site")
     [opening] = [line for line in printed if "/.orion/open/#" in line]
     [public] = [line for line in printed if line.startswith("Anybody may open http")]
@@ -143,7 +143,7 @@ def test_the_web_port_of_the_readme(stack: Stack, reader: ReadmeReader) -> None:
     assert host in listed
 
 
-def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: ReadmeReader) -> None:
+def test_the_playbooks_of_the_readme_work(rent: Rent, renter: Renter, reader: ReadmeReader) -> None:
     rental = rent("by-hand")
     uid = renter.inside(rental, "id -u")
     printed = reader.types(
@@ -160,12 +160,12 @@ def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: ReadmeR
     assert not renter.can_log_in(rental)
 
 
-def test_a_connection_past_the_proxy_is_refused_as_the_readme_says(reader: ReadmeReader) -> None:
+def test_a_connection_that_bypasses_the_proxy_is_refused_as_the_readme_says(reader: ReadmeReader) -> None:
     printed = reader.types("echo refused")  # between them curl's complaint, where Compose passes it on as output
     assert [printed[0], printed[-1]] == ['{"status":"ok"} through the proxy', "refused"]
 
 
-def test_the_log_in_by_https_of_the_readme(stack: Stack, home: Path, reader: ReadmeReader) -> None:
+def test_the_log_in_by_https_of_the_readme_works(stack: Stack, home: Path, reader: ReadmeReader) -> None:
     (home / ".config").unlink()  # the login of another test must not be changed
     printed = reader.types("--ca-file")
     account = json.loads((home / ".config/orion/config.json").read_text())

@@ -108,7 +108,7 @@ def test_a_release_leaves_nothing_behind(stack: Stack, orion: Orion, rent: Rent,
     assert report["removed_files"] >= 5
 
 
-def test_a_release_may_be_repeated_and_what_has_ended_cannot_be_renewed(orion: Orion, rent: Rent) -> None:
+def test_a_release_may_be_repeated_and_an_ended_rental_cannot_be_renewed(orion: Orion, rent: Rent) -> None:
     rental = rent()
     assert orion.release(rental.id, wait_s=30).state is RentalState.RELEASED
     assert orion.release(rental.id).state is RentalState.RELEASED
@@ -117,7 +117,7 @@ def test_a_release_may_be_repeated_and_what_has_ended_cannot_be_renewed(orion: O
     assert refusal.value.code == "ended"
 
 
-def test_renewing_counts_the_time_again_from_now(stack: Stack, orion: Orion, rent: Rent) -> None:
+def test_a_renewal_sets_the_end_of_a_rental_anew_from_now(stack: Stack, orion: Orion, rent: Rent) -> None:
     rental = rent(ttl_s=600)
     assert rental.expires_at is not None
     renewed = orion.renew(rental.id, 7200)
@@ -160,7 +160,9 @@ def _percentiles(seconds: list[float]) -> str:
     return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s"
 
 
-def test_an_expired_rental_ends_by_itself_and_is_cleaned(stack: Stack, orion: Orion, short_rental: Rental) -> None:
+def test_an_expired_rental_is_ended_and_purged_without_a_request(
+    stack: Stack, orion: Orion, short_rental: Rental
+) -> None:
     ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)
     if ended.state is not RentalState.EXPIRED:
         ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)

@@ -73,7 +73,7 @@ def test_ssh_scp_sftp_rsync_and_ansible_reach_a_rental_by_its_name(
     assert '"ping": "pong"' in pinged.stdout, pinged.stdout + pinged.stderr
 
 
-def test_ports_are_carried_both_ways(lab: Rental, config: str, renter: Renter) -> None:
+def test_ssh_forwards_ports_in_both_directions(lab: Rental, config: str, renter: Renter) -> None:
     assert lab.username
     serve = (
         "import socket; s=socket.create_server(('127.0.0.1', 7777)); print('up', flush=True); s.accept()[0].send(b'in')"
@@ -108,7 +108,7 @@ def test_asyncssh_reads_the_same_configuration(
     assert asyncio.run(ask()) == f"{lab.username}\n"
 
 
-def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_path: Path) -> None:
+def test_git_and_the_remote_mode_of_an_editor_work(lab: Rental, config: str, renter: Renter, tmp_path: Path) -> None:
     """Push and clone with git by ssh. Act as an editor, which sends a script to a shell without a terminal, requests an
     early answer, and reaches the started server by a SOCKS proxy of the same ssh.
     """
@@ -147,7 +147,7 @@ def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_pa
         session.stdin.close()
 
 
-def test_a_rental_of_which_this_machine_has_no_key_is_opened_by_a_certificate(
+def test_a_second_machine_without_the_key_opens_a_rental_by_a_certificate(
     lab: Rental, renter: Renter, tmp_path: Path
 ) -> None:
     """Use a second machine with the same token, by `orion ssh` and by plain ssh."""
@@ -174,7 +174,9 @@ def test_a_shell_reconnects_after_a_restart_of_the_manager(stack: Stack, lab: Re
     assert lab.name == "lab"
 
 
-def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orion: Orion) -> None:
+def test_keys_and_certificates_open_a_rental_as_documented(
+    lab: Rental, renter: Renter, tmp_path: Path, orion: Orion
+) -> None:
     second = make_key(tmp_path / "second")
     renter.orion("keys", "lab", "add", str(second))
     assert renter.ssh(lab, "true", second).returncode == 0

@@ -63,7 +63,7 @@ def seen(renter: Renter, rental: Rental) -> str:
     return renter.ssh(rental, "cat seen.jsonl").stdout
 
 
-def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
+def test_a_web_port_works_in_a_browser_follows_a_migration_and_gets_no_secret(
     stack: Stack, orion: Orion, renter: Renter, context: BrowserContext
 ) -> None:
     rental = serving(orion, renter, "served")
@@ -123,7 +123,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     assert kinds == ["rental.port_opened", "rental.port_opened", "rental.port_published", "rental.port_closed"]
 
 
-def test_a_page_of_one_rental_gets_nothing_of_another_that_the_same_browser_may_open(
+def test_a_page_of_one_rental_reads_nothing_of_another_rental_in_the_same_browser(
     stack: Stack, orion: Orion, renter: Renter, context: BrowserContext
 ) -> None:
     mine, hostile = serving(orion, renter, "mine"), serving(orion, renter, "hostile")

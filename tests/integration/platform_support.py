@@ -61,8 +61,8 @@ def run_manager(start: ManagerArguments) -> None:
         engine=FakeEngine(world),
         reach=FakeReach(world),
         snapshot_service=FakeSnapshotService(world, time.time),
-        door=None,
-        copies_disk=lambda: 0.0,
+        proxy_probe=None,
+        snapshots_disk=lambda: 0.0,
         end_connections=end_connections,
     )
     main.serve(start.settings, start.secrets, store, ports, start.here)

@@ -152,7 +152,7 @@ async def bench(mine: Worker, process: Process) -> AsyncIterator[RealEngineBench
 
 
 class TestAnsibleEngine(EngineContract):
-    async def test_a_start_command_reaches_the_renter_s_shell_as_it_is_and_is_run_once(
+    async def test_a_start_command_reaches_the_renter_s_shell_unchanged_and_runs_once(
         self, bench: RealEngineBench
     ) -> None:
         said = "{{ 6 * 7 }} {% raw %} $(id -u) !unsafe \\ 'é"
@@ -171,7 +171,7 @@ class TestAnsibleEngine(EngineContract):
         assert printed.splitlines()[1] == said
         assert_done(await bench.engine.run(deletion(job)))
 
-    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(
+    async def test_a_job_of_a_killed_engine_fails_with_that_reason_and_the_next_uses_the_new_engine(
         self, bench: RealEngineBench
     ) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
@@ -187,7 +187,7 @@ class TestAnsibleEngine(EngineContract):
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_what_the_worker_refuses_has_its_code_in_the_report(self, bench: RealEngineBench) -> None:
+    async def test_a_refusal_of_the_worker_has_its_code_in_the_report(self, bench: RealEngineBench) -> None:
         job = new_job(bench.host, epoch=2)
         await bench.engine.run(job)
         outcome = await bench.engine.run(job.with_order(epoch=1))
@@ -200,7 +200,7 @@ class TestAnsibleEngine(EngineContract):
         await asyncio.to_thread(wait_until, lambda: answers(bench.host), "its sshd is back")
         assert_done(await bench.engine.run(new_job(bench.host)))
 
-    async def test_a_worker_that_hangs_costs_the_others_nothing(self, bench: RealEngineBench, second: Worker) -> None:
+    async def test_a_hanging_worker_does_not_delay_jobs_of_others(self, bench: RealEngineBench, second: Worker) -> None:
         other = Host("w-other", second.address, second.host_keys)
         for host in (bench.host, other):
             assert_done(await bench.engine.run(new_job(host)))
@@ -226,24 +226,24 @@ class TestSshReach(ReachContract):
         """Return a bench whose engine is never started: the reach needs none."""
         return RealEngineBench(mine, Process(folder, None))
 
-    async def test_a_worker_that_does_not_know_our_key_is_not_reached(
+    async def test_a_worker_that_refuses_the_manager_s_key_is_not_reached(
         self, bench: RealEngineBench, folder: Path
     ) -> None:
         unknown = SshReach(make_key(folder).file.read_text())
         assert await unknown.reach(bench.host, 60) is Reached.NO
 
-    async def test_a_port_that_accepts_and_says_nothing_is_given_up_in_time(self, bench: RealEngineBench) -> None:
+    async def test_a_job_for_a_port_that_accepts_and_sends_nothing_fails_in_time(self, bench: RealEngineBench) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as mute:
             silent = replace(bench.host, address="127.0.0.1", port=mute.getsockname()[1])
             async with asyncio.timeout(30):
                 assert await bench.reach.reach(silent, 0.2) is Reached.NO
 
-    async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealEngineBench) -> None:
+    async def test_a_job_with_an_invalid_host_key_makes_no_connection(self, bench: RealEngineBench) -> None:
         broken = replace(bench.host, host_keys=(OTHER_KEY[:-6],))
         assert await bench.reach.reach(broken, 60) is Reached.NO
 
 
-async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
+async def test_other_tasks_of_a_playbook_use_the_kept_connection(
     mine: Worker, folder: Path, calm_manager: SmallManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "EXPECT_WITHIN_S", MARGIN_S)
@@ -305,7 +305,7 @@ def test_the_engine_ends_at_sigterm(process: Process) -> None:
     process.wait_listening()
 
 
-def test_the_engine_starts_though_somebody_made_its_output_non_blocking(process: Process) -> None:
+def test_the_engine_starts_with_non_blocking_output(process: Process) -> None:
     process.end()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -91,21 +91,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 Results = dict[str, list[dict[str, Any]]]
 
 
-def test_a_template_in_a_value_of_a_user_is_not_evaluated(results: Results) -> None:
+def test_a_template_in_a_user_s_value_is_not_evaluated(results: Results) -> None:
     assert [results["good"][number]["report"]["value"] for number in (0, 2)] == [TEMPLATE] * 2
 
 
-def test_a_template_in_a_value_of_a_worker_is_not_evaluated(results: Results) -> None:
+def test_a_template_in_a_worker_s_value_is_not_evaluated(results: Results) -> None:
     assert [result["report"]["by_worker"] for result in results["good"]] == [TEMPLATE] * 4
 
 
-def test_each_order_has_the_report_of_its_own_rental_and_nothing_of_ansible(results: Results) -> None:
+def test_each_order_has_only_the_report_of_its_own_rental(results: Results) -> None:
     assert [result["ok"] for result in results["good"]] == [True] * 4
     for result in (results["good"][1], results["good"][3]):
         assert result["report"] == {"changed": True, "value": "change", "by_worker": TEMPLATE}
 
 
-def test_a_failure_is_one_short_line_that_cannot_move_a_cursor(results: Results) -> None:
+def test_a_failure_is_reported_in_one_short_line_without_control_characters(results: Results) -> None:
     """Check also that the failure of one rental is not reported for another."""
     failed, done = results["some fail"]
     assert not failed["ok"]
@@ -115,7 +115,7 @@ def test_a_failure_is_one_short_line_that_cannot_move_a_cursor(results: Results)
     assert done["ok"]
 
 
-def test_a_task_that_breaks_is_the_failure_of_all_its_rentals(results: Results) -> None:
+def test_a_broken_task_is_a_failure_for_all_its_rentals(results: Results) -> None:
     assert [result["ok"] for result in results["crash"]] == [False] * 4
     assert "a fault in the module" in results["crash"][1]["message"]
 
@@ -130,7 +130,7 @@ def test_a_playbook_that_cannot_run_is_a_failure(results: Results, play: str, me
     assert message in results[play][0]["message"]
 
 
-def test_a_play_that_meets_no_worker_is_a_failure(results: Results) -> None:
+def test_a_play_without_a_matching_worker_is_a_failure(results: Results) -> None:
     assert (results["nowhere"][0]["ok"], results["nowhere"][0]["message"]) == (
         False,
         "the playbook did nothing on the worker",

@@ -89,23 +89,23 @@ async def test_many_jobs_share_one_connection_and_each_gets_its_own_answer(engin
     assert connections == 1
 
 
-async def test_an_engine_that_says_nothing_is_given_up_after_the_deadline(engine: AnsibleEngine, path: Path) -> None:
+async def test_a_job_fails_at_its_deadline_when_the_engine_does_not_answer(engine: AnsibleEngine, path: Path) -> None:
     async with process(path, say_nothing):
         outcome = await engine.run(replace(JOB, deadline_s=0.05))
     assert outcome == Outcome(ok=False, message="the engine did not answer in time")
 
 
-async def test_an_engine_that_is_not_there_is_given_up_after_the_deadline(engine: AnsibleEngine) -> None:
+async def test_a_job_fails_at_its_deadline_when_there_is_no_engine(engine: AnsibleEngine) -> None:
     outcome = await engine.run(replace(JOB, deadline_s=0.05))
     assert outcome == Outcome(ok=False, message="the engine did not answer in time")
 
 
-async def test_jobs_in_flight_are_answered_when_the_engine_ends(engine: AnsibleEngine, path: Path) -> None:
+async def test_unfinished_jobs_fail_when_the_engine_ends(engine: AnsibleEngine, path: Path) -> None:
     async with process(path, end_after_one_request):
         assert await asyncio.gather(*(engine.run(JOB) for _ in range(3))) == [RESTARTED] * 3
 
 
-async def test_it_connects_again_to_an_engine_that_was_restarted(engine: AnsibleEngine, path: Path) -> None:
+async def test_the_manager_connects_again_to_a_restarted_engine(engine: AnsibleEngine, path: Path) -> None:
     async with process(path, end_after_one_request):
         assert await engine.run(JOB) == RESTARTED
     async with process(path, answer_all):
@@ -121,7 +121,7 @@ async def test_a_job_waits_for_an_engine_that_is_starting(engine: AnsibleEngine,
 
 
 @pytest.mark.parametrize("nonsense", [b"nonsense\n", b"{}\n", b"[1]\n", b"x" * (8 << 20)])
-async def test_an_answer_that_is_none_breaks_the_connection_and_not_the_manager(
+async def test_an_invalid_answer_of_the_engine_breaks_only_the_connection(
     engine: AnsibleEngine, path: Path, nonsense: bytes
 ) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -133,7 +133,7 @@ async def test_an_answer_that_is_none_breaks_the_connection_and_not_the_manager(
         assert await engine.run(JOB) == RESTARTED
 
 
-async def test_an_answer_that_nobody_waits_for_is_let_go(engine: AnsibleEngine, path: Path) -> None:
+async def test_an_answer_of_the_engine_without_a_waiting_job_is_ignored(engine: AnsibleEngine, path: Path) -> None:
     async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for line in reader:
             writer.write(reply("unknown") + reply(json.loads(line)["id"]) * 2)
@@ -143,7 +143,7 @@ async def test_an_answer_that_nobody_waits_for_is_let_go(engine: AnsibleEngine, 
         assert [(await engine.run(JOB)).ok for _ in range(3)] == [True] * 3
 
 
-async def test_a_cancelled_job_leaves_the_others_alone(engine: AnsibleEngine, path: Path) -> None:
+async def test_a_cancelled_job_does_not_affect_the_others(engine: AnsibleEngine, path: Path) -> None:
     both_asked = asyncio.Event()
 
     async def answer_the_second(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -172,7 +172,7 @@ async def test_a_cancelled_job_leaves_the_others_alone(engine: AnsibleEngine, pa
         replace(JOB, deadline_s=0),
     ],
 )
-async def test_what_is_no_job_is_not_sent(engine: AnsibleEngine, wrong: Job) -> None:
+async def test_an_invalid_job_is_not_sent_to_the_engine(engine: AnsibleEngine, wrong: Job) -> None:
     outcome = await engine.run(wrong)
     assert not outcome.ok
     assert outcome.message.startswith("not a job for the engine")

@@ -196,17 +196,17 @@ def test_a_job_is_answered_under_its_own_id(engine: Engine) -> None:
     assert (answer["id"], answer["ok"], answer["report"]["epoch"]) == ("job-9", True, 7)
 
 
-def test_the_worker_is_told_to_refuse_the_job_after_its_deadline(engine: Engine) -> None:
+def test_a_job_carries_the_deadline_after_which_the_worker_refuses_it(engine: Engine) -> None:
     before = time.time()
     engine.submit("quick", deadline_s=50)
     assert before + 49 <= engine.answer()["report"]["refused_after"] <= time.time() + 50
 
 
-def test_the_socket_is_for_its_owner_and_its_group(engine: Engine) -> None:
+def test_only_owner_and_group_can_open_the_socket_of_the_engine(engine: Engine) -> None:
     assert engine.path.stat().st_mode & 0o777 == 0o660
 
 
-def test_only_so_many_runs_go_on_at_once_and_what_waits_goes_together_into_the_next(engine: Engine) -> None:
+def test_the_number_of_runs_is_limited_and_waiting_jobs_share_the_next_run(engine: Engine) -> None:
     engine.open_connections("w-a", "w-b")
     gates = engine.occupy()
     engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("quick3", "w-a"))
@@ -221,7 +221,7 @@ def test_only_so_many_runs_go_on_at_once_and_what_waits_goes_together_into_the_n
     engine.answer()
 
 
-def test_a_run_is_of_one_action(engine: Engine) -> None:
+def test_a_run_has_jobs_of_one_action_only(engine: Engine) -> None:
     engine.open_connections("w-abcdefgh")
     gates = engine.occupy()
     for number, action in enumerate(("create_user", "delete_user", "create_user")):
@@ -234,9 +234,7 @@ def test_a_run_is_of_one_action(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("what", ["raise", "killed", "huge"])
-def test_a_run_that_breaks_is_explained_to_the_job_that_broke_it_and_the_others_are_done(
-    engine: Engine, what: str
-) -> None:
+def test_a_broken_run_fails_only_the_job_that_broke_it_and_does_the_others(engine: Engine, what: str) -> None:
     engine.open_connections("w-a", "w-b", "w-c")
     gates = engine.occupy()
     engine.submit_together(("quick1", "w-a"), (what, "w-b"), ("quick2", "w-c"))
@@ -249,7 +247,7 @@ def test_a_run_that_breaks_is_explained_to_the_job_that_broke_it_and_the_others_
     assert answers["quick2"]["report"]["together"] == 1, "it was tried again, alone"
 
 
-def test_a_worker_that_holds_up_a_run_is_tried_again_alone_and_the_others_do_not_wait(engine: Engine) -> None:
+def test_the_job_of_a_hanging_worker_is_repeated_alone_and_the_other_jobs_do_not_wait(engine: Engine) -> None:
     engine.open_connections("w-a", "w-b", "w-slow")
     gates, slow = engine.occupy(), engine.gate("wait9")
     engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("wait9", "w-slow"))
@@ -265,13 +263,13 @@ def test_a_worker_that_holds_up_a_run_is_tried_again_alone_and_the_others_do_not
     assert (late["id"], late["report"]["gate"], late["report"]["together"]) == ("wait9", "at last", 1)
 
 
-def test_what_could_not_be_reached_is_tried_once_more_alone(engine: Engine) -> None:
+def test_a_job_for_an_unreachable_worker_is_repeated_once_and_alone(engine: Engine) -> None:
     engine.submit_together(("unreachable", "w-gone"), ("quick", "w-gone"))
     answers = {answer["id"]: answer for answer in (engine.answer() for _ in range(2))}
     assert answers["unreachable"]["message"] == "not there, with 1"
 
 
-def test_workers_that_failed_lately_never_have_all_runners(engine: Engine) -> None:
+def test_recently_failed_workers_never_occupy_all_runners(engine: Engine) -> None:
     engine.submit("unreachable", "x", host=host("w-bad1"))
     engine.submit("unreachable", "y", host=host("w-bad2"))
     for _ in range(2):
@@ -286,7 +284,7 @@ def test_workers_that_failed_lately_never_have_all_runners(engine: Engine) -> No
         assert engine.answer()["id"] == f"bad{number}"
 
 
-def test_an_owner_whose_workers_hold_up_their_runs_has_half_of_the_runners(engine: Engine) -> None:
+def test_an_owner_with_hanging_workers_occupies_half_of_the_runners(engine: Engine) -> None:
     engine.open_connections("w-greedy1", "w-greedy2", "w-other")
     gates = [engine.gate("wait1"), engine.gate("wait2")]
     engine.submit("wait1", "greedy1", host=host("w-greedy1"), owner="greedy")
@@ -300,7 +298,7 @@ def test_an_owner_whose_workers_hold_up_their_runs_has_half_of_the_runners(engin
         assert engine.answer()["id"] == f"greedy{number}"
 
 
-def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
+def test_a_late_job_is_killed_with_all_its_descendants(engine: Engine) -> None:
     engine.submit("family", deadline_s=10)
     pids = family(engine)
     assert not any(gone(pid) for pid in pids)
@@ -309,7 +307,7 @@ def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
     wait_until(lambda: all(gone(pid) for pid in pids))
 
 
-def test_a_job_that_never_gets_its_turn_is_answered_at_its_deadline(engine: Engine) -> None:
+def test_a_job_that_never_starts_is_answered_at_its_deadline(engine: Engine) -> None:
     engine.occupy()
     engine.submit("quick", "late", host=host("w-wait0"), deadline_s=0.05)
     answer = engine.answer()
@@ -317,7 +315,7 @@ def test_a_job_that_never_gets_its_turn_is_answered_at_its_deadline(engine: Engi
 
 
 @pytest.mark.parametrize("what", ["raise", "killed", "huge"])
-def test_a_runner_that_fails_answers_as_failed_and_the_engine_goes_on(engine: Engine, what: str) -> None:
+def test_the_job_of_a_failed_runner_fails_and_the_engine_continues(engine: Engine, what: str) -> None:
     engine.submit(what)
     answer = engine.answer()
     assert (answer["ok"], answer["message"]) == (False, "the engine's process for this job ended without a result")
@@ -338,7 +336,7 @@ def test_a_report_larger_than_the_pipe_arrives_whole(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[]", b"null", b"\xff", b'{"id": 5}', b"[" * 100_000])
-def test_what_is_no_request_is_answered_with_an_error_and_the_engine_goes_on(engine: Engine, line: bytes) -> None:
+def test_an_invalid_request_is_answered_with_an_error_and_the_engine_continues(engine: Engine, line: bytes) -> None:
     engine.send(line)
     assert not engine.answer()["ok"]
     engine.submit("quick")
@@ -369,7 +367,7 @@ def test_what_is_no_request_is_answered_with_an_error_and_the_engine_goes_on(eng
         (("order", "public_keys"), ['command="id" ' + KEY]),
     ],
 )
-def test_a_request_beyond_what_is_allowed_is_refused(engine: Engine, place: tuple[str, ...], value: Any) -> None:
+def test_a_request_with_forbidden_values_is_refused(engine: Engine, place: tuple[str, ...], value: Any) -> None:
     wrong = request("quick", "job-9")
     where = wrong
     for name in place[:-1]:
@@ -381,14 +379,14 @@ def test_a_request_beyond_what_is_allowed_is_refused(engine: Engine, place: tupl
     assert answer["message"].startswith("the engine refused the request: " + ".".join(place))
 
 
-def test_an_id_in_work_cannot_be_used_twice(engine: Engine) -> None:
+def test_the_id_of_an_unfinished_job_cannot_be_used_again(engine: Engine) -> None:
     engine.gate("wait1")
     engine.submit("wait1", "same")
     engine.submit("quick", "same")
     assert engine.answer()["message"] == "a job with this id is already in work"
 
 
-def test_a_connection_that_closes_takes_its_jobs_with_it(engine: Engine) -> None:
+def test_the_end_of_a_connection_cancels_its_jobs(engine: Engine) -> None:
     engine.submit("family")
     pids = family(engine)
     engine.connection.close()
@@ -398,7 +396,7 @@ def test_a_connection_that_closes_takes_its_jobs_with_it(engine: Engine) -> None
     assert engine.answer()["ok"]
 
 
-def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
+def test_a_connection_gets_only_answers_to_its_own_jobs(engine: Engine) -> None:
     gate = engine.gate("wait1")
     engine.submit("wait1", "1")
     # Together in one run, the second would wait for the first: the stub plays the jobs of a run in turn.
@@ -411,7 +409,7 @@ def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
     assert engine.answer()["report"]["gate"] == "mine"
 
 
-def test_a_request_without_end_ends_its_connection_alone(engine: Engine) -> None:
+def test_an_endless_request_ends_only_its_own_connection(engine: Engine) -> None:
     flood = engine.connect()
     with pytest.raises(OSError, match=r"reset|Broken pipe"):
         flood.sendall(b"x" * (64 << 20))
@@ -419,7 +417,7 @@ def test_a_request_without_end_ends_its_connection_alone(engine: Engine) -> None
     assert engine.answer()["ok"]
 
 
-def test_sigterm_kills_what_runs_and_ends_well(tmp_path: Path) -> None:
+def test_sigterm_kills_running_jobs_and_the_engine_exits_with_status_0(tmp_path: Path) -> None:
     engine = Engine(tmp_path)
     engine.submit("family")
     pids = family(engine)

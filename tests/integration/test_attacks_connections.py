@@ -113,7 +113,7 @@ KINDS: dict[str, tuple[Callable[[Platform], socket.socket], int, int]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_connection_takes_more_memory_than_the_sum_says(
+def test_no_connection_takes_more_memory_than_the_proxy_reserves_for_it(
     attacked: Platform, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
     opened, number, most_kib = KINDS[kind]
@@ -225,7 +225,7 @@ def under(
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_memory(
+def test_thousands_of_connections_of_an_unknown_client_cut_no_session_and_leave_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
     connections, figures = under(attack, attacked, unknown_rentals[:1], TRUSTED, 10)
@@ -234,7 +234,7 @@ def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_m
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
+def test_unknown_clients_of_many_addresses_block_no_worker_and_leave_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
     """Allow that they block new clients, but no client that is already connected."""
@@ -264,7 +264,7 @@ FRAMES: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
+def test_endless_http_2_frames_disturb_no_other_client_and_take_no_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], kind: str
 ) -> None:
     proxy, ending, sent = attacked.proxy, threading.Event(), list[int]()
@@ -294,7 +294,7 @@ def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
     assert memory_kib(proxy) - before_kib < 32 * 1024
 
 
-def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
+def test_a_visitor_at_its_limit_of_requests_gets_an_error_that_names_the_limit(
     attacked: Platform, unknown_rentals: tuple[str, ...]
 ) -> None:
     proxy = attacked.proxy
@@ -325,7 +325,7 @@ def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
     ("is_known", "status", "code", "within_s"),
     [(True, 408, b"request_timeout", WHOLE_WITHIN_S), (False, 401, b"unauthorized", UNKNOWN_WITHIN_S)],
 )
-def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
+def test_the_timeout_of_a_body_counts_for_the_whole_body(
     attacked: Platform, is_known: bool, status: int, code: bytes, within_s: float
 ) -> None:
     there = socket.create_connection(address(attacked.proxy), timeout=60)
@@ -347,7 +347,7 @@ def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
     assert time.monotonic() - began >= within_s - 0.5
 
 
-def test_too_little_memory_is_said_before_anything_starts(attacked: Platform) -> None:
+def test_the_proxy_refuses_to_start_with_too_little_memory(attacked: Platform) -> None:
     small = ["docker", "run", "--rm", "--memory", "200m", attacked.proxy.image()]
     done = subprocess.run(small, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1

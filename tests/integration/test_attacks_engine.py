@@ -149,7 +149,7 @@ async def serve_beside(bench: RealEngineBench, hosts: list[Host]) -> list[Outcom
 
 
 @pytest.mark.parametrize("mode", ["hang", "output", "errors", "slowly", "nothing", "garbage", "deep"])
-async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_and_costs_nobody_else(
+async def test_an_invalid_answer_of_a_worker_is_a_timely_failure_without_effect_on_others(
     bench: RealEngineBench, evil: Evil, mode: str
 ) -> None:
     evil.become(mode)
@@ -161,9 +161,7 @@ async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_an
     assert most() < MOST_MEMORY, f"{most() >> 20} MB"
 
 
-async def test_who_is_served_together_with_a_worker_that_hangs_does_not_wait_for_it(
-    bench: RealEngineBench, evil: Evil
-) -> None:
+async def test_a_job_does_not_wait_for_a_hanging_worker_of_the_same_run(bench: RealEngineBench, evil: Evil) -> None:
     """Start both jobs in the same instant, so that the engine may put them into one run."""
     evil.become("hang")
     hanging = asyncio.create_task(bench.engine.run(new_job(evil.host, deadline_s=25.0)))
@@ -220,7 +218,7 @@ def lies(mark: Path, honest: Host) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("failed", [False, True])
-async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
+async def test_facts_hosts_templates_and_paths_in_a_worker_s_report_have_no_effect(
     bench: RealEngineBench, evil: Evil, tmp_path: Path, failed: bool
 ) -> None:
     mark = tmp_path / "mark"
@@ -237,9 +235,7 @@ async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
     assert await bench.accounts() == before | {after.order.rental_id: account(after)}
 
 
-async def test_an_enormous_report_is_cut_and_a_report_that_is_none_is_a_failure(
-    bench: RealEngineBench, evil: Evil
-) -> None:
+async def test_an_enormous_report_is_cut_and_an_invalid_report_is_a_failure(bench: RealEngineBench, evil: Evil) -> None:
     evil.answer({"changed": True, "epoch": 1, "looked": ["x" * 1000] * 4000, "left": []})
     outcome = await bench.engine.run(new_job(evil.host))
     assert len(json.dumps(outcome.report)) < 1 << 18
@@ -344,7 +340,7 @@ def fakes(evil: Evil) -> Iterator[list[Host]]:
         fake.close()
 
 
-async def test_what_is_no_sshd_is_unreachable_in_time_and_costs_nobody_else(
+async def test_a_job_for_a_server_that_is_no_sshd_fails_in_time_without_effect_on_others(
     bench: RealEngineBench, fakes: list[Host]
 ) -> None:
     with memory_of(bench.process.process.pid) as most:
@@ -353,9 +349,7 @@ async def test_what_is_no_sshd_is_unreachable_in_time_and_costs_nobody_else(
     assert most() < MOST_MEMORY, f"{most() >> 20} MB"
 
 
-async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(
-    bench: RealEngineBench, fakes: list[Host]
-) -> None:
+async def test_a_reach_of_a_server_that_is_no_sshd_fails_in_time(bench: RealEngineBench, fakes: list[Host]) -> None:
     began = time.monotonic()
     reached = await asyncio.gather(*(bench.reach.reach(host, 1.0) for host in fakes))
     assert set(reached) == {Reached.NO}

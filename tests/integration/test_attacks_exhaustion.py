@@ -80,7 +80,7 @@ with MOST_HIDDEN terminals is killed before it could print their number."""
 SHUT, NO_MORE = 13, 28
 
 
-def test_a_renter_who_opens_terminals_without_end_leaves_all_others_theirs(
+def test_a_renter_that_opens_endless_terminals_leaves_terminals_for_all_others(
     rental: Rental, roommate: Rental, elsewhere: Rental
 ) -> None:
     with running(rental, OPEN_ALL.replace("HIDE", "False")) as attack:
@@ -91,7 +91,7 @@ def test_a_renter_who_opens_terminals_without_end_leaves_all_others_theirs(
         wait_until(lambda: has_more(roommate), "there are more")
 
 
-def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_share(
+def test_a_renter_that_hides_its_terminals_takes_no_more_than_a_share(
     rental: Rental, roommate: Rental, elsewhere: Rental
 ) -> None:
     """No search finds the owner of hidden terminals. Log-ins get theirs from root; other containers do not count."""
@@ -109,7 +109,7 @@ def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_sha
     wait_until(lambda: has_more(roommate), "there are more")
 
 
-def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log(rental: Rental) -> None:
+def test_a_renter_that_is_refused_a_thousand_times_a_second_does_not_fill_the_log(rental: Rental) -> None:
     port = free_port()
     log = len(rental.on.log().splitlines())
     command = rental.on.ssh_command(rental.username, rental.key, "-N", "-D", f"127.0.0.1:{port}")
@@ -224,7 +224,7 @@ def running_since(worker: Worker) -> str:
     return docker("inspect", "-f", "{{.State.StartedAt}}", worker.name)
 
 
-def test_what_a_renter_keeps_in_memory_without_a_process_ends_nobody(rental: Rental, roommate: Rental) -> None:
+def test_a_renter_s_memory_without_a_process_kills_no_process_of_others(rental: Rental, roommate: Rental) -> None:
     """Without a limit, the kernel would kill all processes, the agent last, because no process has this memory."""
     before = rental.on.log().count("sshd ended"), running_since(rental.on)
     segments, queues, semaphores, names = map(int, rental.python(KEEP_MEMORY).split())
@@ -254,7 +254,7 @@ while True:
 """
 
 
-def test_a_start_command_that_forks_for_ever_comes_after_the_orders_of_root(
+def test_a_start_command_that_forks_for_ever_does_not_delay_the_orders_of_root(
     rental: Rental, roommate: Rental, folder: Path
 ) -> None:
     """Let it leave its session, ignore each signal and start anew at each order; no order may wait long for that."""

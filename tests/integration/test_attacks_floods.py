@@ -143,7 +143,7 @@ async def test_a_flood_of_one_kind_is_cut_and_every_other_kind_is_answered(attac
     assert not [status for status in answers if status >= 500], answers
 
 
-async def test_streams_of_events_of_one_token_have_a_ceiling_and_calls_go_on(attacked: Platform) -> None:
+async def test_streams_of_events_of_one_token_are_limited_and_its_calls_still_work(attacked: Platform) -> None:
     token = await asyncio.to_thread(attacked.token, "streamer")
     open_ones = []
     limits = httpx.Limits(max_connections=None)
@@ -159,7 +159,7 @@ async def test_streams_of_events_of_one_token_have_a_ceiling_and_calls_go_on(att
             await reply.aclose()
 
 
-async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform) -> None:
+async def test_a_flood_of_handshakes_does_not_disturb_others(attacked: Platform) -> None:
     token = await asyncio.to_thread(attacked.token, "patient")
     trusting_nobody = ssl.create_default_context()
     done = itertools.count(1)
@@ -184,7 +184,7 @@ async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform)
     assert found == HONEST
 
 
-async def test_slow_clients_are_cut_and_cost_nobody_anything(attacked: Platform) -> None:
+async def test_slow_clients_are_cut_and_delay_no_other_client(attacked: Platform) -> None:
     """Open 300 that never end their headers, 100 that never end their body, and 50 that never read their answer."""
     token = await asyncio.to_thread(attacked.token, "hasty")
     their = (await asyncio.to_thread(attacked.token, "deaf")).encode()

@@ -165,7 +165,7 @@ def locked_by(attacker: Rental, *guesses: str) -> Iterator[list[str]]:
             holding.kill()
 
 
-def test_a_renter_who_locks_all_that_it_can_open_keeps_nobody_waiting(observed: Observed, folder: Path) -> None:
+def test_a_renter_that_locks_all_files_that_it_can_open_delays_no_other(observed: Observed, folder: Path) -> None:
     attacker, victim = (new_rental(observed.on, folder) for _ in range(2))
     activate(attacker)
     live(replace(victim, rental_id=victim.rental_id[::-1], uid=victim.uid + 1000), folder)
@@ -179,7 +179,7 @@ def test_a_renter_who_locks_all_that_it_can_open_keeps_nobody_waiting(observed: 
     assert (status, report["left"]) == (0, []), report
 
 
-def test_what_root_locks_opens_and_names_is_out_of_a_renters_reach(observed: Observed, folder: Path) -> None:
+def test_a_renter_cannot_reach_files_that_root_locks_opens_or_names(observed: Observed, folder: Path) -> None:
     attacker, victim = (new_rental(observed.on, folder) for _ in range(2))
     activate(attacker)
     live(victim, folder)
@@ -199,7 +199,7 @@ def test_what_root_locks_opens_and_names_is_out_of_a_renters_reach(observed: Obs
     assert (status, report["left"]) == (0, []), report
 
 
-def test_what_is_in_a_home_is_opened_without_following_or_waiting(observed: Observed, folder: Path) -> None:
+def test_root_opens_files_in_a_home_without_following_links_or_waiting(observed: Observed, folder: Path) -> None:
     live(new_rental(observed.on, folder), folder)
     places = observed.noted("follow", "wait")
     below = [each for each in places if not each.startswith("/") or each.startswith(("/home/", *SHARED))]
@@ -220,7 +220,7 @@ while True:
 """
 
 
-def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_released_all_the_same(
+def test_a_renter_that_locks_all_files_and_fills_its_processes_is_still_migrated_and_released(
     network: WorkerNetwork, shared_manager: SmallManager, join: Path, folder: Path
 ) -> None:
     """Freeze, snapshot, recover and purge the attacker's own rental on a worker of one slot."""

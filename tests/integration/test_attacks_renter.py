@@ -46,7 +46,7 @@ def outcomes(rental: Rental, attempts: str) -> dict[str, str]:
 # Privileges
 
 
-def test_nothing_that_asks_the_kernel_for_more_works(rental: Rental) -> None:
+def test_a_renter_cannot_gain_kernel_privileges(rental: Rental) -> None:
     """Try name spaces, mounts, modules, devices, tracing and kernel memory."""
     found = outcomes(
         rental,
@@ -87,7 +87,7 @@ attempt("page-faults", lambda: libc.syscall(323, 0))
     assert [name for name, became in found.items() if became == "WORKED"] == []
 
 
-def test_what_others_run_can_be_listed_and_not_looked_into(rental: Rental, roommate: Rental) -> None:
+def test_a_renter_can_list_processes_of_others_but_not_inspect_them(rental: Rental, roommate: Rental) -> None:
     roommate.ssh("SECRET=hush-hush setsid sleep 120 >/dev/null 2>&1 </dev/null &")
     its = ("pgrep", "-u", str(roommate.uid), "-x", "sleep")
     pid = wait_until(lambda: rental.on.run(*its, check=False), "it sleeps").split()[0]
@@ -116,7 +116,7 @@ def test_shared_directories_keep_each_renters_files_its_own(rental: Rental, room
         assert roommate.ssh(f"cat {file} && rm {file}").stdout == "mine\n"
 
 
-def test_a_renter_changes_nothing_of_how_it_is_let_in(rental: Rental) -> None:
+def test_a_renter_cannot_change_how_its_log_in_is_authorized(rental: Rental) -> None:
     for command in (
         "echo x >> /etc/passwd",
         "touch /etc/orion/keys/mine",
@@ -163,7 +163,7 @@ LOCAL = (
 )
 
 
-def test_the_neighbourhood_is_closed_to_renters(rental: Rental) -> None:
+def test_a_renter_cannot_reach_the_network_around_its_worker(rental: Rental) -> None:
     for place in LOCAL:
         assert rental.python(CONNECT.format(address=place, port=80)).strip() == "No route to host", place
 
@@ -180,7 +180,7 @@ def test_the_neighbourhood_is_closed_to_renters(rental: Rental) -> None:
         ("internet,!{machine}", False, ["No route to host", "No route to host"]),
     ],
 )
-def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_told(
+def test_a_renter_reaches_the_permitted_egress_and_never_the_configured_host_addresses(
     network: WorkerNetwork, shared_manager: SmallManager, join: Path, folder: Path, machine: tuple[str, int],
     egress: str, is_told: bool, reaches: list[str],
 ) -> None:  # fmt: skip
@@ -202,7 +202,7 @@ def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_
     [("ORION_EGRESS", each) for each in ("everything", "1.2.3", "cafe.de", "1.2.3.4/33", "!")]
     + [("ORION_HOST_ADDRESSES", "example.org")],
 )
-def test_what_says_nothing_about_where_a_renter_may_go_ends_the_worker(
+def test_a_worker_with_an_invalid_egress_setting_does_not_start(
     network: WorkerNetwork, shared_manager: SmallManager, join: Path, name: str, value: str
 ) -> None:
     with worker(network, shared_manager, join, "--env", f"{name}={value}") as made:
@@ -210,7 +210,7 @@ def test_what_says_nothing_about_where_a_renter_may_go_ends_the_worker(
         assert name in made.log() or "packet filter could not be set" in made.log()
 
 
-def test_the_name_server_tells_names_and_carries_nothing_else(rental: Rental, neighbour: Worker) -> None:
+def test_a_renter_s_loopback_offers_only_the_name_server(rental: Rental, neighbour: Worker) -> None:
     """Check a renter's own loopback, where only Docker's name server listens."""
     listening = rental.ssh("cat /proc/net/tcp /proc/net/tcp6").stdout
     assert rental.python(CONNECT.format(address="127.0.0.11", port=22)).strip() != "open"
@@ -220,7 +220,7 @@ def test_the_name_server_tells_names_and_carries_nothing_else(rental: Rental, ne
 # Resources
 
 
-def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: Rental) -> None:
+def test_a_renter_that_uses_all_memory_loses_only_its_own_processes(rental: Rental, roommate: Rental) -> None:
     started = docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name)
     hog = "held = []\nwhile True: held.append(bytearray(16 << 20))"
     with ThreadPoolExecutor(3) as pool:
@@ -250,7 +250,7 @@ print(lowered, open("/proc/self/oom_score_adj").read().strip())
 NOTHING_LOWERED = {f"[] {score}\n" for score in (500, 1000)}
 
 
-def test_a_renter_lowers_no_score_by_which_the_kernel_ends_processes(rental: Rental, folder: Path) -> None:
+def test_a_renter_cannot_lower_the_oom_score_of_its_processes(rental: Rental, folder: Path) -> None:
     """Try it in a session, by the settings that sshd applies for a renter, and in a start command."""
     if "a renter can have the kernel end others before itself" in rental.on.log():
         pytest.skip("the kernel (older than 5.19) or the engine has no Landlock: runs where both have it")
@@ -293,7 +293,7 @@ time.sleep(300)
 """
 
 
-def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_one(
+def test_the_oom_killer_takes_many_small_processes_of_one_renter_before_a_neighbour_s_large_one(
     rental: Rental, roommate: Rental
 ) -> None:
     """Let them need more memory than there is: only they may be killed, and no process of a neighbour or of root."""
@@ -330,7 +330,7 @@ def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_on
             of_root.kill()
 
 
-def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) -> None:
+def test_a_fork_bomb_does_not_block_other_renters(rental: Rental, roommate: Rental) -> None:
     bomb = "import os, sys\nwhile True:\n  try: os.fork()\n  except OSError: pass"
     bombing = subprocess.Popen(
         [*rental.on.ssh_command(rental.username, rental.key), "timeout 8 python3 -"],
@@ -352,7 +352,7 @@ def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) 
     assert rental.accepts()
 
 
-def test_open_files_watches_and_sessions_of_one_renter_are_not_the_others(rental: Rental, roommate: Rental) -> None:
+def test_limits_of_open_files_watches_and_sessions_count_for_each_renter(rental: Rental, roommate: Rental) -> None:
     greedy = """
 import ctypes, os, socket
 libc = ctypes.CDLL(None)
@@ -392,7 +392,9 @@ def small(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> I
         yield made
 
 
-def test_a_full_disk_keeps_nobody_out_and_is_empty_after_the_release(small: Worker, folder: Path) -> None:
+def test_a_renter_that_fills_the_disk_blocks_no_other_and_its_release_frees_the_disk(
+    small: Worker, folder: Path
+) -> None:
     full, other = (new_rental(small, folder).create_quickly() for _ in range(2))
     done = full.ssh("dd if=/dev/zero of=fill bs=1M; i=0; while echo > name-$i; do i=$((i+1)); done")
     assert "No space left" in done.stderr
@@ -423,7 +425,7 @@ os.chmod(home, 0)
 """
 
 
-def test_strange_names_and_many_of_them_are_gone_after_the_release(rental: Rental) -> None:
+def test_a_release_removes_many_files_with_strange_names(rental: Rental) -> None:
     leaving = new_rental(rental.on, rental.key.file.parent).create_quickly()
     leaving.python(STAYS)
     played = leaving.delete()
@@ -447,14 +449,14 @@ attempt("group-of-another", lambda: os.chown(here, -1, 0))
 """
 
 
-def test_a_renter_makes_nothing_that_a_purge_could_not_remove(rental: Rental) -> None:
+def test_a_purge_removes_everything_that_a_renter_can_make(rental: Rental) -> None:
     """Try immutable names, mounts, and files that would start a program again."""
     found = outcomes(rental, "import struct\n" + UNREMOVABLE)
     assert len(found) == 8
     assert [name for name, became in found.items() if became == "WORKED"] == []
 
 
-def test_a_neighbours_file_cannot_be_taken_along_by_a_link(rental: Rental, roommate: Rental) -> None:
+def test_a_purge_follows_no_link_to_a_neighbour_s_file(rental: Rental, roommate: Rental) -> None:
     """Make hard and symbolic links: a purge that followed one would remove another rental's file."""
     assert roommate.ssh("chmod 711 .; echo mine > open; chmod 666 open; mkdir -m 777 shared").returncode == 0
     leaving = new_rental(rental.on, rental.key.file.parent).create_quickly()

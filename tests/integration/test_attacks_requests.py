@@ -69,7 +69,7 @@ STRANGE_CREDENTIALS = {
 
 
 @pytest.mark.parametrize("credentials", STRANGE_CREDENTIALS.values(), ids=STRANGE_CREDENTIALS)
-def test_strange_credentials_are_none(attacked: Platform, credentials: str | bytes | None) -> None:
+def test_malformed_credentials_are_refused(attacked: Platform, credentials: str | bytes | None) -> None:
     headers = {} if credentials is None else {"Authorization": credentials}
     with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as anonymous:
         for path in ("/api/rentals", "/api/workers", "/api/events", "/api/status"):
@@ -77,7 +77,7 @@ def test_strange_credentials_are_none(attacked: Platform, credentials: str | byt
         assert_problem(anonymous.post("/api/rent", json={}, headers=headers), 401)
 
 
-def test_a_token_counts_in_its_header_alone(attacked: Platform) -> None:
+def test_a_token_is_accepted_only_in_its_header(attacked: Platform) -> None:
     token = attacked.secrets.admin_token
     with httpx.Client(
         base_url=attacked.url, trust_env=False, timeout=60, cookies={"Authorization": token}
@@ -100,7 +100,7 @@ async def test_two_authorization_headers_are_refused(attacked: Platform) -> None
 
 
 @pytest.mark.parametrize("role", ["client", "join", "worker", "nobody"])
-def test_a_token_of_another_role_opens_nothing(attacked: Platform, rental: dict[str, Any], role: str) -> None:
+def test_a_token_of_another_role_is_refused(attacked: Platform, rental: dict[str, Any], role: str) -> None:
     calls = [("GET", "/api/workers"), ("POST", "/api/tokens"), ("GET", "/api/admin/backup"), ("POST", "/api/heartbeat")]
     if role != "client":
         calls += [("GET", f"/api/rentals/{rental['id']}"), ("GET", "/api/events"), ("POST", "/api/rent")]
@@ -124,7 +124,7 @@ def test_a_rental_of_another_is_as_unknown_as_one_that_never_was(attacked: Platf
     assert eve.is_closed
 
 
-def test_a_token_that_was_revoked_or_has_expired_opens_nothing(attacked: Platform) -> None:
+def test_a_revoked_or_expired_token_is_refused(attacked: Platform) -> None:
     with attacked.client() as admin:
         made = admin.post("/api/tokens", json={"name": "temp", "role": "client"}).json()
         with attacked.client(made["token"]) as temp:
@@ -185,7 +185,7 @@ ALLOWED = {"root", "r-root"}
 
 
 @pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name)[:30])
-def test_a_name_that_is_dangerous_anywhere_is_refused_by_its_field(alice: httpx.Client, name: str) -> None:
+def test_a_dangerous_name_is_refused_with_the_name_of_its_field(alice: httpx.Client, name: str) -> None:
     reply = alice.post("/api/rent", content=rent_with(name=name, ssh_public_key=KEY), headers=JSON)
     if name in ALLOWED:
         assert reply.json()["username"] == f"r-{reply.json()['id']}"
@@ -203,7 +203,7 @@ STRANGE_LABELS: list[Any] = [
 
 
 @pytest.mark.parametrize("labels", STRANGE_LABELS, ids=lambda labels: ascii(labels)[:30])
-def test_labels_out_of_the_contract_are_refused_by_their_field(alice: httpx.Client, labels: Any) -> None:
+def test_invalid_labels_are_refused_with_the_name_of_their_field(alice: httpx.Client, labels: Any) -> None:
     reply = alice.post("/api/rent", content=rent_with(labels=labels, ssh_public_key=KEY), headers=JSON)
     assert assert_problem(reply, 422)["errors"][0]["field"].startswith("labels")
 
@@ -241,7 +241,7 @@ STRANGE_KEYS = {
 
 
 @pytest.mark.parametrize("key", STRANGE_KEYS.values(), ids=STRANGE_KEYS)
-def test_what_is_not_one_plain_public_key_is_refused(alice: httpx.Client, key: str) -> None:
+def test_only_a_single_plain_public_key_is_accepted(alice: httpx.Client, key: str) -> None:
     reply = alice.post("/api/rent", content=rent_with(ssh_public_key=key), headers=JSON)
     assert assert_problem(reply, 422)["errors"][0]["field"] == "ssh_public_key"
 
@@ -250,7 +250,7 @@ TIMES = [-1, 0, 1, 59, 30 * 86_400 + 1, 10**15, 2**63, 10**300, -(2**63), "60", 
 
 
 @pytest.mark.parametrize("ttl_s", TIMES, ids=lambda value: repr(value)[:20])
-def test_a_time_out_of_bounds_is_refused_everywhere(
+def test_a_duration_out_of_bounds_is_refused_everywhere(
     alice: httpx.Client, attacked: Platform, rental: dict[str, Any], ttl_s: Any
 ) -> None:
     before = alice.get(f"/api/rentals/{rental['id']}").json()["expires_at"]
@@ -261,7 +261,7 @@ def test_a_time_out_of_bounds_is_refused_everywhere(
 
 
 @pytest.mark.parametrize("wait_s", [-1, 56, 1e308, "x", None], ids=repr)
-def test_nobody_makes_the_manager_wait_longer_than_it_says(
+def test_no_request_can_wait_longer_than_the_documented_maximum(
     alice: httpx.Client, rental: dict[str, Any], wait_s: Any
 ) -> None:
     assert_problem(alice.post("/api/rent", content=rent_with(wait_s=wait_s), headers=JSON), 422)
@@ -272,7 +272,9 @@ def test_nobody_makes_the_manager_wait_longer_than_it_says(
 # Idempotency keys
 
 
-def test_a_replayed_key_with_another_body_is_a_conflict_and_with_the_same_the_same(alice: httpx.Client) -> None:
+def test_a_replayed_key_with_another_body_is_a_conflict_and_with_the_same_body_the_same_rental(
+    alice: httpx.Client,
+) -> None:
     def ask(**body: Any) -> httpx.Response:
         return alice.post("/api/rent", json={"ssh_public_key": KEY} | body, headers={"Idempotency-Key": "once"})
 
@@ -293,7 +295,7 @@ def test_many_replays_at_once_rent_one_environment(alice: httpx.Client) -> None:
     assert alice.delete(f"/api/rentals/{found.pop()}").is_success
 
 
-def test_a_key_is_its_owners_alone(attacked: Platform, alice: httpx.Client) -> None:
+def test_two_owners_may_use_the_same_idempotency_key(attacked: Platform, alice: httpx.Client) -> None:
     with attacked.client(attacked.token("zoe")) as zoe:
         rented = [
             client.post("/api/rent", json={"ssh_public_key": KEY}, headers={"Idempotency-Key": "shared"}).json()
@@ -341,7 +343,7 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("request_bytes", SMUGGLED.values(), ids=SMUGGLED)
-async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_second_one(
+async def test_a_request_of_doubtful_length_is_refused_and_becomes_no_second_request(
     attacked: Platform, request_bytes: bytes
 ) -> None:
     answer = await raw(attacked.proxy.http_port, request_bytes, within_s=2, is_answered=True)
@@ -412,7 +414,7 @@ UNENDED = {"a trailer without an end", "less than was announced", "less than a c
 
 
 @pytest.mark.parametrize("sender", ["an unknown client", "a client"])
-async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Platform, sender: str) -> None:
+async def test_the_unread_rest_of_a_body_is_never_taken_for_a_request(attacked: Platform, sender: str) -> None:
     """Send bodies that the proxy forwards unbuffered, over connections that requests of others use next."""
     token = attacked.token("bodies").encode() if sender == "a client" else b""
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
@@ -442,7 +444,7 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
         assert is_problem or set(statuses) <= {100}, (name, answer)
 
 
-async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(attacked: Platform) -> None:
+async def test_bytes_after_the_timeout_of_a_slow_body_are_never_taken_for_a_request(attacked: Platform) -> None:
     """Wait until the manager refuses a body after 15 s (408), when the proxy has forwarded a part of it."""
     port, whole = attacked.proxy.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
     slow = [(framed(whole, b"Content-Length: 900", body=b" "), b" "), (framed(whole, IN_CHUNKS, body=b""), chunk(b" "))]
@@ -542,7 +544,7 @@ BY_HTTP_2: dict[str, tuple[list[bytes], set[bytes]]] = {
 }  # fmt: skip
 
 
-async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(attacked: Platform) -> None:
+async def test_http_2_requests_that_http_1_cannot_express_become_no_other_request(attacked: Platform) -> None:
     port = attacked.proxy.https_port
     sent = [
         exchange(port, *frames, within_s=2.5, is_answered=b"401" not in expected)
@@ -557,7 +559,7 @@ async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(at
         assert all(json.loads(body)["code"] for _, _, body in answer), name
 
 
-async def test_nothing_that_was_smuggled_was_ever_asked_for(attacked: Platform) -> None:
+async def test_the_log_of_the_proxy_has_no_smuggled_request(attacked: Platform) -> None:
     """Check each line of the proxy's log after all tests above."""
     asked = [line for line in await asyncio.to_thread(attacked.proxy.access_log) if "smuggled" in line["path"]]
     assert asked == []
@@ -587,7 +589,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize(("path", "status"), PATHS.items(), ids=PATHS)
-async def test_an_address_written_otherwise_leads_nowhere_else(attacked: Platform, path: str, status: int) -> None:
+async def test_another_notation_of_a_path_reaches_no_other_resource(attacked: Platform, path: str, status: int) -> None:
     token = attacked.secrets.admin_token
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Authorization: Bearer {token}", "", ""]
     answer = await raw(attacked.proxy.http_port, "\r\n".join(lines).encode(), is_answered=True)
@@ -597,14 +599,14 @@ async def test_an_address_written_otherwise_leads_nowhere_else(attacked: Platfor
 
 
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PUT", "PATCH", "PROPFIND", "OPTIONS", "X" * 200])
-def test_a_method_out_of_the_contract_does_nothing(alice: httpx.Client, rental: dict[str, Any], method: str) -> None:
+def test_an_undocumented_method_has_no_effect(alice: httpx.Client, rental: dict[str, Any], method: str) -> None:
     overriding = {"X-HTTP-Method-Override": "DELETE", "X-Method-Override": "DELETE"}
     reply = alice.request(method, f"/api/rentals/{rental['id']}", headers=overriding)
     assert_problem(reply, 400, 405)
     assert alice.get(f"/api/rentals/{rental['id']}").json()["state"] == "active"
 
 
-def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: httpx.Client) -> None:
+def test_a_client_cannot_forge_the_headers_of_the_proxy(attacked: Platform, alice: httpx.Client) -> None:
     """Check that a registration with a forged address counts for the address of the sender."""
     forged = {
         "X-Real-IP": "10.0.0.9",

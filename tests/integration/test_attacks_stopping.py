@@ -74,7 +74,7 @@ def too_old(worker: Worker) -> list[str]:
     return [line for line in transfers(worker) if int(line.split()[0]) > DEADLINE_S + LATE_S]
 
 
-async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_copied(
+async def test_a_renter_that_stops_each_rsync_leaves_no_process_and_snapshots_of_others_continue(
     real: RealSnapshotService, rental: Rental, roommate: Rental
 ) -> None:
     with running(rental, STOP_EACH_RSYNC):
@@ -94,7 +94,7 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
     assert (await real.client.take(home_of(rental), LIMITS)).snapshot.files >= ROUNDS
 
 
-async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_is_repeated(
+async def test_a_restore_that_a_former_process_of_the_renter_stops_ends_and_is_repeated(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(rental.ssh, "head -c 60000000 /dev/urandom > file")
@@ -116,7 +116,7 @@ async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_
     assert (await asyncio.to_thread(restored.delete)).ok
 
 
-def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(rental: Rental) -> None:
+def test_a_renter_that_stops_its_start_command_before_it_begins_keeps_no_lock(rental: Rental) -> None:
     boot_id = rental.on.run("cat", "/run/orion/boot-id").strip()
     asked = {**rental.variables, "public_keys": [rental.key.public], "start": "sleep 1000"}
     with running(rental, STOP_ALL):
@@ -132,7 +132,7 @@ def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(
     assert rental.traces() == ""
 
 
-def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental, roommate: Rental) -> None:
+def test_a_renter_that_stops_its_log_ins_keeps_no_process_of_root(rental: Rental, roommate: Rental) -> None:
     """Disconnect its clients: sshd's process of root waits for the stopped one, and counts for no renter."""
     clients = [rental.log_in("echo $PPID; kill -STOP $PPID; exec sleep 1000") for _ in range(LOG_INS)]
     quiet = roommate.log_in("exec sleep 1000")

@@ -78,7 +78,7 @@ def headers_at_renter(reply: httpx.Response) -> dict[str, str]:
 # Requests that a renter's process gets
 
 
-def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
+def test_a_renter_s_server_gets_no_secret_of_the_platform_and_no_forged_header(
     attacked: Platform, alice: httpx.Client, public: str
 ) -> None:
     forged = {
@@ -103,7 +103,7 @@ def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
     assert seen["connection"] == "close"
 
 
-def test_a_path_behind_the_port_passes_as_it_was_sent_and_so_does_a_log_in_of_the_renters_own(
+def test_the_path_after_the_port_and_the_renter_s_own_authorization_pass_unchanged(
     anonymous: httpx.Client, public: str
 ) -> None:
     reply = anonymous.get(f"{public}/a%2Fb//c/~d?e=%00", headers={"Authorization": "Basic YTpi"})
@@ -115,7 +115,7 @@ def test_a_path_behind_the_port_passes_as_it_was_sent_and_so_does_a_log_in_of_th
 # Answers of a renter's process
 
 
-def test_what_a_renters_process_says_counts_for_its_own_page_alone(anonymous: httpx.Client, public: str) -> None:
+def test_headers_of_a_renter_s_server_affect_only_its_own_page(anonymous: httpx.Client, public: str) -> None:
     said = anonymous.get(f"{public}/free").headers
     policies = said.get_list("content-security-policy")
     assert policies[0] == "sandbox allow-same-origin", "more of them only narrow"
@@ -132,12 +132,12 @@ def test_what_a_renters_process_says_counts_for_its_own_page_alone(anonymous: ht
 
 
 @pytest.mark.parametrize("number", range(len(SECRETS)))
-def test_the_proxy_obeys_nothing_that_a_renters_process_says(anonymous: httpx.Client, public: str, number: int) -> None:
+def test_the_proxy_obeys_no_header_of_a_renter_s_server(anonymous: httpx.Client, public: str, number: int) -> None:
     assert anonymous.get(f"{public}/accel/{number}").text == "its own"
 
 
 @pytest.mark.parametrize("number", range(len(SLOP)))
-async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
+async def test_an_invalid_answer_of_a_renter_s_server_never_passes_without_the_sandbox(
     attacked: Platform, worker: MadeUpWorker, public: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Try it with an honest worker, and with a hostile one whose port proxy checks no answer."""
@@ -154,7 +154,7 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
             assert not answer or b"no_http" in answer
 
 
-async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes_them(
+async def test_interim_answers_do_no_harm_and_only_the_port_proxy_accepts_them(
     attacked: Platform, worker: MadeUpWorker, anonymous: httpx.Client, public: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply = await asyncio.to_thread(anonymous.get, f"{public}/hints")
@@ -185,7 +185,7 @@ def test_an_answer_may_have_large_cookies(
         ("silence", "no_answer", "without an answer"),
     ],
 )
-def test_a_renters_answer_that_cannot_be_passed_on_is_blamed_on_nobody_else(
+def test_an_invalid_answer_of_a_renter_s_server_is_reported_as_the_renter_s_error(
     anonymous: httpx.Client, public: str, path: str, code: str, says: str
 ) -> None:
     reply = anonymous.get(f"{public}/{path}")
@@ -205,7 +205,7 @@ def test_a_renters_program_may_know_more_methods_than_the_platform(
     assert anonymous.request("TRACE", f"{public}/x").status_code == 405
 
 
-def test_its_owner_finds_a_rental_by_its_name(
+def test_an_owner_opens_a_port_by_the_name_of_the_rental(
     alice: httpx.Client, anonymous: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
     port = worker.renter.port
@@ -248,7 +248,7 @@ def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])
-def test_an_error_of_the_renters_is_the_renters(anonymous: httpx.Client, public: str, status: int) -> None:
+def test_an_error_of_a_renter_s_server_passes_unchanged(anonymous: httpx.Client, public: str, status: int) -> None:
     reply = anonymous.get(f"{public}/status/{status}")
     assert (reply.status_code, reply.text) == (status, "as the renter says")
     assert "sandbox" in reply.headers["content-security-policy"]
@@ -258,9 +258,7 @@ def test_a_redirect_of_a_program_that_knows_no_prefix_stays_in_its_port(anonymou
     assert anonymous.get(f"{public}/redirect").headers["location"] == f"{public}/login?a=b"
 
 
-def test_a_page_in_a_sandbox_may_ask_its_own_port_first_whether_it_may_ask(
-    anonymous: httpx.Client, public: str
-) -> None:
+def test_a_page_in_a_sandbox_may_send_preflight_requests_to_its_own_port(anonymous: httpx.Client, public: str) -> None:
     asks = {"Origin": "null", "Access-Control-Request-Method": "POST"}
     reply = anonymous.options(f"{public}/x", headers=asks)
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (204, "*")
@@ -319,7 +317,7 @@ def tricks(rental_id: str, port: int, network: str) -> list[str]:
     ]
 
 
-async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
+async def test_a_forged_path_reaches_no_renter_s_server_and_no_call(
     attacked: Platform, alice: httpx.Client, worker: MadeUpWorker, rental_id: str, public: str
 ) -> None:
     before, token = len(worker.renter.heads), alice.headers["Authorization"]
@@ -334,7 +332,7 @@ async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
 @pytest.mark.parametrize(
     "target", ["http://evil.example{}/x", "http://127.0.0.1:5000{}/x", "http://x@evil.example{}/x"]
 )
-async def test_another_host_in_the_request_line_or_its_header_leads_nowhere_else(
+async def test_another_host_in_the_request_line_or_the_header_reaches_no_other_server(
     attacked: Platform, worker: MadeUpWorker, public: str, target: str
 ) -> None:
     for host in ("evil.example", "manager_app:5000", f"{attacked.proxy.network}.3"):
@@ -346,7 +344,7 @@ async def test_another_host_in_the_request_line_or_its_header_leads_nowhere_else
 @pytest.mark.parametrize(
     "line", ["Content-Length: 5\r\nContent-Length: 6", "Transfer-Encoding: chunked, identity", "X : y"]
 )
-async def test_a_request_of_doubtful_length_never_gets_to_a_renters_process(
+async def test_a_request_of_doubtful_length_never_reaches_a_renter_s_server(
     attacked: Platform, worker: MadeUpWorker, public: str, line: str
 ) -> None:
     before = len(worker.renter.heads)
@@ -369,7 +367,9 @@ async def test_both_lengths_at_once_are_one_request_or_none(
     assert not [head for head in worker.renter.heads[before:] if b"smuggled" in head.split(b"\r\n")[0]]
 
 
-def test_a_second_answer_on_a_renters_connection_is_nobodys(nobody: httpx.Client, public: str) -> None:
+def test_a_second_answer_on_a_connection_to_a_renter_s_server_reaches_no_client(
+    nobody: httpx.Client, public: str
+) -> None:
     for _ in range(3):
         assert anonymous.get(f"{public}/twice").text == "first"
         assert anonymous.get("/healthz").json() == {"status": "ok"}
@@ -378,7 +378,7 @@ def test_a_second_answer_on_a_renters_connection_is_nobodys(nobody: httpx.Client
 # Permissions, and ports without a server
 
 
-def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
+def test_only_the_owner_can_distinguish_a_private_port_from_a_missing_one(
     attacked: Platform, anonymous: httpx.Client, alice: httpx.Client, private: str, worker: MadeUpWorker
 ) -> None:
     before = len(worker.renter.heads)
@@ -421,7 +421,7 @@ def test_a_browser_opens_a_private_port_by_a_ticket_and_its_key_is_in_no_log(
     assert key[:43] not in attacked.proxy.logs()
 
 
-def test_where_nothing_listens_and_where_nothing_is_is_said(
+def test_a_port_without_a_server_and_an_absent_rental_have_their_own_errors(
     alice: httpx.Client, rental_id: str, worker: MadeUpWorker, public: str
 ) -> None:
     reply = alice.get(f"/r/{rental_id}/{worker.renter.port - 1}/")
@@ -434,7 +434,7 @@ def test_where_nothing_listens_and_where_nothing_is_is_said(
     worker.holds(rental_id)
 
 
-def test_a_worker_that_does_not_answer_is_to_be_waited_for(
+def test_an_unreachable_worker_is_reported_with_the_advice_to_retry(
     attacked: Platform, alice: httpx.Client, public: str, worker: MadeUpWorker
 ) -> None:
     worker.port_proxy._peers = frozenset()  # it hangs up on the proxy
@@ -454,7 +454,7 @@ def test_streams_pass_as_they_come(anonymous: httpx.Client, public: str, worker:
         assert next(lines) == "two"
 
 
-def test_large_bodies_pass_without_being_kept(anonymous: httpx.Client, public: str) -> None:
+def test_large_bodies_pass_without_being_buffered(anonymous: httpx.Client, public: str) -> None:
     assert anonymous.post(f"{public}/upload", content=b"x" * 40 * MB).text == str(40 * MB)
 
 
@@ -468,7 +468,7 @@ def heard(there: socket.socket, until: bytes) -> bytes:
     return got
 
 
-def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any_more(
+def test_a_websocket_passes_and_ends_when_the_rental_may_no_longer_run_on_its_worker(
     attacked: Platform, rental_id: str, worker: MadeUpWorker, public: str
 ) -> None:
     request = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
@@ -524,7 +524,7 @@ def opened(
     alice.put(path, json={"public": True}).raise_for_status()
 
 
-def test_an_open_connection_ends_with_what_opened_it(
+def test_an_open_connection_ends_with_the_permission_that_opened_it(
     attacked: Platform, public: str, opened: tuple[str, Callable[[], object]]
 ) -> None:
     """Open a WebSocket and an endless download, of which neither is authorized again while it is open."""
@@ -547,7 +547,7 @@ def test_an_open_connection_ends_with_what_opened_it(
                     pass
 
 
-def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None:
+def test_a_web_port_works_over_https_and_http_2(attacked: Platform, public: str) -> None:
     url = f"https://127.0.0.1:{attacked.proxy.https_port}{public}/x"
     command = ["curl", "-sSk", "--http2", "--max-time", "60", "-w", "\n%{http_version}", url]
     body, _, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("\n")
@@ -562,7 +562,7 @@ def test_only_a_websocket_is_an_upgrade(anonymous: httpx.Client, public: str) ->
     assert seen["connection"] == "close"
 
 
-def test_a_rental_has_a_hundred_connections_and_calls_go_on(
+def test_a_rental_has_at_most_a_hundred_connections_and_calls_of_the_api_still_work(
     attacked: Platform, anonymous: httpx.Client, public: str
 ) -> None:
     with ExitStack() as open_ones:
@@ -578,7 +578,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
     wait_until(lambda: anonymous.get(f"{public}/x").status_code == 200, "closed connections are forgotten")
 
 
-def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
+def test_unknown_clients_that_send_byte_by_byte_use_no_connection_of_a_rental(
     attacked: Platform, alice: httpx.Client, private: str
 ) -> None:
     """Check that each is refused before its body arrives, and is forgotten soon, however slow the body is."""
@@ -603,7 +603,7 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
 # On a host name of its own
 
 
-def test_on_its_own_host_it_has_cookies_and_headers_of_its_own_and_never_ours(
+def test_a_port_on_its_own_host_keeps_its_cookies_and_headers_and_gets_none_of_the_platform(
     attacked: Platform, alice: httpx.Client, anonymous: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
     port = str(worker.renter.port)

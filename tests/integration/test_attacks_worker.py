@@ -107,7 +107,7 @@ def code(reply: httpx.Response, status: int) -> str:
 # Its token
 
 
-def test_a_workers_token_opens_what_a_worker_does_and_nothing_else(
+def test_a_worker_s_token_permits_only_the_calls_of_a_worker(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
 ) -> None:
     victim = rental["worker_id"]
@@ -128,7 +128,7 @@ def test_a_workers_token_opens_what_a_worker_does_and_nothing_else(
     assert now(attacked, rental)["state"] == "active"
 
 
-def test_heartbeats_and_goodbyes_for_another_are_nobodys(
+def test_heartbeats_and_goodbyes_for_another_worker_have_no_effect(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
 ) -> None:
     victim = rental["worker_id"]
@@ -140,7 +140,7 @@ def test_heartbeats_and_goodbyes_for_another_are_nobodys(
     assert workers(attacked)[victim]["health"] == "ready"
 
 
-def test_its_own_former_session_and_token_are_worth_nothing(mallory: Mallory) -> None:
+def test_a_former_session_and_token_of_a_worker_are_refused(mallory: Mallory) -> None:
     """Use a session and token that were copied from a worker before it registered again."""
     token, session = mallory.token, mallory.session
     mallory.become(mallory.register(mallory.join_token))
@@ -156,7 +156,7 @@ def test_its_own_former_session_and_token_are_worth_nothing(mallory: Mallory) ->
 # Another's address, another's keys
 
 
-def test_with_anothers_host_keys_it_is_not_the_other_and_is_never_ready(
+def test_a_worker_with_another_worker_s_host_keys_is_a_new_one_and_never_ready(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
 ) -> None:
     victim = rental["worker_id"]
@@ -170,7 +170,9 @@ def test_with_anothers_host_keys_it_is_not_the_other_and_is_never_ready(
     assert (shown[victim]["health"], shown[victim]["address"]) == ("ready", f"{attacked.proxy.network}.1")
 
 
-def test_anothers_address_is_refused_while_that_one_answers_there(attacked: Platform, rental: dict[str, Any]) -> None:
+def test_a_worker_at_another_s_address_is_refused_while_the_other_answers_there(
+    attacked: Platform, rental: dict[str, Any]
+) -> None:
     """Register from that address, as if it had been taken over, with new keys and the join token."""
     with attacked.client(attacked.secrets.join_token) as there:
         assert code(there.post("/api/register", json=CLAIM), 409) == "address_in_use"
@@ -178,7 +180,7 @@ def test_anothers_address_is_refused_while_that_one_answers_there(attacked: Plat
 
 
 @pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For", "Forwarded", "X-Orion-Proxy-Secret"])
-def test_an_address_that_it_only_claims_counts_for_nothing(attacked: Platform, mallory: Mallory, header: str) -> None:
+def test_an_address_that_a_worker_only_claims_is_ignored(attacked: Platform, mallory: Mallory, header: str) -> None:
     reply = mallory.register(mallory.token, {header: f"{attacked.proxy.network}.1"})
     mallory.become(reply)
     assert workers(attacked)[mallory.worker_id]["address"] == mallory.address
@@ -188,7 +190,7 @@ def test_an_address_that_it_only_claims_counts_for_nothing(attacked: Platform, m
 
 
 @pytest.mark.parametrize("epochs_later", [0, 1, 1000])
-def test_a_rental_that_it_claims_to_hold_stays_where_it_is(
+def test_a_rental_that_another_worker_claims_to_hold_stays_on_its_own_worker(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any], epochs_later: int
 ) -> None:
     def place() -> dict[str, Any]:
@@ -232,19 +234,19 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_a_strange_inventory_is_refused_whole(mallory: Mallory, what: str) -> None:
+def test_an_invalid_inventory_is_refused_as_a_whole(mallory: Mallory, what: str) -> None:
     assert code(mallory.beat(inventory=STRANGE[what]), 422) == "invalid_request"
     assert code(mallory.register(mallory.token, inventory=STRANGE[what]), 422) == "invalid_request"
     assert mallory.beat().status_code == 200
 
 
-def test_an_inventory_that_is_too_long_to_be_one_is_cut_off_at_the_door(mallory: Mallory) -> None:
+def test_the_proxy_cuts_off_an_inventory_that_is_too_long(mallory: Mallory) -> None:
     body = b'{"inventory": [' + b" " * (3 << 20) + b"]}"
     headers = {"Authorization": f"Bearer {mallory.token}", "Content-Type": "application/json"}
     assert code(mallory.http.post("/api/heartbeat", content=body, headers=headers), 413)
 
 
-def test_the_largest_inventory_and_twice_the_same_thing_in_it_keep_nobody_waiting(
+def test_the_largest_inventory_and_one_with_duplicates_delay_no_other_call(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
 ) -> None:
     largest = [item(number % 5000, epoch=1 + number // 5000) for number in range(10_000)]
@@ -257,7 +259,7 @@ def test_the_largest_inventory_and_twice_the_same_thing_in_it_keep_nobody_waitin
     assert workers(attacked)[rental["worker_id"]]["health"] == "ready"
 
 
-def test_a_lease_that_it_makes_up_is_believed_up_to_what_was_ever_given(mallory: Mallory) -> None:
+def test_a_lease_that_a_worker_invents_counts_up_to_the_longest_one_ever_given(mallory: Mallory) -> None:
     assert code(mallory.beat(lease_s=1e9), 422) == "invalid_request"
     assert mallory.beat(lease_s=86_400).json()["lease_s"] == 75
 
@@ -268,7 +270,7 @@ REGISTRATIONS_AT_ONCE, REGISTRATIONS_PER_S = 50, 5
 """How many registrations an address may send, by manager_proxy/routes.conf and limits.conf."""
 
 
-def test_a_storm_of_registrations_is_cut_leaves_no_crowd_and_nobody_else_feels_it(
+def test_a_flood_of_registrations_is_cut_leaves_few_workers_and_disturbs_no_other(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
 ) -> None:
     before = set(workers(attacked))

@@ -18,7 +18,7 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=kept, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_growth_is_measured_and_kept(tmp_path: Path) -> None:
+def test_the_benchmark_of_growth_writes_its_results_to_a_file(tmp_path: Path) -> None:
     done = bench("growth", "--sizes", "100", "300", "--samples", "3", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "growth.json").read_text())
@@ -30,13 +30,13 @@ def test_growth_is_measured_and_kept(tmp_path: Path) -> None:
     assert "one heartbeat" in done.stdout
 
 
-def test_where_no_part_is_named_all_are_measured_but_those_of_failovers_and_snapshots(tmp_path: Path) -> None:
+def test_without_arguments_all_benchmarks_but_failovers_and_snapshots_run(tmp_path: Path) -> None:
     done = bench("--results", str(tmp_path), PATH=str(tmp_path))
     assert done.returncode != 0
     assert "needs docker and ssh and wrk" in done.stderr
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_benchmark_names_the_programs_that_it_lacks(tmp_path: Path) -> None:
     done = bench("heartbeats", "--results", str(tmp_path), PATH=str(tmp_path))
     assert done.returncode != 0
     assert "needs docker and wrk" in done.stderr

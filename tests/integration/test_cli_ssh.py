@@ -45,14 +45,14 @@ def test_the_command_comes_after_the_host_and_is_never_an_option_of_ssh() -> Non
     assert built[-4:] == ["--", "r-abcdefgh23@box.orion", "-oProxyCommand=x", "ls"]
 
 
-def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
+def test_ssh_offers_only_the_known_key(tmp_path: Path) -> None:
     built = arguments(tmp_path / "key")
     assert f'IdentityFile="{tmp_path / "key"}"' in built
     assert "IdentitiesOnly=yes" in built
 
 
 @pytest.mark.parametrize("odd", ["it's", 'a "b"', "a b", "100%h", "$HOME", "a\\b", "#1", "ärger"])
-def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: str) -> None:
+def test_ssh_reads_the_given_path_of_a_key_or_certificate_literally(tmp_path: Path, odd: str) -> None:
     key, certificate = tmp_path / odd / "key", tmp_path / odd / "key-cert.pub"
     found = Rental.model_validate(rental())
     ssh, *options = ssh_arguments(found, AUTHORITY, SshRequest((), key), certificate)
@@ -63,7 +63,7 @@ def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: s
     assert f"certificatefile {certificate}" in options
 
 
-def test_an_agent_is_forwarded_only_where_that_is_asked_for() -> None:
+def test_an_agent_is_forwarded_only_on_request() -> None:
     found = Rental.model_validate(rental())
     assert "ForwardAgent=no" in ssh_arguments(found, AUTHORITY, SshRequest())
     assert "ForwardAgent=yes" in ssh_arguments(found, AUTHORITY, SshRequest(forward_agent=True))
@@ -84,7 +84,7 @@ def test_an_agent_is_forwarded_only_where_that_is_asked_for() -> None:
         {"authority": f"{AUTHORITY}\n* {HOST_KEY}"},
     ],
 )
-def test_nothing_from_the_server_reaches_ssh_that_it_would_obey(change: dict[str, Any]) -> None:
+def test_no_text_from_the_server_becomes_an_option_of_ssh(change: dict[str, Any]) -> None:
     with pytest.raises(UnreadableReply):
         arguments(None, **change)
 
@@ -172,7 +172,7 @@ def test_an_ssh_that_is_too_old_is_refused_before_it_runs(
 
 @pytest.mark.usefixtures("recording_ssh")
 @pytest.mark.parametrize("why", ["rented elsewhere", "its key is gone", "asked for"])
-def test_a_certificate_opens_a_rental_whose_key_is_not_on_this_machine(
+def test_a_certificate_opens_a_rental_without_a_key_on_this_machine(
     environment: dict[str, str], a_rental_that_comes: ScriptedPlatform, why: str
 ) -> None:
     if why != "rented elsewhere":
@@ -214,7 +214,7 @@ def test_ssh_gets_a_shell_that_can_start_its_proxy_command(
 
 @needs_sshd
 @pytest.mark.parametrize("named", ["its own rental", "another rental", "nobody, without a certificate"])
-async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
+async def test_ssh_talks_only_to_a_worker_that_proves_the_rental_s_identity(
     environment: dict[str, str], tmp_path: Path, named: str
 ) -> None:
     of_rentals = {"its own rental": ("abcdefgh23",), "another rental": ("another234",)}.get(named, ())
@@ -257,7 +257,7 @@ def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
 
 @needs_sshd
 @pytest.mark.parametrize("changed", [[], ["-o", "IdentitiesOnly=no"]], ids=["as written", "without IdentitiesOnly"])
-async def test_the_configuration_logs_in_with_a_key_file_whatever_an_agent_has(
+async def test_the_configuration_logs_in_with_a_key_file_despite_other_keys_in_an_agent(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]
 ) -> None:
     """sshd accepts six attempts (MaxAuthTries), and ssh offers an agent's keys before a key that is only in a file."""

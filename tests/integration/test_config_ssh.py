@@ -116,7 +116,7 @@ def test_the_earlier_configuration_still_applies_to_all_other_hosts(machine: Ren
     assert [machine.asks(host) for host in ("work", "elsewhere.example", "orion")] == before
 
 
-def test_the_command_can_be_repeated_and_undone_without_a_trace(machine: RenterMachine) -> None:
+def test_config_ssh_can_be_repeated_and_undone_without_a_trace(machine: RenterMachine) -> None:
     machine.orion("config-ssh")
     once = machine.config.read_bytes()
     assert once.endswith(THEIRS)
@@ -139,7 +139,7 @@ def test_a_dry_run_shows_what_would_change_and_changes_nothing(machine: RenterMa
     assert machine.platform.calls == []
 
 
-def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(machine: RenterMachine) -> None:
+def test_a_link_stays_a_link_and_a_missing_file_is_made_readable_by_its_owner_only(machine: RenterMachine) -> None:
     kept = machine.home / "dotfiles"
     machine.config.rename(kept)
     machine.config.symlink_to(kept)
@@ -172,7 +172,7 @@ def test_an_unknown_name_ends_ssh_with_a_message(machine: RenterMachine) -> None
     assert done.returncode == 255
 
 
-def test_a_name_of_two_other_people_is_configured_for_neither(machine: RenterMachine) -> None:
+def test_a_name_that_two_other_owners_use_is_configured_for_neither(machine: RenterMachine) -> None:
     machine.rentals(rental(owner="carol"), rental(id="another234", username="r-another234", owner="bob"))
     machine.orion("config-ssh")
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
@@ -190,7 +190,7 @@ def test_an_admins_own_rental_goes_before_others_of_its_name(machine: RenterMach
     assert machine.asks("another234.orion")["user"] == "r-another234"
 
 
-def test_an_own_rental_is_known_however_many_others_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_own_rental_is_configured_however_many_others_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "MAX_LISTED", 2)
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals", page(rental(id="another234", owner="bob"), following="another234"))
@@ -220,7 +220,7 @@ def read(path: str) -> str:
 
 
 @pytest.mark.parametrize("where", ["HOME", "XDG_CONFIG_HOME", "program"])
-def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path: Path, where: str) -> None:
+def test_ssh_reads_a_configuration_whose_path_has_any_characters(tmp_path: Path, where: str) -> None:
     place = tmp_path / ODD
     (place / ".ssh").mkdir(parents=True)
     home = place if where == "HOME" else tmp_path
@@ -277,7 +277,7 @@ def test_a_configuration_that_ssh_refuses_is_never_installed(machine: RenterMach
     assert not (machine.home / ".config/orion/ssh/candidate").exists()
 
 
-def test_another_users_home_is_left_alone(machine: RenterMachine) -> None:
+def test_another_user_s_home_is_not_changed(machine: RenterMachine) -> None:
     """Run as with sudo: files of root in a user's home would break every ssh of that user."""
     if os.geteuid():
         pytest.skip("Only root can make a file that is another user's.")
@@ -309,7 +309,7 @@ def read_by_paramiko(machine: RenterMachine, host: str) -> dict[str, Any]:
     return found
 
 
-def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: RenterMachine) -> None:
+def test_paramiko_finds_a_rental_in_the_given_configuration(machine: RenterMachine) -> None:
     """paramiko does not follow an Include, but runs the command of a Match."""
     key = machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
@@ -329,7 +329,7 @@ def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: RenterMac
 
 
 @needs_sshd
-async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
+async def test_paramiko_logs_in_with_the_configuration_and_verifies_the_host(
     machine: RenterMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko does not know host certificates, so it verifies the worker's key, which the platform shows."""
@@ -385,7 +385,7 @@ def test_a_rental_without_a_key_here_is_opened_by_one_certificate_an_epoch(
         assert times_asked() == times
 
 
-def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_asked_for(machine: RenterMachine) -> None:
+def test_rentals_share_no_connection_and_get_no_agent_unless_the_user_requests_them(machine: RenterMachine) -> None:
     machine.config.write_bytes(
         b"Host *\n ControlMaster auto\n ControlPath ~/.ssh/%C\n ForwardAgent yes\n ConnectTimeout 5\n"
     )
@@ -422,7 +422,7 @@ def test_a_hosts_name_never_becomes_a_command(machine: RenterMachine, host: str)
         {"id": "../x"},
     ],
 )
-def test_what_the_platform_says_never_becomes_a_line_of_the_configuration(
+def test_no_text_of_the_platform_becomes_a_line_of_the_configuration(
     machine: RenterMachine, change: dict[str, Any]
 ) -> None:
     machine.rentals(rental(**change))
@@ -441,7 +441,7 @@ def test_rent_and_release_update_the_configuration(machine: RenterMachine) -> No
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
 
 
-def test_the_relay_starts_without_what_the_other_commands_need() -> None:
+def test_the_relay_starts_without_the_modules_of_the_other_commands() -> None:
     """ssh starts `orion connect`, by the program of all other commands, for every session."""
     heavy = "{'typer', 'rich', 'pydantic', 'httpx', 'websockets', 'asyncio', 'ssl', 'http.client'} & set(sys.modules)"
     program = (

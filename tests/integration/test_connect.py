@@ -136,7 +136,7 @@ async def test_bytes_of_every_value_come_back_unchanged() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-async def test_what_comes_after_the_end_of_stdin_is_still_delivered() -> None:
+async def test_bytes_of_the_worker_after_the_end_of_stdin_are_still_delivered() -> None:
     async def late(connection: ServerConnection) -> None:
         request = await connection.recv()
         for number in range(100):
@@ -148,7 +148,7 @@ async def test_what_comes_after_the_end_of_stdin_is_still_delivered() -> None:
     assert done.returncode == 0
 
 
-async def test_the_end_of_the_other_side_ends_it_though_stdin_is_open() -> None:
+async def test_the_relay_ends_with_the_other_side_though_stdin_is_open() -> None:
     async def bye(connection: ServerConnection) -> None:
         await connection.send(b"bye")
 
@@ -159,7 +159,7 @@ async def test_the_end_of_the_other_side_ends_it_though_stdin_is_open() -> None:
         assert await process.wait() == 0
 
 
-async def test_the_end_of_the_reader_ends_it() -> None:
+async def test_the_relay_ends_with_the_reader_of_its_stdout() -> None:
     closed = asyncio.Event()
 
     async def flood(connection: ServerConnection) -> None:
@@ -178,7 +178,7 @@ async def test_the_end_of_the_reader_ends_it() -> None:
         await asyncio.wait_for(closed.wait(), 60)
 
 
-async def test_it_takes_no_more_than_its_reader_takes() -> None:
+async def test_the_relay_receives_no_more_than_its_reader_reads() -> None:
     sent = 0
     stalled = asyncio.Event()
 
@@ -199,7 +199,7 @@ async def test_it_takes_no_more_than_its_reader_takes() -> None:
     assert sent < 32 << 20
 
 
-async def test_it_sends_no_more_than_the_other_side_takes() -> None:
+async def test_the_relay_sends_no_more_than_the_other_side_reads() -> None:
     released = asyncio.Event()
 
     async def deaf(_connection: ServerConnection) -> None:
@@ -243,7 +243,7 @@ async def test_an_unreachable_worker_is_reported_with_the_servers_message() -> N
     assert (done.returncode, done.stderr) == (1, b"orion: worker w-aaaa2222 cannot be reached\n")
 
 
-async def test_nobody_listening_says_what_to_do() -> None:
+async def test_a_refused_connection_is_reported_with_advice() -> None:
     async with platform(echo) as port:
         pass
     done = await run(port, b"")
@@ -263,7 +263,7 @@ async def test_text_frames_are_not_bytes_of_ssh() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["../tokens"]])
-def test_anything_but_one_id_is_wrong_usage(arguments: list[str]) -> None:
+def test_orion_connect_accepts_exactly_one_id(arguments: list[str]) -> None:
     environment = {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "ORION_URL": "http://localhost:1",
@@ -293,7 +293,7 @@ async def test_tls_is_verified_and_a_given_certificate_is_enough(tmp_path: Path)
     assert b"--ca-file" in unknown.stderr
 
 
-async def test_a_forward_proxy_is_asked_for_the_platform_and_nothing_else() -> None:
+async def test_a_forward_proxy_gets_only_connections_to_the_platform() -> None:
     asked: list[bytes] = []
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -331,7 +331,7 @@ async def test_a_report_says_how_the_session_ended(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["lost"] is False, "stdin had ended: it was ssh's own end"
 
 
-async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
+async def test_the_relay_tries_a_worker_again_that_does_not_answer_yet() -> None:
     tries = 0
 
     def not_yet(connection: ServerConnection, _request: Request) -> Response | None:
@@ -365,7 +365,7 @@ async def migrated(connection: ServerConnection) -> None:
     await connection.close(4001, "its worker is down")
 
 
-async def test_a_migrating_rental_is_waited_for_and_the_reason_is_shown_at_once() -> None:
+async def test_the_relay_waits_for_a_migrating_rental_and_shows_the_reason_at_once() -> None:
     asked: list[str] = []
 
     def not_yet(connection: ServerConnection, request: Request) -> Response | None:
@@ -383,7 +383,7 @@ async def test_a_migrating_rental_is_waited_for_and_the_reason_is_shown_at_once(
     assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason, then a message every 5 s"
 
 
-async def test_an_ended_rental_is_not_waited_for() -> None:
+async def test_the_relay_does_not_wait_for_an_ended_rental() -> None:
     def over(connection: ServerConnection, _request: Request) -> Response:
         return connection.respond(HTTPStatus.CONFLICT, '{"code": "not_active", "detail": "it is released"}')
 
@@ -392,7 +392,7 @@ async def test_an_ended_rental_is_not_waited_for() -> None:
     assert (done.returncode, done.stderr) == (6, b"orion: it is released\n")
 
 
-async def test_a_notice_of_the_platform_is_shown() -> None:
+async def test_the_relay_shows_a_notice_of_the_platform() -> None:
     def noticed(_connection: ServerConnection, _request: Request, response: Response) -> None:
         response.headers["X-Orion-Notice"] = "box is not copied: it is frozen\x85[2J"
 
@@ -408,7 +408,7 @@ REMARKED = b"orion: box: its home holds 9.0 MB of 10.0 MB [2J\n"
     ("stdin_of_ssh", "said_before", "shown"),
     [("a terminal", {}, REMARKED), ("a pipe", {}, b""), ("a terminal", {"ORION_CONNECT_SAID": "1"}, b"")],
 )
-async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
+async def test_a_note_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
     stdin_of_ssh: str, said_before: dict[str, str], shown: bytes
 ) -> None:
     """Use a pipe as the stdin of ssh, as every program that copies files does."""
@@ -428,7 +428,7 @@ async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
     assert (out, err) == (b"END\xff", shown)
 
 
-async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the_next() -> None:
+async def test_a_worker_lost_before_its_first_byte_is_replaced_by_the_next_in_the_same_session() -> None:
     """Act as a paused worker, which accepts connections and sends nothing. ssh does not notice the other worker."""
     sessions = 0
     continued = asyncio.Event()
@@ -481,7 +481,7 @@ async def test_a_lost_session_leaves_the_terminal_in_order(raw: bool) -> None:
     assert said == (TIDY.encode() if raw else b"") + line
 
 
-def test_the_reason_for_waiting_is_shown_at_once_and_every_five_seconds_and_raised_at_last(
+def test_the_reason_for_waiting_is_shown_every_five_seconds_and_is_in_the_final_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
@@ -548,7 +548,7 @@ async def test_a_certificate_waits_for_a_queued_or_migrating_rental(
 
 
 @pytest.mark.parametrize("state", ["releasing", "released", "failed"])
-async def test_a_certificate_of_an_ended_rental_is_not_waited_for(
+async def test_a_request_for_a_certificate_does_not_wait_for_an_ended_rental(
     certifying: ScriptedPlatform, tmp_path: Path, state: str
 ) -> None:
     certifying.answer("GET", "/api/rentals/abcdefgh23", rental(state=state, explanation="asked for"))
@@ -569,7 +569,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-def test_it_starts_without_the_libraries_of_the_command() -> None:
+def test_the_relay_starts_without_the_libraries_of_the_command() -> None:
     heavy = "{'typer', 'rich', 'pydantic', 'httpx'} & set(sys.modules)"
     program = f"import sys, orion.ssh_client.connect; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})

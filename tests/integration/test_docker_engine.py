@@ -32,7 +32,7 @@ def machine(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="starting an engine is root's; .ci/run is root")
-def test_who_reads_what_the_bring_up_says_does_not_wait_for_the_end_of_the_engine(machine: Path) -> None:
+def test_a_reader_of_the_start_script_s_output_does_not_wait_for_the_end_of_docker(machine: Path) -> None:
     path = f"{machine}:{os.environ['PATH']}"
     done = subprocess.run(
         [ROOT / "scripts/engine.sh"],

@@ -73,14 +73,14 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_the_first_start_makes_every_secret_for_root_alone(places: Any) -> None:
+def test_the_first_start_makes_every_secret_readable_by_root_only(places: Any) -> None:
     entrypoint.prepare(places)
     for file, form in secret_files(places).items():
         assert form.fullmatch(file.read_text()), file
         assert (mode(file), mode(file.parent)) == (0o600, 0o700)
 
 
-def test_the_manager_is_told_what_the_files_hold(places: Any) -> None:
+def test_the_manager_receives_the_secrets_that_are_in_the_files(places: Any) -> None:
     secrets = entrypoint.prepare(places)
     authorities = ["host_authority", "user_authority"]
     tokens = ["admin_token", "join_token", "proxy_secret"]
@@ -94,14 +94,14 @@ def test_a_second_start_keeps_every_secret(places: Any) -> None:
     assert entrypoint.prepare(places) == first
 
 
-def test_the_engine_gets_its_copy_of_the_key_and_a_place_for_its_socket(places: Any) -> None:
+def test_the_engine_gets_its_own_ssh_key_file_and_a_directory_for_its_socket(places: Any) -> None:
     secrets = entrypoint.prepare(places)
     copy = places.run / "engine" / "id_ed25519"
     assert copy.read_text() == secrets["ssh_private_key"]
     assert (mode(copy), mode(copy.parent), mode(places.run)) == (0o600, 0o700, 0o2750)
 
 
-def test_the_vault_gets_a_place_for_copies_and_its_ssh_a_copy_of_the_key(places: Any) -> None:
+def test_the_snapshot_service_gets_a_directory_for_snapshots_and_its_own_ssh_key_file(places: Any) -> None:
     secrets = entrypoint.prepare(places)
     copy = places.snapshot_service / "ssh" / "id_ed25519"
     assert copy.read_text() == secrets["ssh_private_key"]
@@ -110,7 +110,7 @@ def test_the_vault_gets_a_place_for_copies_and_its_ssh_a_copy_of_the_key(places:
     )
 
 
-def test_rights_that_were_widened_are_narrowed_again(places: Any) -> None:
+def test_a_start_restores_permissions_that_were_widened(places: Any) -> None:
     entrypoint.prepare(places)
     for directory in (places.data / "secrets", places.join, places.proxy, places.data / "database"):
         directory.chmod(0o755)
@@ -119,7 +119,7 @@ def test_rights_that_were_widened_are_narrowed_again(places: Any) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "orion_admin_admin_short", "something precious"])
-def test_a_file_that_holds_something_else_is_not_replaced_and_the_start_is_refused(places: Any, content: str) -> None:
+def test_an_invalid_secret_file_is_not_replaced_and_prevents_the_start(places: Any, content: str) -> None:
     entrypoint.prepare(places)
     token = places.data / "secrets/admin_token"
     token.write_text(content)
@@ -128,7 +128,7 @@ def test_a_file_that_holds_something_else_is_not_replaced_and_the_start_is_refus
     assert token.read_text() == content
 
 
-def test_killed_at_any_instant_each_secret_is_whole_or_missing_and_the_next_start_completes_it(places: Any) -> None:
+def test_a_start_killed_at_any_instant_leaves_no_partial_secret_and_the_next_start_completes_it(places: Any) -> None:
     """Run the start in a child that dies at its n-th line, for each n until the start succeeds."""
     key = entrypoint.make_ssh_key()
     survivors: dict[Path, str] = {}
@@ -249,12 +249,12 @@ def run() -> Iterator[Callable[..., EntrypointContainer]]:
 
 
 @needs_root
-def test_it_ends_with_the_status_of_the_manager(run: Any) -> None:
+def test_the_entrypoint_ends_with_the_exit_status_of_the_manager(run: Any) -> None:
     assert run("exit 7").ended() == 7
 
 
 @needs_root
-def test_it_ends_with_the_signal_that_ended_the_manager(run: Any) -> None:
+def test_the_entrypoint_ends_with_the_signal_that_ended_the_manager(run: Any) -> None:
     assert run("kill -9 $$").ended() == 137
 
 
@@ -273,7 +273,7 @@ def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> 
 
 
 @needs_root
-def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings_but_its_own(run: Any) -> None:
+def test_the_engine_has_its_own_uid_and_gets_no_secrets_and_only_its_own_settings(run: Any) -> None:
     tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > done; exec sleep 600"
     container = run("while [ ! -e done ]; do :; done", tell)
     assert container.ended() == 0
@@ -284,14 +284,14 @@ def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings_but_i
 
 
 @needs_root
-def test_an_engine_that_ends_is_started_again_and_that_is_logged(run: Any) -> None:
+def test_an_engine_that_ends_is_started_again_with_a_log_line(run: Any) -> None:
     container = run("while [ ! -e twice ]; do :; done", "[ -e once ] && echo > twice; echo > once; exit 3")
     assert container.ended() == 0
     assert "the engine ended with 3; starting it again" in container.read("log")
 
 
 @needs_root
-def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: Any) -> None:
+def test_processes_that_an_engine_left_are_killed_before_the_next_engine_starts(run: Any) -> None:
     """Let runs leave the engine's session and process group, so that only the uid identifies them."""
     leave = "setsid sh -c 'echo $$ > left; exec sleep 1000' & while [ ! -s left ]; do :; done; kill -9 $$"
     look = "cat /proc/$(cat left)/status > new; echo >> new; mv new again; exit"
@@ -303,7 +303,7 @@ def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: A
 
 
 @needs_root
-def test_the_vault_stays_root_gets_neither_secrets_nor_settings_and_is_started_again(run: Any) -> None:
+def test_the_snapshot_service_stays_root_without_secrets_or_settings_and_is_restarted(run: Any) -> None:
     tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > once"
     tell = f"if [ -e once ]; then echo > twice; exec sleep 600; fi; {tell}"
     container = run("while [ ! -e twice ]; do :; done", snapshot_service=tell)

@@ -38,7 +38,7 @@ store.close()
 """
 
 
-def test_two_thousand_commits_find_room_on_a_full_disk() -> None:
+def test_two_thousand_commits_succeed_on_a_full_disk() -> None:
     done = docker(
         "run", "--rm", "--tmpfs", "/data:size=24m", "--entrypoint", "/opt/orion/venv/bin/python", build(), "-c", PROGRAM
     )

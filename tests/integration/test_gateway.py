@@ -103,7 +103,7 @@ async def received(client: ClientConnection, size: int) -> bytes:
     return bytes(content)
 
 
-async def test_bytes_arrive_whole_and_in_order_both_ways_and_are_counted() -> None:
+async def test_bytes_arrive_complete_and_in_order_in_both_directions_and_are_counted() -> None:
     content = os.urandom(3 << 20)
     frames = [content[start : start + 100_003] for start in range(0, len(content), 100_003)]
 
@@ -120,7 +120,7 @@ async def test_bytes_arrive_whole_and_in_order_both_ways_and_are_counted() -> No
     assert (relayed.to_worker, relayed.to_client) == (len(content), len(content))
 
 
-async def test_when_sshd_closes_all_it_said_arrives_and_the_websocket_closes_normally() -> None:
+async def test_when_sshd_closes_all_its_bytes_arrive_and_the_websocket_closes_normally() -> None:
     async def farewell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"x" * 500_000)
         await writer.drain()
@@ -133,7 +133,7 @@ async def test_when_sshd_closes_all_it_said_arrives_and_the_websocket_closes_nor
         assert (await gateway.relayed.get()).to_client == 500_000
 
 
-async def test_when_the_client_closes_all_it_said_arrives_and_sshd_sees_the_end() -> None:
+async def test_when_the_client_closes_all_its_bytes_arrive_and_sshd_sees_the_end() -> None:
     heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def listen(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
@@ -164,7 +164,7 @@ async def test_a_client_that_vanishes_ends_the_connection_to_the_worker() -> Non
         await gateway.relayed.get()
 
 
-async def test_a_worker_whose_connection_breaks_is_told_from_one_that_closes() -> None:
+async def test_the_relay_distinguishes_a_broken_connection_to_a_worker_from_a_closed_one() -> None:
     async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # close with a reset
@@ -190,7 +190,7 @@ async def test_a_worker_that_does_not_answer_is_refused_before_the_websocket_is_
     assert refused.value.response.body == b"the worker does not answer on its SSH port: Connection refused"
 
 
-async def test_a_worker_that_takes_no_connection_is_given_up_in_time() -> None:
+async def test_the_relay_fails_in_time_if_a_worker_accepts_no_connection() -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -206,7 +206,7 @@ async def test_a_worker_that_takes_no_connection_is_given_up_in_time() -> None:
 
 
 @pytest.mark.parametrize(("frame", "code"), [("text", 1003), (b"x" * (MAX_FRAME_BYTES + 1), 1009)])
-async def test_what_is_not_relayed_closes_with_its_reason(frame: str | bytes, code: int) -> None:
+async def test_a_refused_message_closes_the_websocket_with_its_reason(frame: str | bytes, code: int) -> None:
     async with gateway_to(echo) as gateway, gateway.client() as client:
         await client.send(frame)
         with pytest.raises(ConnectionClosed):
@@ -227,7 +227,7 @@ async def test_a_frame_of_a_gigabyte_is_refused_by_its_header() -> None:
         assert (await gateway.relayed.get()).to_worker == 0
 
 
-async def test_a_message_in_many_frames_is_bounded_as_one() -> None:
+async def test_the_limit_of_a_message_also_holds_for_many_frames() -> None:
     async with gateway_to(echo) as gateway, gateway.client() as client:
         part = b"x" * 65536
         with pytest.raises(ConnectionClosed):
@@ -252,7 +252,7 @@ def small_buffer(gateway: RelayGateway) -> socket.socket:
     return connection
 
 
-async def test_a_client_that_takes_nothing_stops_the_worker_and_not_the_memory() -> None:
+async def test_a_client_that_reads_nothing_blocks_the_worker_and_uses_little_memory() -> None:
     """Let the worker send more than all buffers hold, which succeeds only when the client reads.
 
     The kernel lets a receiver's buffer grow to tens of megabytes: hence a client whose buffer stays small.

@@ -94,13 +94,13 @@ def another(host: Worker, folder: Path) -> Iterator[Rental]:
     host.rental("purge", **made.variables)
 
 
-def test_a_renter_recognises_its_worker_by_the_authority_alone_and_without_a_question(one: Rental) -> None:
+def test_ssh_verifies_a_worker_by_the_authority_only_and_without_a_prompt(one: Rental) -> None:
     activate(one)
     done = ssh(one, one.on)
     assert (done.stdout, done.stderr, done.returncode) == (f"{one.username}\n", "", 0)
 
 
-def test_a_renter_whose_clock_is_late_is_not_refused(one: Rental) -> None:
+def test_a_renter_with_a_late_clock_accepts_the_host_certificate(one: Rental) -> None:
     activate(one, certificate(one.on, one, by=AHEAD))
     done = ssh(one, one.on)
     assert (done.stdout, done.stderr) == (f"{one.username}\n", "")
@@ -111,7 +111,7 @@ def test_a_renter_whose_clock_is_late_is_not_refused(one: Rental) -> None:
     assert time.mktime(ends) <= time.mktime(now) + LIFETIME_S, "a certificate from an earlier clock blocks no new one"
 
 
-def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbour: Worker) -> None:
+def test_after_a_migration_the_same_command_works_without_a_prompt(one: Rental, neighbour: Worker) -> None:
     activate(one)
     there = Rental(neighbour, one.key, one.rental_id, one.uid, epoch=2)
     activate(there)
@@ -120,7 +120,7 @@ def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbo
     neighbour.rental("purge", **there.variables)
 
 
-def test_a_new_certificate_ends_no_session_and_leaves_sshd_its_score(one: Rental, another: Rental) -> None:
+def test_a_new_certificate_ends_no_session_and_sshd_keeps_its_oom_score(one: Rental, another: Rental) -> None:
     activate(one)
     command = [*ssh_command(one, one.on), "echo in; read line; echo $line"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
@@ -137,7 +137,7 @@ def test_a_new_certificate_ends_no_session_and_leaves_sshd_its_score(one: Rental
     assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}, "and so do the renters' sessions"
 
 
-def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: Path) -> None:
+def test_a_neighbour_cannot_impersonate_the_worker_of_a_rental(one: Rental, neighbour: Worker, folder: Path) -> None:
     """Try the neighbour's own certificate, none, and the worker's certificate, which is public."""
     activate(one)
     its_own = new_rental(neighbour, folder)
@@ -150,19 +150,21 @@ def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: 
     neighbour.rental("purge", **its_own.variables)
 
 
-def test_a_former_worker_cannot_pass_for_it_when_its_hour_is_over(one: Rental, neighbour: Worker) -> None:
+def test_a_former_worker_cannot_impersonate_the_new_one_after_its_certificate_has_expired(
+    one: Rental, neighbour: Worker
+) -> None:
     activate(one)
     shows(neighbour, certificate(neighbour, one, by=FORMER))
     assert is_refused(one, neighbour)
 
 
-def test_a_certificate_of_anybody_else_is_worth_nothing(one: Rental, neighbour: Worker) -> None:
+def test_a_certificate_of_another_authority_is_refused(one: Rental, neighbour: Worker) -> None:
     activate(one)
     shows(neighbour, certificate(neighbour, one, by=ANOTHER))
     assert is_refused(one, neighbour)
 
 
-def test_another_rental_of_the_same_name_is_another_host(one: Rental, another: Rental) -> None:
+def test_a_later_rental_of_the_same_name_has_another_host_identity(one: Rental, another: Rental) -> None:
     """Use a name again: ssh verifies ids, which are never used again."""
     activate(one, certificate(one.on, one))
     status, report = one.on.rental("purge", **one.variables)
@@ -187,7 +189,7 @@ def user_certificate(rental: Rental, folder: Path, of: Rental | None = None, **h
     return "-i", str(key.file), "-o", f"CertificateFile={file}"
 
 
-def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: Rental, folder: Path) -> None:
+def test_a_renter_s_certificate_opens_only_its_own_rental(one: Rental, another: Rental, folder: Path) -> None:
     activate(one)
     activate(another, certificate(one.on, one, another))
     assert ssh(one, one.on, *user_certificate(one, folder)).stdout == f"{one.username}\n"
@@ -207,7 +209,7 @@ def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: 
     assert "Permission denied" in done.stderr
 
 
-def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Rental, folder: Path) -> None:
+def test_a_lock_and_a_higher_epoch_refuse_certificates_as_well_as_keys(one: Rental, folder: Path) -> None:
     activate(one)
     options = user_certificate(one, folder)
     one.on.rental("lock", rental_id=one.rental_id, epoch=one.epoch)
@@ -223,7 +225,7 @@ def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Re
 # Agents, languages and terminals of a renter's ssh
 
 
-def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: Rental, another: Rental) -> None:
+def test_only_the_renter_reaches_its_forwarded_agent(one: Rental, another: Rental) -> None:
     """Forward an agent, which `git clone git@...` needs. A roommate must reach neither the socket nor its folder."""
     activate(one)
     activate(another, certificate(one.on, one, another))
@@ -247,7 +249,7 @@ def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: R
         assert without.returncode == 2, "there is no agent without a request"
 
 
-def test_languages_colours_and_terminals_of_a_renters_machine_are_known(one: Rental) -> None:
+def test_a_worker_knows_the_locales_colours_and_terminals_of_renters_machines(one: Rental) -> None:
     activate(one)
     environment = os.environ | {"LC_ALL": "fr_FR.UTF-8", "COLORTERM": "truecolor", "ODD": "x"}
     options = ("-i", str(one.key.file), "-o", "SendEnv=LC_* COLORTERM ODD")

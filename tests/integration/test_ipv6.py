@@ -104,7 +104,7 @@ def test_a_worker_in_a_network_with_ipv6_calls_home_by_ipv4_and_in_time(scene: t
     assert "failed" not in on.log()
 
 
-def test_a_renter_reaches_nobody_by_ipv6_whatever_was_opened(scene: tuple[Rental, Worker, str]) -> None:
+def test_a_renter_reaches_no_address_by_ipv6_with_any_egress_setting(scene: tuple[Rental, Worker, str]) -> None:
     rental, neighbour, gateway = scene
     interface = rental.on.run("cat", "/sys/class/net/eth0/ifindex").strip()
     places = [address_of(neighbour), link_local(neighbour), gateway, "2001:db8::1", "ff02::1", "ff02::2"]
@@ -119,7 +119,7 @@ def test_a_renter_reaches_nobody_by_ipv6_whatever_was_opened(scene: tuple[Rental
     assert "lladdr" not in neighbours, "it resolves no address of a neighbour"
 
 
-def test_a_worker_takes_nothing_by_ipv6_and_no_router_from_the_network(scene: tuple[Rental, Worker, str]) -> None:
+def test_a_worker_accepts_no_ipv6_packet_and_no_router_advertisement(scene: tuple[Rental, Worker, str]) -> None:
     """Send from a container that was attached by hand and may send any packet to the network."""
     rental = scene[0]
     on = rental.on

@@ -66,7 +66,7 @@ def log_with_times(on: Worker) -> str:
     return done.stdout
 
 
-async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
+async def test_a_liveness_connection_survives_a_restart_of_sshd_and_ends_with_the_container(
     network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
     manager.interval_s, manager.lease_s = 600.0, 3600.0  # no heartbeat is due meanwhile
@@ -100,7 +100,7 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
         assert rental.username
 
 
-async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
+async def test_a_worker_that_loses_its_liveness_connection_and_gets_no_answer_freezes_in_a_second(
     network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
     manager.lease_s = 3600.0  # the lease does not end within the test
@@ -120,7 +120,7 @@ async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_
             assert frozen_at - killed_at < FROZEN_WITHIN_S, new.log()
 
 
-async def test_another_boot_of_the_container_is_not_watched_in_its_name(
+async def test_a_liveness_connection_to_another_boot_of_the_container_is_not_held(
     network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     with worker(network, manager, join) as new:
@@ -131,13 +131,13 @@ async def test_another_boot_of_the_container_is_not_watched_in_its_name(
         assert signs == []
 
 
-async def test_what_was_never_held_proves_nothing(manager: SmallManager) -> None:
+async def test_a_liveness_connection_that_was_never_made_proves_no_death(manager: SmallManager) -> None:
     liveness = SshLiveness(SshReach(manager.key.file.read_text()))
     key = manager.key.public
     assert await liveness.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
 
 
-async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Path) -> None:
+async def test_output_of_a_worker_on_its_liveness_connection_is_not_read(tmp_path: Path) -> None:
     key = asyncssh.generate_private_key("ssh-ed25519")
     sent = 0
 

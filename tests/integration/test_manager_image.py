@@ -83,23 +83,25 @@ def test_secrets_are_there_and_neither_manager_nor_engine_can_read_them(manager:
         assert "Permission denied" in manager.run("sh", "-c", f"cat {path} 2>&1", user=user, check=False)
 
 
-def test_the_database_is_the_managers_alone(manager: ManagerContainer) -> None:
+def test_only_the_manager_can_open_the_database(manager: ManagerContainer) -> None:
     assert manager.can(MANAGER, "-w", DATABASE)
     assert "Permission denied" in manager.run("sh", "-c", f"cat {DATABASE} 2>&1", user=ENGINE, check=False)
 
 
-def test_the_key_of_the_workers_is_the_engines_alone(manager: ManagerContainer) -> None:
+def test_only_the_engine_can_read_its_ssh_key(manager: ManagerContainer) -> None:
     assert manager.can(ENGINE, "-r", ENGINE_KEY)
     assert "Permission denied" in manager.run("sh", "-c", f"cat {ENGINE_KEY} 2>&1", user=MANAGER, check=False)
 
 
-def test_the_engines_socket_is_for_the_manager_and_itself(manager: ManagerContainer) -> None:
+def test_only_the_manager_and_the_engine_can_open_the_engine_s_socket(manager: ManagerContainer) -> None:
     status = manager.run("stat", "--format", "%U %G %a", "/run/orion/engine.sock", user=MANAGER)
     assert status.split() == ["orion-engine", "orion", "660"]
     assert not manager.can("65534:65534", "-e", "/run/orion/engine.sock")
 
 
-def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: ManagerContainer) -> None:
+def test_only_the_manager_can_open_the_snapshot_service_s_socket_and_its_ssh_key_is_private(
+    manager: ManagerContainer,
+) -> None:
     def status() -> list[str]:
         return manager.run("stat", "--format", "%u %g %a", SNAPSHOT_SOCKET, check=False).split()
 
@@ -123,7 +125,9 @@ def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: Ma
         assert not manager.can(RENTAL, test, path), (test, path)
 
 
-def test_neither_child_holds_a_capability_or_can_see_the_others_environment(manager: ManagerContainer) -> None:
+def test_manager_and_engine_have_no_capability_and_cannot_read_each_other_s_environment(
+    manager: ManagerContainer,
+) -> None:
     for user, other in ((MANAGER, "901"), (ENGINE, "900")):
         script = (
             'for p in /proc/[0-9]*; do grep -q "^Uid:.$(id -u)" $p/status && grep ^CapEff $p/status; '
@@ -143,7 +147,7 @@ def test_no_secret_is_in_an_environment_or_an_argument(manager: ManagerContainer
         assert "PRIVATE KEY" not in seen
 
 
-def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager: ManagerContainer) -> None:
+def test_a_killed_engine_is_restarted_at_once_and_the_manager_keeps_running(manager: ManagerContainer) -> None:
     before = manager.engine_pids()
     assert before
     # Before the engine starts anew, all processes of its user are killed, those of this test too.

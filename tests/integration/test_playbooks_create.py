@@ -15,9 +15,7 @@ def rental(host: Worker, folder: Path) -> Rental:
     return new_rental(host, folder)
 
 
-def test_a_created_account_opens_to_its_key_alone_and_a_second_run_changes_nothing(
-    rental: Rental, folder: Path
-) -> None:
+def test_a_created_account_accepts_only_its_key_and_a_second_run_changes_nothing(rental: Rental, folder: Path) -> None:
     played = rental.create()
     assert played.ok, played.output
     assert played.changed
@@ -30,7 +28,7 @@ def test_a_created_account_opens_to_its_key_alone_and_a_second_run_changes_nothi
     assert not again.changed
 
 
-def test_new_keys_replace_the_old_ones_while_it_runs(rental: Rental, folder: Path) -> None:
+def test_new_keys_replace_the_old_ones_of_a_running_rental(rental: Rental, folder: Path) -> None:
     rental.create_quickly()
     new = make_key(folder)
     status, report = rental.on.rental("create", **rental.variables, public_keys=[new.public])
@@ -42,7 +40,7 @@ def test_new_keys_replace_the_old_ones_while_it_runs(rental: Rental, folder: Pat
 SAYS = "echo $ORION_RENTAL,$ORION_RENTAL_ID"
 
 
-def test_its_sessions_know_the_rentals_name_in_variables_and_in_the_prompt(rental: Rental) -> None:
+def test_sessions_have_the_name_of_the_rental_in_variables_and_in_the_prompt(rental: Rental) -> None:
     assert rental.create(rental_name="my-lab").ok
     assert rental.ssh(SAYS).stdout == f"my-lab,{rental.rental_id}\n"
     prompt = rental.ssh("cd /tmp; bash -i", "exit\n").stderr
@@ -65,7 +63,7 @@ def test_a_created_account_is_locked_until_its_epoch_is_unlocked(rental: Rental)
     assert rental.accepts()
 
 
-def test_a_lower_epoch_is_refused_with_its_reason_and_a_higher_one_is_taken(rental: Rental) -> None:
+def test_a_lower_epoch_is_refused_with_a_reason_and_a_higher_one_is_accepted(rental: Rental) -> None:
     rental.epoch = 2
     rental.create_quickly()
     late = rental.create(epoch=1)
@@ -109,7 +107,7 @@ def test_a_name_or_number_of_another_rental_is_refused(rental: Rental, folder: P
 SERVE = """echo "I'm $(id -un) in $PWD, $SHELL"; tty; ulimit -u; ps -o sid=,pid= -p $$; exec sleep 1000"""
 
 
-def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that_is_its_own(rental: Rental) -> None:
+def test_a_start_command_has_the_uid_of_its_renter_and_is_frozen_and_killed_with_the_rental(rental: Rental) -> None:
     def log() -> str:
         return rental.on.run("sh", "-c", f"cat /home/{rental.username}/.orion/start.log || true")
 
@@ -142,7 +140,7 @@ def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that
     assert rental.traces() == ""
 
 
-def test_a_renter_who_leaves_no_room_for_its_start_command_is_let_in_all_the_same(rental: Rental) -> None:
+def test_a_renter_that_leaves_no_room_for_its_start_command_is_still_activated(rental: Rental) -> None:
     rental.create_quickly()
     boot = rental.on.run("cat", "/run/orion/boot-id").strip()
     rental.ssh("ln -s /etc/shadow .orion; (while true; do sleep 1000 & done) >/dev/null 2>&1 </dev/null &")

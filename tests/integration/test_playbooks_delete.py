@@ -77,9 +77,7 @@ def rental(host: Worker, folder: Path) -> Rental:
     return new_rental(host, folder)
 
 
-def test_nothing_is_left_of_a_renter_who_hides_and_forks_and_the_neighbour_keeps_all(
-    rental: Rental, folder: Path
-) -> None:
+def test_a_purge_removes_a_renter_that_hides_and_forks_and_nothing_of_a_neighbour(rental: Rental, folder: Path) -> None:
     rental.create_quickly()
     neighbour = new_rental(rental.on, folder).create_quickly()
     neighbour.ssh("setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo kept > ~/file; mkdir -m 777 ~/open; chmod 711 ~")
@@ -129,14 +127,14 @@ def test_a_stale_purge_does_not_touch_a_newer_epoch(rental: Rental) -> None:
     assert rental.accepts()
 
 
-def test_purging_what_never_was_there_is_a_success(rental: Rental) -> None:
+def test_the_purge_of_an_unknown_rental_succeeds(rental: Rental) -> None:
     played = rental.delete()
     assert played.ok, played.output
     assert not played.changed
     assert played.last["left"] == []
 
 
-def test_what_comes_back_is_reported_and_the_rental_stays_in_the_inventory(rental: Rental) -> None:
+def test_files_that_reappear_are_reported_and_the_rental_stays_in_the_inventory(rental: Rental) -> None:
     rental.create_quickly()
     again = f"until test -e /run/enough; do touch /tmp/back; chown {rental.uid} /tmp/back; done"
     for _ in range(4):  # one alone may get no turn between the last removal and the look after it
@@ -168,7 +166,7 @@ def test_a_purge_that_was_killed_is_finished_by_the_next(rental: Rental) -> None
     assert rental.traces() == ""
 
 
-def test_several_rentals_are_removed_in_one_order_and_one_that_is_refused_stays(host: Worker, folder: Path) -> None:
+def test_one_order_removes_several_rentals_and_keeps_a_refused_one(host: Worker, folder: Path) -> None:
     first, second, newer = (new_rental(host, folder).create_quickly() for _ in range(3))
     newer.epoch = 2
     newer.create_quickly()

@@ -88,14 +88,16 @@ def refused(answer: str) -> str:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])  # noqa: S104
-def test_a_rentals_own_server_is_reached_however_it_listens(rental: Rental, other: Rental, address: str) -> None:
+def test_a_rental_s_server_is_reached_at_any_address_on_which_it_listens(
+    rental: Rental, other: Rental, address: str
+) -> None:
     with serving(rental, "mine", address):
         assert ask(rental) == "mine"
         assert refused(ask(other)) == "nothing_listens", "another rental's address leads to no neighbour's server"
     assert refused(ask(rental)) == "nothing_listens"
 
 
-def test_what_the_worker_itself_listens_on_is_no_rentals(rental: Rental) -> None:
+def test_a_port_on_which_root_listens_belongs_to_no_rental(rental: Rental) -> None:
     program = SERVER.format(address="127.0.0.1", port=8101, family="AF_INET", both=False, says="root")
     docker("exec", "--detach", rental.on.name, "python3", "-c", program)
     wait_until(lambda: "open" in rental.on.run("python3", "-c", CONNECT.format(address="127.0.0.1", port=8101)), "it")
@@ -114,7 +116,7 @@ def test_a_former_epoch_another_session_and_an_unknown_rental_are_refused(rental
         assert refused(ask(elsewhere)) == "not_here"
 
 
-def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(
+def test_only_the_proxy_reaches_the_port_proxy_and_the_ports_of_rentals(
     rental: Rental, neighbour: Worker, network: WorkerNetwork
 ) -> None:
     worker = rental.on
@@ -127,7 +129,7 @@ def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(
     assert "Permission denied" in rental.ssh("cat /run/orion/session").stderr
 
 
-def test_what_stands_still_answers_nobody_and_what_was_open_is_cut(rental: Rental) -> None:
+def test_a_frozen_rental_answers_no_request_and_its_open_connections_are_cut(rental: Rental) -> None:
     with serving(rental, "mine"):
         way = PortToken(rental.rental_id, rental.epoch, PORT)
         with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
@@ -145,7 +147,7 @@ def test_what_stands_still_answers_nobody_and_what_was_open_is_cut(rental: Renta
         assert ask(rental) == "mine"
 
 
-def test_the_door_has_no_capability_and_comes_back_when_it_dies(rental: Rental) -> None:
+def test_the_port_proxy_has_no_capability_and_is_restarted_when_it_dies(rental: Rental) -> None:
     worker = rental.on
 
     def port_proxy() -> str:
@@ -161,7 +163,7 @@ def test_the_door_has_no_capability_and_comes_back_when_it_dies(rental: Rental) 
         assert ask(rental) == "mine"
 
 
-def test_after_a_release_its_address_leads_nowhere(host: Worker, tmp_path: Path) -> None:
+def test_after_a_release_the_port_of_the_rental_answers_no_request(host: Worker, tmp_path: Path) -> None:
     rental = new_rental(host, tmp_path).create_quickly()
     with serving(rental, "mine"):
         assert ask(rental) == "mine"

@@ -83,7 +83,7 @@ def assert_problem(reply: httpx.Response, status: int, code: str) -> None:
 # Requests that reach the manager
 
 
-def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.Client, proxy: Proxy) -> None:
+def test_the_proxy_sends_the_secret_the_peer_and_the_request_to_the_manager(client: httpx.Client, proxy: Proxy) -> None:
     reply = client.get(f"{REST}?name=a", headers=bearer())
     seen = headers_at_manager(reply)
     assert seen["x-orion-proxy-secret"] == SECRET
@@ -93,7 +93,7 @@ def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.C
     assert reply.json()["query"] == "name=a"
 
 
-def test_what_only_the_proxy_may_say_cannot_be_sent_by_a_client(client: httpx.Client, proxy: Proxy) -> None:
+def test_a_client_cannot_send_headers_that_only_the_proxy_may_set(client: httpx.Client, proxy: Proxy) -> None:
     forged = {
         "X-Orion-Proxy-Secret": "guess",
         "X_Orion_Proxy_Secret": "guess",
@@ -147,7 +147,7 @@ def test_replies_carry_the_security_headers_and_no_version(client: httpx.Client)
         assert headers["cache-control"] == "no-store"
 
 
-def test_the_page_with_the_terminal_may_load_its_own_scripts_alone(client: httpx.Client) -> None:
+def test_the_page_with_the_terminal_may_load_only_its_own_scripts(client: httpx.Client) -> None:
     kinds = {"": "html", "terminal.js": "javascript", "terminal.css": "css", "xterm/xterm.js": "javascript"}
     kinds |= {f"xterm/xterm-addon-{name}.js": "javascript" for name in ("fit", "unicode11", "web-links")}
     for name, kind in kinds.items():
@@ -164,14 +164,16 @@ def test_the_page_with_the_terminal_may_load_its_own_scripts_alone(client: httpx
     assert "script-src" not in client.get("/terminals/").headers["content-security-policy"]
 
 
-def test_the_manager_is_told_the_host_with_its_port_as_the_browser_knows_it(client: httpx.Client, proxy: Proxy) -> None:
+def test_the_proxy_sends_the_host_and_port_of_the_browser_to_the_manager(client: httpx.Client, proxy: Proxy) -> None:
     forged = {"X-Forwarded-Host": "evil.example"}
     seen = headers_at_manager(client.get("/api/rentals/abc/terminal", headers=forged))
     assert seen["x-forwarded-host"] == f"127.0.0.1:{proxy.http_port}"
 
 
 @pytest.mark.parametrize("status", [401, 404, 413, 429, 500, 502, 503, 504])
-def test_an_error_of_the_manager_passes_as_it_is_and_unmarked(client: httpx.Client, status: int) -> None:
+def test_an_error_of_the_manager_passes_unchanged_and_without_the_proxy_s_mark(
+    client: httpx.Client, status: int
+) -> None:
     reply = client.get(f"/api/answer/{status}")
     assert reply.status_code == status
     assert reply.json()["path"] == f"/api/answer/{status}"
@@ -180,7 +182,7 @@ def test_an_error_of_the_manager_passes_as_it_is_and_unmarked(client: httpx.Clie
     assert reply.headers.get_list("x-request-id") != ["forged"]
 
 
-def test_a_manager_that_got_the_request_and_breaks_off_is_not_called_unreachable(client: httpx.Client) -> None:
+def test_a_manager_that_breaks_off_an_answer_is_not_reported_as_unreachable(client: httpx.Client) -> None:
     reply = client.post("/api/lost", content=b"{}")
     assert_problem(reply, 502, "manager_no_answer")
     assert "x-orion-manager" not in reply.headers
@@ -197,7 +199,7 @@ def test_a_body_over_the_limit_is_refused_as_a_problem(client: httpx.Client) -> 
 
 
 @pytest.mark.parametrize("path", [REGISTER, HEARTBEAT])
-def test_an_inventory_may_be_larger(client: httpx.Client, path: str) -> None:
+def test_an_inventory_may_be_larger_than_other_bodies(client: httpx.Client, path: str) -> None:
     assert client.post(path, content=b"x" * 1_900_000, headers=bearer(50)).json()["size"] == 1_900_000
     assert_problem(client.post(path, content=b"x" * 2_200_000, headers=bearer(50)), 413, "body_too_large")
 
@@ -208,7 +210,7 @@ def test_long_addresses_and_headers_are_refused_as_problems(client: httpx.Client
     assert_problem(client.get(REST, headers={"X-Long": "a" * 20_000}), 431, "headers_too_large")
 
 
-def test_a_request_that_is_no_http_is_refused_as_a_problem(proxy: Proxy, manager: EchoManager) -> None:
+def test_the_proxy_refuses_a_request_that_is_not_http_with_a_problem(proxy: Proxy, manager: EchoManager) -> None:
     with socket.create_connection(("127.0.0.1", proxy.http_port), timeout=60) as raw:
         raw.sendall(b"GET /api/rentals HTTP/1.1\r\n\r\n")
         answer = raw.makefile("rb").read().decode()
@@ -284,7 +286,7 @@ def test_the_refusals_of_a_flood_do_not_fill_the_log(proxy: Proxy, client: httpx
     assert sum(line["request_id"] in identities for line in proxy.access_log()) < len(limited) / 10
 
 
-def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client) -> None:
+def test_a_flood_of_other_requests_does_not_disturb_registrations(client: httpx.Client) -> None:
     wait_until(lambda: client.post(REGISTER).status_code == 200, "an earlier flood of registrations is over")
     time.sleep(1)  # for five more
     assert refused(flood(client, HEARTBEAT, 200, bearer(110)))
@@ -292,14 +294,14 @@ def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client
 
 
 @pytest.mark.parametrize("path", [HEARTBEAT, RENT])
-def test_one_token_over_its_limit_costs_its_neighbour_at_the_same_address_nothing(
+def test_a_token_over_its_limit_does_not_affect_another_one_at_the_same_address(
     client: httpx.Client, path: str
 ) -> None:
     assert refused(flood(client, path, FLOODS[path], bearer(200)))
     assert client.post(path, headers=bearer(201)).status_code == 200
 
 
-def test_heartbeats_with_made_up_tokens_meet_the_ceiling_of_their_address(client: httpx.Client) -> None:
+def test_heartbeats_with_invented_tokens_are_limited_by_their_address(client: httpx.Client) -> None:
     """Send more than one worker does, which sends a few in a minute."""
     calls = [(HEARTBEAT, bearer(1000 + number, "worker")) for number in range(1500)]
     answers = [reply.status_code for reply in at_once(client.base_url, calls)]
@@ -308,7 +310,7 @@ def test_heartbeats_with_made_up_tokens_meet_the_ceiling_of_their_address(client
     assert client.post(REST, headers=bearer(1)).status_code == 200
 
 
-def test_what_is_no_token_is_counted_by_address(client: httpx.Client) -> None:
+def test_requests_with_malformed_tokens_are_counted_by_address(client: httpx.Client) -> None:
     calls = [(HEARTBEAT, {"Authorization": f"Bearer {number}"}) for number in range(200)]
     assert refused(at_once(client.base_url, calls))
 
@@ -321,21 +323,23 @@ def websocket_url(proxy: Proxy, rental: str = "abc", scheme: str = "ws") -> str:
     return f"{scheme}://localhost:{port}/api/rentals/{rental}/ssh"
 
 
-def test_a_websocket_passes_both_ways(proxy: Proxy, client: httpx.Client) -> None:
+def test_a_websocket_passes_messages_in_both_directions(proxy: Proxy, client: httpx.Client) -> None:
     with connect(websocket_url(proxy), additional_headers=bearer()) as shell:
         for message in (b"\0\1\2", b"x" * 60_000):
             shell.send(message)
             assert shell.recv() == message
 
 
-def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(proxy: Proxy, client: httpx.Client) -> None:
+def test_the_manager_s_refusal_of_a_websocket_passes_unchanged(proxy: Proxy, client: httpx.Client) -> None:
     with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(proxy, "other")):
         pass
     assert refusal.value.response.status_code == 403
     assert refusal.value.response.body == b"not yours"
 
 
-async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(proxy: Proxy, manager: EchoManager) -> None:
+async def test_a_caller_has_at_most_two_hundred_sessions_and_its_calls_still_work(
+    proxy: Proxy, manager: EchoManager
+) -> None:
     open_session = partial(connect_in_one_thread, additional_headers=bearer(77), proxy=None, open_timeout=60)
     async with AsyncExitStack() as open_ones:
         for _ in range(200):
@@ -354,7 +358,7 @@ def test_only_a_websocket_is_an_upgrade(client: httpx.Client) -> None:
     assert "upgrade" not in seen
 
 
-def test_an_event_arrives_when_it_happens(client: httpx.Client, manager: EchoManager) -> None:
+def test_the_proxy_forwards_an_event_at_once(client: httpx.Client, manager: EchoManager) -> None:
     with client.stream("GET", "/api/events", headers={"Accept": "text/event-stream"}) as stream:
         lines = stream.iter_lines()
         assert next(lines) == "id: 1"
@@ -391,7 +395,7 @@ async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
         return await shell.recv()
 
 
-def test_the_certificate_bears_the_names_asked_for(proxy: Proxy, tmp_path: Path) -> None:
+def test_the_certificate_has_the_configured_names(proxy: Proxy, tmp_path: Path) -> None:
     pem = tmp_path / "tls.crt"
     pem.write_text(certificate(proxy))
     shown = subprocess.run(
@@ -422,7 +426,7 @@ def test_http_to_the_port_of_https_is_a_problem(proxy: Proxy, client: httpx.Clie
     assert_problem(get(f"http://127.0.0.1:{proxy.https_port}{REST}"), 400, "invalid_request")
 
 
-def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open(
+def test_a_renewed_certificate_is_served_within_15_s_and_open_connections_stay_open(
     proxy: Proxy, client: httpx.Client
 ) -> None:
     before = certificate(proxy)
@@ -459,7 +463,7 @@ def outer(proxy: Proxy, manager: EchoManager) -> Iterator[str]:
         yield address
 
 
-def test_a_trusted_outer_proxy_is_believed_about_the_visitor(proxy: Proxy, outer: str) -> None:
+def test_a_trusted_outer_proxy_determines_the_address_of_the_visitor(proxy: Proxy, outer: str) -> None:
     forged = {"X-Forwarded-For": "6.6.6.6", "X-Real-IP": "6.6.6.6", "X-Forwarded-Prefix": "/evil"}
     seen = headers_at_manager(get(f"{outer}/orion{REST}", headers=forged))
     assert seen["x-real-ip"] == f"{proxy.network}.1"
@@ -471,16 +475,14 @@ def test_a_trusted_outer_proxy_is_believed_about_the_visitor(proxy: Proxy, outer
     assert direct["x-real-ip"] == f"{proxy.network}.1"
 
 
-def test_no_outer_proxy_makes_a_worker_of_a_visitor(proxy: Proxy, outer: str) -> None:
+def test_no_header_of_an_outer_proxy_turns_a_visitor_into_a_worker(proxy: Proxy, outer: str) -> None:
     for path in (REGISTER, HEARTBEAT):
         headers = bearer(900, "worker") | {"X-Says": f"{proxy.network}.200"}
         seen = headers_at_manager(post(f"{outer}{path}", headers=headers))
         assert seen["x-real-ip"] == proxy.outer_address, path
 
 
-def test_visitors_behind_an_outer_proxy_have_limits_of_their_own_and_ipv6_ones_by_their_network(
-    proxy: Proxy, outer: str
-) -> None:
+def test_visitors_behind_an_outer_proxy_have_own_limits_and_ipv6_visitors_by_network(proxy: Proxy, outer: str) -> None:
     def flood_of(addresses: list[str]) -> set[int]:
         return {reply.status_code for reply in at_once(outer, [(RENT, {"X-Says": one}) for one in addresses])}
 
@@ -502,7 +504,7 @@ def test_everything_works_below_a_path_of_an_outer_proxy(proxy: Proxy, outer: st
         assert shell.recv() == b"below a path"
 
 
-def test_no_page_of_the_platform_names_an_address_that_a_path_before_it_would_break() -> None:
+def test_no_page_of_the_platform_has_an_address_that_a_path_prefix_would_break() -> None:
     for page in (ROOT / "web").rglob("*.*"):
         assert not re.search(r"""[("'`=]/[a-z.]""", page.read_text()), page
 
@@ -525,7 +527,7 @@ def test_the_log_is_json_with_the_request_id_and_without_secrets(proxy: Proxy, c
         assert secret not in everything
 
 
-def test_the_secret_is_for_root_alone_and_requests_are_served_by_others(proxy: Proxy) -> None:
+def test_only_root_can_read_the_proxy_secret_and_other_users_serve_requests(proxy: Proxy) -> None:
     assert SECRET in proxy.exec("cat", "/run/orion-secret.conf").stdout
     for path in ("/run/orion-secret.conf", "/run/orion-proxy/secret", "/etc/orion-tls/tls.key"):
         assert proxy.exec("cat", path, user="www-data").returncode != 0
@@ -533,7 +535,7 @@ def test_the_secret_is_for_root_alone_and_requests_are_served_by_others(proxy: P
     assert users.count("www-data") == 2
 
 
-def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_its_workers(proxy: Proxy) -> None:
+def test_the_proxy_s_container_is_read_only_and_its_workers_have_no_capability(proxy: Proxy) -> None:
     assert proxy.exec("touch", "/etc/nginx/nginx.conf").returncode != 0
     status = proxy.exec("sh", "-c", "grep -h -E '^(Uid|CapEff|NoNewPrivs)' /proc/[0-9]*/status").stdout.split("\n")
     workers = [status[i + 1] for i, line in enumerate(status) if line.startswith("Uid:\t33")]
@@ -541,14 +543,14 @@ def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_it
     assert "NoNewPrivs:\t0" not in status
 
 
-def test_the_health_check_passes(proxy: Proxy) -> None:
+def test_the_health_check_of_the_proxy_passes(proxy: Proxy) -> None:
     wait_until(lambda: proxy.exec("healthcheck.sh").returncode == 0, "the check passes; Docker repeats it as well")
 
 
 # The manager away. These come last: they take it away.
 
 
-def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(proxy: Proxy, manager: EchoManager) -> None:
+def test_the_proxy_reports_an_unreachable_manager_and_finds_it_again(proxy: Proxy, manager: EchoManager) -> None:
     manager.stop()
     for path in (HEARTBEAT, REST, "/healthz", "/r/aaaaaaaaaa/8000/"):
         reply = post(f"{proxy.url}{path}")
@@ -580,7 +582,9 @@ def own_certificate(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_with_nobody_at_the_address_and_a_certificate_of_the_users_own(own_certificate: Path) -> None:
+def test_a_proxy_without_a_manager_reports_that_in_time_and_uses_the_operator_s_certificate(
+    own_certificate: Path,
+) -> None:
     with new_proxy(app_host=77, tls_directory=own_certificate, trusts_outer=False) as lonely:
         lonely.give_secret()
         wait_until(lonely.answers, "the proxy answers")

@@ -177,7 +177,9 @@ def rental(host: Worker, folder: Path) -> Rental:
     return new_rental(host, folder).create_quickly()
 
 
-async def test_a_restored_home_is_as_it_was(real: RealSnapshotService, rental: Rental, neighbour: Worker) -> None:
+async def test_a_restored_home_equals_the_original(
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
+) -> None:
     rental.python(FURNISH)
     rental.ssh("touch -hd '2010-01-01 00:00:00.1' folder 'dated link'")
     await real.client.take(home_of(rental), LIMITS)
@@ -191,7 +193,7 @@ async def test_a_restored_home_is_as_it_was(real: RealSnapshotService, rental: R
         assert about == before[name], name
 
 
-async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_home_has_been_filled(
+async def test_old_snapshots_set_aside_in_the_final_sync_are_removed_after_the_restore(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     for number in range(3):
@@ -209,7 +211,7 @@ async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_h
     wait_until(lambda: not list(place.glob("old-*")), "it is removed once no call waits")
 
 
-async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_other_generation(
+async def test_a_snapshot_holds_ten_thousand_files_and_an_unchanged_home_gets_no_new_snapshot(
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("mkdir many; cd many; seq 10000 | xargs touch")
@@ -219,7 +221,7 @@ async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_othe
     assert again.id == first.id
 
 
-async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
+async def test_a_snapshot_of_a_changing_home_succeeds_and_contains_no_files_of_others(
     real: RealSnapshotService, rental: Rental
 ) -> None:
     """Let files grow, and links replace files and directories, as fast as the renter can."""
@@ -252,7 +254,7 @@ SPOILED = {
 """Owners and modes of files that a compromised worker may have put into a snapshot, as rsync stores them."""
 
 
-async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
+async def test_a_restore_gives_all_files_to_the_renter_whatever_owner_the_snapshot_names(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     rental.python("import os\nos.chdir(os.path.expanduser('~'))\nos.mkdir('sub')\nopen('sub/inside', 'w').write('x')")
@@ -296,7 +298,7 @@ for name in itertools.islice(itertools.product(string.ascii_letters, repeat=2), 
 
 
 @pytest.mark.parametrize("furnish", [LONG_NAMES, MANY_SHUT], ids=["long names", "many modes"])
-async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_fill_none(
+async def test_a_home_with_unusual_entries_is_still_in_snapshots_and_restored(
     real: RealSnapshotService, rental: Rental, neighbour: Worker, furnish: str
 ) -> None:
     rental.python(furnish)
@@ -307,7 +309,7 @@ async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_f
     assert there.ssh("stat -c '%A %n' *").stdout == before
 
 
-async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(
+async def test_a_restore_that_begins_before_the_account_exists_completes_once_it_exists(
     bench: RealSnapshotBench,
 ) -> None:
     home = bench.new_home()
@@ -341,7 +343,7 @@ def _standing(worker: Worker) -> Iterator[None]:
         yield
 
 
-async def test_the_resident_server_does_the_transfers_without_loading_anything(
+async def test_the_resident_server_runs_transfers_without_importing_more_modules(
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("echo precious > file")
@@ -365,7 +367,9 @@ async def test_the_resident_server_does_the_transfers_without_loading_anything(
     )
 
 
-async def test_a_home_that_its_renter_shut_is_copied_as_any_other(real: RealSnapshotService, rental: Rental) -> None:
+async def test_a_home_without_permissions_is_in_snapshots_as_any_other(
+    real: RealSnapshotService, rental: Rental
+) -> None:
     rental.ssh("echo > file")
     await real.client.take(home_of(rental), LIMITS)
     rental.ssh("echo precious > file; chmod 0 .")
@@ -378,7 +382,7 @@ async def test_a_home_that_its_renter_shut_is_copied_as_any_other(real: RealSnap
     await _rental(rental.on, "thaw", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
 
 
-async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
+async def test_a_request_with_mixed_identities_reads_no_neighbour_s_files(
     real: RealSnapshotService, rental: Rental, folder: Path
 ) -> None:
     other = new_rental(rental.on, folder).create_quickly()
@@ -400,7 +404,9 @@ async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
         assert (await refusal(real.client.take(replace(mixed, uid=uid), LIMITS))).code == "invalid_request"
 
 
-async def test_what_is_kept_is_open_to_its_own_uid_alone(real: RealSnapshotService, rental: Rental) -> None:
+async def test_a_stored_snapshot_is_readable_only_by_the_uid_of_its_rental(
+    real: RealSnapshotService, rental: Rental
+) -> None:
     await real.client.take(home_of(rental), LIMITS)
     place = real.copies / rental.rental_id
     status = place.stat()
@@ -408,7 +414,7 @@ async def test_what_is_kept_is_open_to_its_own_uid_alone(real: RealSnapshotServi
     assert (real.folder / "run/ssh").stat().st_mode & 0o7777 == 0o700
 
 
-async def test_a_copy_that_is_cut_short_leaves_the_one_before_and_nothing_running(
+async def test_an_aborted_snapshot_keeps_the_former_one_and_leaves_no_process(
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("echo first > file")
@@ -429,7 +435,7 @@ def fillers(rental: Rental) -> set[str]:
     return set(rental.on.run("pgrep", "-u", str(rental.uid), "rsync", check=False).split())
 
 
-async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cut_short_is_repeated(
+async def test_no_renter_is_activated_during_a_restore_and_an_aborted_restore_is_repeated(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     rental.ssh("head -c 60000000 /dev/urandom > large; echo > small")
@@ -456,7 +462,7 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
     assert (await refusal(real.client.restore(home_of(migrated)))).code == ALREADY_ACTIVATED
 
 
-async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
+async def test_a_frozen_home_is_recovered_and_its_processes_are_killed(
     real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path
 ) -> None:
     rental = new_rental(pair[0], folder).create_quickly()
@@ -478,7 +484,7 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     assert (await asyncio.to_thread(rental.delete)).ok
 
 
-async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_renter_gets_out(
+async def test_a_rental_over_its_limits_stays_frozen_until_an_order_thaws_it(
     real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path
 ) -> None:
     rental = new_rental(pair[0], folder).create_quickly()

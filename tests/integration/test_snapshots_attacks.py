@@ -187,7 +187,7 @@ def nothing(_: Liar) -> None:
         (many, "hello(ok=True, after_s=-1e300); rsync()", {"over_limit"}),
     ],
 )  # fmt: skip
-async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
+async def test_no_output_of_a_worker_hangs_the_snapshot_service_or_damages_stored_snapshots(
     stored: Liar, has: Callable[[Liar], None], says: str, codes: set[str]
 ) -> None:
     has(stored)
@@ -207,7 +207,7 @@ def folders(liar: Liar) -> None:
         (liar.home / f"folder-{number}").mkdir()
 
 
-async def test_empty_directories_count_for_what_they_take_though_a_worker_says_nothing_of_them(stored: Liar) -> None:
+async def test_empty_directories_that_a_worker_does_not_report_count_with_their_real_size(stored: Liar) -> None:
     folders(stored)
     few, enough = SnapshotLimits(max_files=1000, max_bytes=3 << 20), SnapshotLimits(max_files=1000, max_bytes=4 << 20)
     refused = await refusal(stored.client.take(stored.of, few))
@@ -216,7 +216,7 @@ async def test_empty_directories_count_for_what_they_take_though_a_worker_says_n
     assert (copy.files, copy.bytes >= 902 * BLOCK_BYTES) == (902, True)
 
 
-async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_copied(liar: Liar) -> None:
+async def test_data_beyond_an_owner_s_share_is_removed_and_snapshots_of_others_continue(liar: Liar) -> None:
     share = (2 << 20) / Disk.of(liar.place).size.bytes
     limits = replace(LIMITS, owner_share=share)
     folders_of_owner = []
@@ -245,7 +245,7 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
         ("link_escape", "link/escape"),
     ],
 )
-async def test_names_that_lead_out_of_a_home_lead_nowhere(stored: Liar, name: str, sent: str) -> None:
+async def test_names_that_lead_out_of_a_home_write_and_read_no_file(stored: Liar, name: str, sent: str) -> None:
     """Use names of the same length, so that the stream stays valid for rsync."""
     outside = stored.place / "outside"
     outside.mkdir(exist_ok=True)
@@ -285,7 +285,7 @@ def rsync(*listed):
     ids=lambda listed: repr(listed[0]),
 )
 @pytest.mark.parametrize("becomes", ["a link", "a file"])
-async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere(
+async def test_a_directory_that_becomes_a_link_or_file_in_the_next_snapshot_leads_out_of_no_home(
     stored: Liar, listed: list[bytes], becomes: str
 ) -> None:
     outside = stored.place / "outside"
@@ -312,7 +312,7 @@ async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere
     assert not (stored.place / "copies" / stored.name / "outside").exists()
 
 
-def test_both_sides_mean_the_same(liar: Liar) -> None:
+def test_worker_and_snapshot_service_use_the_same_arguments_of_rsync(liar: Liar) -> None:
     """Compare the worker's command with the one that rsync would send, without options of this side only."""
     recorder = liar.place / "recorder"
     recorder.write_text('#!/bin/sh\nshift\necho "$@" >&2\nexit 1\n')
@@ -332,7 +332,7 @@ def test_both_sides_mean_the_same(liar: Liar) -> None:
     assert OPTIONS.keys() == transfer.ARGUMENTS.keys()
 
 
-def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:
+def test_the_process_that_receives_files_of_a_worker_cannot_read_the_ssh_key(liar: Liar) -> None:
     """Act with the uid of the receiving rsync: it may reach no key, no socket and no snapshot of another rental."""
     stored = liar
     (stored.place / "run/ssh/id_ed25519").write_text("secret")

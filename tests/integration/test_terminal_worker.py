@@ -184,7 +184,7 @@ async def gateway_to(rental: Rental, network: WorkerNetwork) -> AsyncIterator[Te
         await running
 
 
-async def test_it_is_the_renters_own_shell_in_a_terminal_that_follows_the_page(
+async def test_a_terminal_runs_the_renter_s_shell_and_has_the_size_of_the_page(
     rental: Rental, network: WorkerNetwork
 ) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
@@ -199,7 +199,7 @@ async def test_it_is_the_renters_own_shell_in_a_terminal_that_follows_the_page(
         assert await browser.runs("echo 'é 漢字 🎉 ё'") == "é 漢字 🎉 ё\r\n"
 
 
-async def test_every_byte_passes_out_of_it_and_into_it(rental: Rental, network: WorkerNetwork) -> None:
+async def test_every_byte_passes_into_and_out_of_the_terminal(rental: Rental, network: WorkerNetwork) -> None:
     content = os.urandom(2 << 20)
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(b"stty raw -echo; echo re''ady; head -c %d > pasted; sha256sum < pasted\n" % len(content))
@@ -222,7 +222,7 @@ async def test_a_large_paste_into_a_program_that_echoes_it_arrives_whole(
         assert (await browser.reads_raw(len(content)))[: len(content)] == content
 
 
-async def test_a_flood_that_nobody_looks_at_waits_in_the_worker_and_others_go_on(
+async def test_the_output_of_an_unread_terminal_waits_in_the_worker_and_others_continue(
     rental: Rental, network: WorkerNetwork
 ) -> None:
     async with (
@@ -245,7 +245,7 @@ async def test_a_flood_that_nobody_looks_at_waits_in_the_worker_and_others_go_on
         assert grown < 32 << 20, f"{grown} bytes more"
 
 
-async def test_a_flood_that_is_shown_ends_by_ctrl_c(rental: Rental, network: WorkerNetwork) -> None:
+async def test_ctrl_c_ends_a_flood_of_output(rental: Rental, network: WorkerNetwork) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(b"yes\n")
         await browser.reads_raw(1 << 20)
@@ -257,13 +257,15 @@ async def test_a_flood_that_is_shown_ends_by_ctrl_c(rental: Rental, network: Wor
 @pytest.mark.parametrize(
     ("command", "words"), [("exit 3", "ended with status 3"), ("kill -KILL $$", "by the signal KILL")]
 )
-async def test_how_the_shell_ended_is_told(rental: Rental, network: WorkerNetwork, command: str, words: str) -> None:
+async def test_the_exit_status_of_the_shell_is_reported(
+    rental: Rental, network: WorkerNetwork, command: str, words: str
+) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(f"{command}\n".encode())
         assert words in await browser.is_told("ended")
 
 
-async def test_nobody_gets_in_by_another_epoch_another_authority_or_another_address(
+async def test_a_terminal_is_refused_for_another_epoch_authority_or_address(
     rental: Rental, network: WorkerNetwork
 ) -> None:
     place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)

@@ -40,7 +40,7 @@ def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
         )
 
 
-def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
+def test_heartbeats_have_the_interval_of_the_last_reply(
     network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     manager.interval_s = 0.3
@@ -103,7 +103,7 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.2, 0.6])
-def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_killed(
+def test_a_worker_that_gets_sigterm_during_its_start_ends_at_once(
     network: WorkerNetwork, manager: SmallManager, join: Path, after_s: float
 ) -> None:
     """Stop it before it has handlers: process 1 ignores signals without one, and a worker has ten minutes of grace."""
@@ -116,7 +116,7 @@ def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_kille
 
 
 @pytest.mark.parametrize("want", ["hold", "purge"])
-def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
+def test_a_reply_to_hold_or_purge_locks_the_rental_of_its_epoch_only(
     network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path, want: str
 ) -> None:
     with worker(network, manager, join) as new:
@@ -133,7 +133,7 @@ def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
         assert not rental.accepts()
 
 
-def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(
+def test_an_agent_waits_for_the_join_token_and_registers_once_it_exists(
     network: WorkerNetwork, manager: SmallManager, folder: Path
 ) -> None:
     with join_directory(folder, token=None) as join, worker(network, manager, join) as new:
@@ -151,7 +151,7 @@ def test_sshd_that_dies_is_started_again(network: WorkerNetwork, manager: SmallM
         wait_until(lambda: new.ssh("root", new.key, "echo in").stdout == "in\n", "sshd answers again")
 
 
-def test_a_worker_whose_manager_is_away_asks_again_and_logs_no_secret(
+def test_a_worker_repeats_its_calls_while_the_manager_is_away_and_logs_no_secret(
     network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     for _ in range(2):

@@ -150,7 +150,7 @@ def fought(network: WorkerNetwork, join: Path, folder: Path) -> Iterator[LeasedW
 
 
 @pytest.mark.parametrize("fight", FIGHTS)
-def test_a_renter_who_fights_the_freeze_loses(fought: LeasedWorker, fight: str) -> None:
+def test_a_renter_cannot_resist_a_freeze(fought: LeasedWorker, fight: str) -> None:
     rental = fought.rentals[fight]
     ticks = fought.ticks(rental)
     late = max(ticks) - fought.cut_at
@@ -162,9 +162,7 @@ def test_a_renter_who_fights_the_freeze_loses(fought: LeasedWorker, fight: str) 
     assert fought.ticks(rental) == ticks
 
 
-def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
-    network: WorkerNetwork, join: Path, folder: Path
-) -> None:
+def test_all_processes_continue_when_a_reply_says_run(network: WorkerNetwork, join: Path, folder: Path) -> None:
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
@@ -209,7 +207,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
         assert stopped.startswith("T"), "processes that the renter had stopped stay stopped"
 
 
-def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
+def test_a_worker_keeps_its_lease_while_the_proxy_says_that_the_manager_is_away(
     network: WorkerNetwork, join: Path, folder: Path
 ) -> None:
     lease_s, proxy_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
@@ -229,7 +227,7 @@ def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
 
 
 @pytest.mark.parametrize("asleep", ["its container", "its agent alone"])
-def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_else(
+def test_a_worker_that_wakes_up_without_a_lease_first_freezes_its_rentals(
     network: WorkerNetwork, join: Path, folder: Path, asleep: str
 ) -> None:
     with scene(network, join, folder, ["one"]) as found:
@@ -311,7 +309,7 @@ class WallClock:
         return (float(on.run("python3", "-c", "import time; print(time.time())")) - time.time()) / 3600
 
 
-def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(
+def test_a_jump_of_the_wall_clock_neither_ends_nor_lengthens_a_lease(
     network: WorkerNetwork, join: Path, folder: Path
 ) -> None:
     clock = WallClock(folder)

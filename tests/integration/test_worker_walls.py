@@ -102,7 +102,7 @@ def test_a_renters_port_is_open_to_itself_and_its_tunnel_and_not_to_the_neighbou
     assert "200 OK" in done.stdout
 
 
-def test_a_renters_tunnel_leads_nowhere_but_to_its_own_worker(rental: Rental, neighbour: Worker) -> None:
+def test_a_renter_s_tunnel_reaches_only_its_own_worker(rental: Rental, neighbour: Worker) -> None:
     for target in (f"{neighbour.address}:22", "127.0.0.1:22"):
         tunnel = rental.on.ssh_command(rental.username, rental.key, "-W", target)
         done = subprocess.run(tunnel, input="", capture_output=True, text=True, check=False, timeout=SESSION_S)
@@ -110,7 +110,7 @@ def test_a_renters_tunnel_leads_nowhere_but_to_its_own_worker(rental: Rental, ne
         assert "SSH-2.0" not in done.stdout
 
 
-def test_sshd_is_shut_to_neighbours_and_to_renters_inside(rental: Rental, neighbour: Worker) -> None:
+def test_sshd_refuses_other_workers_and_renters_inside_the_worker(rental: Rental, neighbour: Worker) -> None:
     from_neighbour = neighbour.run("python3", "-c", CONNECT.format(address=rental.on.address, port=22))
     assert from_neighbour.strip() == "silent"
     for address in ("127.0.0.1", rental.on.address, "::1"):
@@ -121,13 +121,13 @@ def test_sshd_is_shut_to_neighbours_and_to_renters_inside(rental: Rental, neighb
         )
 
 
-def test_a_renter_cannot_take_the_port_of_sshd_while_that_is_away(rental: Rental) -> None:
+def test_a_renter_cannot_listen_on_the_port_of_sshd_while_sshd_is_down(rental: Rental) -> None:
     program = "import socket\ntry: socket.socket().bind(('', 22))\nexcept PermissionError: print('refused')"
     assert rental.python(program) == "refused\n"
     assert "warning" not in rental.on.log()
 
 
-def test_names_are_looked_up_for_renters_and_for_root(rental: Rental, neighbour: Worker) -> None:
+def test_renters_and_root_can_resolve_host_names(rental: Rental, neighbour: Worker) -> None:
     command = f"getent hosts {neighbour.name}"
     assert neighbour.address in rental.ssh(command).stdout
     assert neighbour.address in rental.on.run("sh", "-c", command)
@@ -150,7 +150,7 @@ def test_a_renter_reads_no_secret_of_the_worker_and_no_other_home(rental: Rental
         assert "Permission denied" in rental.ssh(f"ls {folder_name}").stderr, folder_name
 
 
-def test_the_main_process_has_given_up_the_network_for_good_and_a_renter_has_no_capability(rental: Rental) -> None:
+def test_agent_and_sshd_have_no_network_capability_and_a_renter_has_no_capability(rental: Rental) -> None:
     net_admin, net_raw, setpcap = 1 << 12, 1 << 13, 1 << 8
     status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -o -x orion-agent)/status /proc/$(pgrep -o -x sshd)/status")
     sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("Cap")]
@@ -162,7 +162,7 @@ def test_the_main_process_has_given_up_the_network_for_good_and_a_renter_has_no_
     assert rental.ssh("find / -xdev -type f -perm /6000").stdout == ""
 
 
-def test_a_renter_at_its_limit_of_processes_does_not_keep_the_manager_out(rental: Rental) -> None:
+def test_the_manager_reaches_a_worker_whose_renter_is_at_its_process_limit(rental: Rental) -> None:
     limit = (PIDS_LIMIT - 64) // 4
     hoard = [*rental.on.ssh_command(rental.username, rental.key), "python3 -"]
     program = """
@@ -191,21 +191,21 @@ time.sleep(60)
     assert rental.accepts()
 
 
-def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental: Rental) -> None:
+def test_the_oom_killer_prefers_processes_of_ssh_sessions_to_the_agent(rental: Rental) -> None:
     assert rental.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}
     scores = "for one in 1 $(pgrep -o -x orion-agent) $(pgrep -o -x confine.py) $(pgrep -o -x sshd)"
     found = rental.on.run("sh", "-c", f"{scores}; do cat /proc/$one/oom_score_adj; done")
     assert found.split() == ["0", "0", "0", "500"]
 
 
-def test_failed_log_ins_of_a_renter_do_not_shut_the_managers_address_out(rental: Rental, folder: Path) -> None:
+def test_failed_log_ins_of_a_renter_do_not_block_the_manager_s_address(rental: Rental, folder: Path) -> None:
     other = new_rental(rental.on, folder)
     for _ in range(12):
         assert not rental.accepts(other.key)
     assert rental.accepts()
 
 
-def test_files_go_in_and_out_by_sftp(rental: Rental, tmp_path: Path) -> None:
+def test_sftp_uploads_and_downloads_files(rental: Rental, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("and back")
     sftp = rental.on.ssh_command(rental.username, rental.key)
     sftp = ["sftp", "-q", "-b", "-", *sftp[1:]]
@@ -225,7 +225,7 @@ def test_a_worker_without_its_packet_filter_does_not_start(worker_image: str) ->
     assert "the packet filter could not be set" in done.stderr.splitlines()[-1]
 
 
-def test_a_worker_of_the_tests_is_confined_as_in_compose(host: Worker) -> None:
+def test_the_tests_start_workers_with_the_restrictions_of_docker_compose(host: Worker) -> None:
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["worker"]
     assert service["cap_drop"] == ["ALL"]
     assert sorted(service["cap_add"]) == sorted(CAPABILITIES)

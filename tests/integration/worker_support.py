@@ -47,7 +47,10 @@ SYSCTLS = {
     "kernel.sem": "250 32000 32 128",
 }
 TMPFS = ["/dev/shm:mode=1777,size=64m,nr_inodes=16k"]  # noqa: S108
-"""These three are those of docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
+"""These three are those of docker-compose.yml.
+
+test_the_tests_start_workers_with_the_restrictions_of_docker_compose compares them.
+"""
 PIDS_LIMIT = 256
 
 

@@ -114,7 +114,7 @@ async def test_a_call_without_a_valid_token_is_refused(
 
 
 @pytest.mark.parametrize(("method", "path", "body", "roles"), ROUTES, ids=NAMES)
-async def test_a_call_takes_its_roles_and_no_other(
+async def test_a_call_allows_its_roles_and_no_other(
     house: House,
     tokens: dict[str, httpx.AsyncClient],
     method: str,
@@ -131,7 +131,7 @@ async def test_a_call_takes_its_roles_and_no_other(
             assert role in is_problem(reply, 403, "forbidden")["detail"]
 
 
-async def test_each_route_of_the_contract_is_in_the_list_above(house: House) -> None:
+async def test_each_route_of_the_api_is_in_the_access_list(house: House) -> None:
     described = house.app.openapi()["paths"]
     found = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
     listed = {re.sub(r"/(x|8000)\b", "/{}", name) for name in NAMES} | {"GET /healthz"}
@@ -140,20 +140,22 @@ async def test_each_route_of_the_contract_is_in_the_list_above(house: House) -> 
 
 @pytest.mark.parametrize("secret", [None, "", "another", PROXY_SECRET.upper(), PROXY_SECRET + "x"])
 @pytest.mark.parametrize("path", ["/api/status", "/api/openapi.json", "/nowhere", "/healthz/", "/HEALTHZ"])
-async def test_what_did_not_come_through_the_proxy_is_refused(house: House, secret: str | None, path: str) -> None:
+async def test_a_request_that_did_not_come_through_the_proxy_is_refused(
+    house: House, secret: str | None, path: str
+) -> None:
     headers = {"Authorization": f"Bearer {house.secrets.admin_token}"} | ({SECRET_HEADER: secret} if secret else {})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
         is_problem(await outsider.get(path, headers=headers), 403, "not_through_the_door")
 
 
-async def test_the_health_check_is_anybody_s_and_tells_nothing_else(house: House) -> None:
+async def test_the_health_check_needs_no_token_and_shows_nothing_else(house: House) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
         reply = await outsider.get("/healthz")
     assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
     assert reply.headers["x-request-id"]
 
 
-async def test_the_contract_itself_is_anybody_s_who_comes_through_the_door(house: House) -> None:
+async def test_the_openapi_document_needs_only_the_proxy(house: House) -> None:
     assert (await house.http.get("/api/openapi.json")).json()["info"]["title"] == "Orion-Sec"
 
 
@@ -164,12 +166,12 @@ async def test_a_reply_carries_the_request_id_that_the_proxy_gave(house: House) 
 
 
 @pytest.mark.parametrize("given", ["", "short", "a" * 65, "with space", "<script>", "line%0abreak!"])
-async def test_a_request_id_that_is_none_is_replaced(house: House, given: str) -> None:
+async def test_an_invalid_request_id_is_replaced(house: House, given: str) -> None:
     reply = await house.http.get("/healthz", headers={"X-Request-ID": given})
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
 
 
-async def test_a_mistake_of_the_manager_is_a_problem_and_its_log_has_the_story_under_the_request_id(
+async def test_an_error_of_the_manager_is_a_problem_and_logged_under_the_request_id(
     house: House,
 ) -> None:
     @house.app.get("/api/mistake", include_in_schema=False)
@@ -195,7 +197,9 @@ async def test_a_mistake_of_the_manager_is_a_problem_and_its_log_has_the_story_u
         ("PATCH", "/api/rentals", 405, "method_not_allowed"),
     ],
 )
-async def test_what_is_no_call_is_a_problem_too(house: House, method: str, path: str, status: int, code: str) -> None:
+async def test_an_unknown_path_or_method_is_a_problem(
+    house: House, method: str, path: str, status: int, code: str
+) -> None:
     is_problem(await house.as_admin.request(method, path), status, code)
 
 
@@ -236,7 +240,7 @@ INVALID: list[tuple[str, str, Any, str]] = [
 @pytest.mark.parametrize(
     ("method", "path", "body", "field"), INVALID, ids=[f"{p} {str(b)[:40]}" for _, p, b, _ in INVALID]
 )
-async def test_a_request_out_of_the_contract_is_refused_by_the_name_of_its_field(
+async def test_an_invalid_request_is_refused_with_the_name_of_its_field(
     house: House, method: str, path: str, body: Any, field: str
 ) -> None:
     problem = is_problem(await house.as_admin.request(method, path, json=body), 422, "invalid_request")
@@ -246,7 +250,7 @@ async def test_a_request_out_of_the_contract_is_refused_by_the_name_of_its_field
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"null", b'{"wait_s": 1e999}', b'{"wait_s": NaN}'])
-async def test_a_body_that_is_no_json_of_the_contract_is_refused(house: House, content: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_of_the_api_is_refused(house: House, content: bytes) -> None:
     reply = await house.as_admin.post("/api/rent", content=content, headers={"Content-Type": "application/json"})
     assert reply.status_code in {400, 422}
     problem = is_problem(reply, reply.status_code, reply.json()["code"])

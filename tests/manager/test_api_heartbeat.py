@@ -80,26 +80,26 @@ def by_msgspec(raw: bytes) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
-def test_both_readers_take_the_same_values_everywhere(place: tuple[Any, ...]) -> None:
+def test_both_readers_of_heartbeats_accept_the_same_values_everywhere(place: tuple[Any, ...]) -> None:
     for value in (*NUMBERS, *TEXTS, *ODD):
         raw = put(value, *place)
         assert by_msgspec(raw) == by_pydantic(raw), value
 
 
 @pytest.mark.parametrize("field", WHOLE)
-def test_both_readers_need_the_same_fields(field: str) -> None:
+def test_both_readers_of_heartbeats_require_the_same_fields(field: str) -> None:
     raw = json.dumps({name: value for name, value in WHOLE.items() if name != field}).encode()
     assert by_msgspec(raw) == by_pydantic(raw)
 
 
 @pytest.mark.parametrize("number", [0, 10_000, 10_001])
-def test_both_readers_take_inventories_of_the_same_length(number: int) -> None:
+def test_both_readers_of_heartbeats_accept_inventories_of_the_same_length(number: int) -> None:
     raw = put([ITEM] * number, "inventory")
     assert (by_msgspec(raw) is None, by_pydantic(raw) is None) == (number > 10_000, number > 10_000)
 
 
 @pytest.mark.parametrize("number", [0, 256, 257])
-def test_both_readers_take_as_many_ends_of_start_commands(number: int) -> None:
+def test_both_readers_of_heartbeats_accept_the_same_number_of_start_ends(number: int) -> None:
     raw = put([END] * number, "start_ends")
     assert (by_msgspec(raw) is None, by_pydantic(raw) is None) == (number > 256, number > 256)
 
@@ -112,7 +112,7 @@ ANY = st.recursive(
 
 
 @given(st.sampled_from(PLACES), ANY)
-def test_both_readers_take_the_same_of_whatever_may_come(place: tuple[Any, ...], value: Any) -> None:
+def test_both_readers_of_heartbeats_agree_on_any_body(place: tuple[Any, ...], value: Any) -> None:
     raw = put(value, *place)
     assert by_msgspec(raw) == by_pydantic(raw)
 
@@ -136,7 +136,7 @@ def body_of(agent: Agent, **change: Any) -> str:
     )
 
 
-async def test_a_well_formed_heartbeat_asks_no_database(
+async def test_a_well_formed_heartbeat_reads_no_database(
     house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await house.rent()
@@ -152,7 +152,7 @@ async def test_a_well_formed_heartbeat_asks_no_database(
     assert [order.want for order in parsed.placements] == [wire.Want.RUN]
 
 
-async def test_the_route_behind_gives_the_same_answer(house: House, agent: Agent) -> None:
+async def test_the_fastapi_route_of_heartbeats_gives_the_same_answer(house: House, agent: Agent) -> None:
     await house.rent()
     fast = (await post(house, agent, content=body_of(agent))).json()
     slow = (await post(house, agent, "application/json;charset=utf8", content=body_of(agent))).json()
@@ -161,19 +161,19 @@ async def test_the_route_behind_gives_the_same_answer(house: House, agent: Agent
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"session_id": "session-0001"}'])
-async def test_what_is_not_understood_is_refused_as_by_every_other_route(
+async def test_an_invalid_heartbeat_is_refused_as_by_every_other_route(
     house: House, agent: Agent, content: bytes
 ) -> None:
     is_problem(await post(house, agent, content=content), 422, "invalid_request")
 
 
-async def test_a_body_that_is_not_said_to_be_json_is_refused(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_without_the_json_content_type_is_refused(house: House, agent: Agent) -> None:
     reply = await post(house, agent, "text/plain", content=body_of(agent))
     assert "Content-Type: application/json" in is_problem(reply, 422, "invalid_request")["detail"]
 
 
 @pytest.mark.parametrize("token", ["", "rubbish", "orion_worker_w-nobody_" + "x" * 43])
-async def test_a_token_that_is_nobody_s_is_refused(house: House, token: str) -> None:
+async def test_an_unknown_worker_token_is_refused(house: House, token: str) -> None:
     reply = await house.client(token).post("/api/heartbeat", json=WHOLE)
     is_problem(reply, 401, "unauthorized")
     assert reply.headers["www-authenticate"].startswith("Bearer")
@@ -200,7 +200,7 @@ async def test_a_token_is_void_as_soon_as_another_was_given_and_the_new_one_outl
         await house.restart()
 
 
-async def test_what_was_rolled_back_is_not_known(house: House, agent: Agent) -> None:
+async def test_a_rolled_back_token_is_not_known(house: House, agent: Agent) -> None:
     (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
 
     def half(connection: Any) -> None:
@@ -215,7 +215,7 @@ async def test_what_was_rolled_back_is_not_known(house: House, agent: Agent) -> 
     await house.compare_pool_index()
 
 
-async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:
+async def test_a_task_that_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:
     (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
     assert await house.manager.state_store.apply([move_worker(worker, Health.SUSPECT, "a test")])
     known = house.manager.pool_index.worker(agent.worker_id)
@@ -223,7 +223,7 @@ async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agen
     assert known.health is Health.SUSPECT
 
 
-async def test_what_was_heard_is_written_once_a_second_whatever_brings_the_rounds(
+async def test_heartbeats_are_written_once_a_second_at_any_rate_of_rounds(
     house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[str]] = []

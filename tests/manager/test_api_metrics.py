@@ -21,7 +21,7 @@ def of(found: Figures, name: str, **labels: str) -> float:
     return found[name, tuple(sorted(labels.items()))]
 
 
-async def test_an_empty_platform_has_all_its_figures_at_nothing(house: House) -> None:
+async def test_an_empty_platform_has_counts_of_zero(house: House) -> None:
     found = await figures(house)
     for health in ("joining", "ready", "suspect", "unknown", "down", "quarantined"):
         assert of(found, "orion_workers", health=health) == 0
@@ -37,7 +37,7 @@ async def test_an_empty_platform_has_all_its_figures_at_nothing(house: House) ->
     }
 
 
-async def test_figures_follow_what_happens(house: House) -> None:
+async def test_metrics_follow_what_happens(house: House) -> None:
     first = await house.join(slots=2)
     await house.join()
     house.end_the_brake_of_the_start()
@@ -64,7 +64,7 @@ async def test_figures_follow_what_happens(house: House) -> None:
 
 
 @pytest.mark.parametrize("code", ["name_taken", "idempotency_conflict"])
-async def test_what_is_refused_is_counted_by_its_code(house: House, code: str) -> None:
+async def test_refusals_are_counted_by_code(house: House, code: str) -> None:
     for name in ("one", "one" if code == "name_taken" else "two"):
         headers = {"Idempotency-Key": "key"} if code == "idempotency_conflict" else {}
         await house.as_admin.post("/api/rent", json={"wait_s": 0, "name": name}, headers=headers)
@@ -81,7 +81,7 @@ async def test_a_job_that_fails_and_a_heartbeat_that_is_stale_are_told_apart(hou
     assert of(found, "orion_heartbeats_total", outcome="stale") == 1
 
 
-async def test_nobody_s_name_is_in_them(house: House) -> None:
+async def test_metrics_contain_no_names(house: House) -> None:
     agent = await house.join()
     rental = await house.rent(name="secret-project")
     text = (await house.as_admin.get("/metrics")).text

@@ -75,7 +75,7 @@ async def test_a_token_is_shown_once_and_listed_without_its_secret(house: House)
     assert "hash" not in listed.text
 
 
-async def test_a_token_may_end_by_itself_and_says_so_to_who_has_it(house: House) -> None:
+async def test_a_token_may_expire_and_its_holder_learns_the_reason(house: House) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "bob", "ttl_s": 60})).json()
     assert made["expires_at"] is not None
     house.clock.now += 60
@@ -84,7 +84,7 @@ async def test_a_token_may_end_by_itself_and_says_so_to_who_has_it(house: House)
 
 
 @pytest.mark.parametrize("end", ["wrong", "gone"])
-async def test_who_has_not_the_whole_token_learns_nothing_of_it(house: House, end: str) -> None:
+async def test_a_part_of_a_token_reveals_nothing_about_it(house: House, end: str) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()
     if end == "gone":
         await house.as_admin.delete(f"/api/tokens/{made['id']}")
@@ -93,7 +93,7 @@ async def test_who_has_not_the_whole_token_learns_nothing_of_it(house: House, en
     assert refused["detail"].startswith("this token is not known here")
 
 
-async def test_who_sends_no_token_is_told_of_none_that_an_operator_alone_could_print(house: House) -> None:
+async def test_a_refusal_without_a_token_names_no_command_of_operators(house: House) -> None:
     for sent in ("", "Bearer", "Basic eDp5", "Bearer two words"):
         reply = await house.client("x").get("/api/status", headers={"Authorization": sent})
         refused = is_problem(reply, 401, "unauthorized")
@@ -101,7 +101,7 @@ async def test_who_sends_no_token_is_told_of_none_that_an_operator_alone_could_p
         assert "make" not in refused["detail"]
 
 
-async def test_a_revoked_token_is_worth_nothing_and_revoking_is_repeatable(house: House) -> None:
+async def test_a_revoked_token_is_refused_and_revoking_is_repeatable(house: House) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()
     for _ in range(2):
         assert (await house.as_admin.delete(f"/api/tokens/{made['id']}")).status_code == 204
@@ -111,7 +111,7 @@ async def test_a_revoked_token_is_worth_nothing_and_revoking_is_repeatable(house
     assert [e["kind"] for e in await house.events("token.")] == ["token.created", "token.revoked"]
 
 
-async def test_a_made_join_token_lets_a_worker_in(house: House) -> None:
+async def test_a_worker_can_register_with_a_new_join_token(house: House) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "rack-2", "role": "join"})).json()
     agent = house.new_agent()
     agent.token = made["token"]
@@ -185,7 +185,7 @@ async def test_a_long_list_of_old_events_is_removed_batch_by_batch(house: House)
     assert len(await house.events("events.removed")) == 2
 
 
-async def test_who_asks_for_events_that_are_removed_is_told_which_and_goes_on(house: House) -> None:
+async def test_a_request_for_removed_events_names_them_and_continues_after_them(house: House) -> None:
     await house.store.write(write_many)
     await remove(house, BATCH + 50)
     first = (await house.events())[0]["id"]
@@ -200,7 +200,7 @@ async def test_who_asks_for_events_that_are_removed_is_told_which_and_goes_on(ho
     )
 
 
-async def test_a_stream_that_resumes_below_what_is_kept_is_told_and_misses_nothing_else(house: House) -> None:
+async def test_a_stream_that_resumes_before_the_oldest_event_is_notified_and_misses_nothing_else(house: House) -> None:
     await house.store.write(write_many)
     await remove(house, BATCH + 50)
     kept = [event["id"] for event in await house.events()]
@@ -211,7 +211,7 @@ async def test_a_stream_that_resumes_below_what_is_kept_is_told_and_misses_nothi
         assert [(await next_event(lines))[0] for _ in kept] == kept
 
 
-async def test_a_stream_goes_on_while_what_it_has_told_is_removed(house: House) -> None:
+async def test_a_stream_goes_on_while_events_that_it_has_sent_are_removed(house: House) -> None:
     await house.store.write(write_many)
     async with stream(house, house.secrets.admin_token, last_event_id=str(2 * BATCH + 40)) as lines:
         resumed = [await next_event(lines) for _ in range(10)]
@@ -243,7 +243,7 @@ async def test_events_are_filtered_by_rental_and_by_worker(house: House, query: 
     assert [e["kind"] for e in (await house.as_admin.get(f"/api/events?{query}")).json()["items"]] == found
 
 
-async def test_a_stream_tells_what_was_and_what_comes(house: House) -> None:
+async def test_a_stream_sends_past_and_new_events(house: House) -> None:
     await say(house, "test.before")
     async with stream(house, house.secrets.admin_token) as lines:
         number, kind, event = await next_event(lines)
@@ -252,7 +252,7 @@ async def test_a_stream_tells_what_was_and_what_comes(house: House) -> None:
         assert (await next_event(lines))[:2] == (number + 1, "test.after")
 
 
-async def test_a_stream_goes_on_where_it_was_broken_off(house: House) -> None:
+async def test_a_stream_resumes_after_its_last_event(house: House) -> None:
     await say(house, "test.one", "test.two", "test.three")
     async with stream(house, house.secrets.admin_token, last_event_id="1") as lines:
         assert [(await next_event(lines))[1] for _ in range(2)] == ["test.two", "test.three"]
@@ -261,13 +261,13 @@ async def test_a_stream_goes_on_where_it_was_broken_off(house: House) -> None:
 
 
 @pytest.mark.parametrize("number", ["rubbish", "", "-1", "9" * 20])
-async def test_a_stream_that_is_resumed_from_nowhere_breaks_nothing(house: House, number: str) -> None:
+async def test_a_stream_that_resumes_from_an_invalid_id_is_harmless(house: House, number: str) -> None:
     await say(house, "test.one")
     async with stream(house, house.secrets.admin_token, last_event_id=number) as lines:
         assert (await next_event(lines))[1] == "test.one"
 
 
-async def test_a_client_s_stream_holds_nothing_of_others(house: House) -> None:
+async def test_a_client_s_stream_has_no_events_of_others(house: House) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "alice"})).json()
     await say(house, "test.his", owner="bob")
     await say(house, "test.hers", owner="alice")
@@ -291,7 +291,7 @@ async def test_a_stream_that_lags_behind_misses_nothing(house: House) -> None:
     assert seen == list(range(1, wire.MAX_PAGE + 21))
 
 
-async def test_the_status_counts_workers_rentals_and_slots_and_tells_of_the_brake(house: House) -> None:
+async def test_the_status_counts_workers_rentals_and_slots_and_shows_the_brake(house: House) -> None:
     await house.join(slots=2)
     await house.rent()
     reply = await house.as_admin.get("/api/status")

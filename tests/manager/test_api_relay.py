@@ -120,7 +120,7 @@ async def test_a_worker_that_fails_gets_the_keys_when_it_does_not_any_more(house
 
 
 @pytest.mark.parametrize("key", ["", "ssh-ed25519", f'command="x" {OTHER}', f"{OTHER}\n{MINE}", "ssh-rsa AAAA"])
-async def test_what_is_not_one_plain_key_is_refused_as_when_renting(house: House, key: str) -> None:
+async def test_an_added_key_is_refused_as_in_a_rent_if_it_is_not_one_plain_key(house: House, key: str) -> None:
     await house.join()
     rental = await house.rent(ssh_public_key=MINE)
     for path in ("keys", "certificate"):
@@ -129,7 +129,7 @@ async def test_what_is_not_one_plain_key_is_refused_as_when_renting(house: House
     assert await keys_of(house, rental) == [MINE]
 
 
-async def test_there_is_an_end_to_the_number_of_keys(house: House) -> None:
+async def test_the_number_of_keys_is_limited(house: House) -> None:
     await house.join()
     rental = await house.rent(ssh_public_key=MINE)
     path = f"/api/rentals/{rental['id']}/keys"
@@ -204,13 +204,13 @@ async def test_a_certificate_lasts_an_hour_at_most(house: House, ttl_s: Any) -> 
     assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/certificate", json=body)).status_code == 422
 
 
-async def test_the_line_for_known_hosts_vouches_for_our_hosts_alone(house: House) -> None:
+async def test_the_line_for_known_hosts_covers_only_hosts_of_the_platform(house: House) -> None:
     authority = (await (await house.new_client("alice")).get("/api/ssh-authority")).json()
     assert authority["known_hosts"] == f"@cert-authority *.orion {house.manager.authority.of_hosts}"
     assert (await house.http.get("/api/ssh-authority")).status_code == 401
 
 
-async def test_who_is_let_in_by_a_certificate_is_told_to_the_worker_with_the_keys(house: House) -> None:
+async def test_the_worker_gets_the_certificate_authority_with_the_keys(house: House) -> None:
     jobs = []
     run = house.manager.certificates.engine.run
     house.manager.certificates.engine.run = lambda job: (jobs.append(job), run(job))[1]  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ async def test_a_rent_answers_201_with_the_rental_when_it_is_active(
     assert rental.last_safe_copy_at is None
 
 
-async def test_the_key_that_is_made_opens_the_rental_and_is_told_this_once(
+async def test_a_made_key_opens_the_rental_and_is_returned_once(
     house: House, alice: httpx.AsyncClient, agent: Agent
 ) -> None:
     rental = (await rent_and_wait(house, alice)).json()
@@ -81,7 +81,7 @@ async def test_a_rent_that_does_not_wait_answers_202_at_once(house: House, alice
     assert (reply.status_code, reply.json()["state"]) == (202, "queued")
 
 
-async def test_a_rent_that_waited_in_vain_says_what_it_waits_for(house: House, alice: httpx.AsyncClient) -> None:
+async def test_a_rent_whose_wait_ends_says_what_it_waits_for(house: House, alice: httpx.AsyncClient) -> None:
     waiting = asyncio.create_task(alice.post("/api/rent", json={"wait_s": 0.05}))
     await until_queued(house)
     await house.settle()
@@ -167,20 +167,20 @@ async def test_a_rent_on_a_full_database_writes_nothing_and_can_be_repeated(
     assert len(await house.events("rental.queued")) == number + 2
 
 
-async def test_a_name_that_cannot_be_is_answered_with_what_can(alice: httpx.AsyncClient) -> None:
+async def test_an_invalid_name_is_refused_with_the_rule_for_names(alice: httpx.AsyncClient) -> None:
     reply = await alice.post("/api/rent", json={"name": "My Lab\n", "wait_s": 0})
     is_problem(reply, 422, "invalid_request")
     assert reply.json()["detail"].startswith("name must be lowercase letters, digits and hyphens")
 
 
-async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: House, alice: httpx.AsyncClient) -> None:
+async def test_the_name_of_a_living_rental_is_taken_only_for_its_owner(house: House, alice: httpx.AsyncClient) -> None:
     bob = await house.new_client("bob")
     assert (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
     is_problem(await alice.post("/api/rent", json={"name": "lab", "wait_s": 0}), 409, "name_taken")
     assert (await bob.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
 
 
-async def test_an_admin_may_ask_for_its_own_rentals_alone(house: House, alice: httpx.AsyncClient) -> None:
+async def test_an_admin_may_list_only_its_own_rentals(house: House, alice: httpx.AsyncClient) -> None:
     for client in (alice, house.as_admin):
         assert (await client.post("/api/rent", json={"name": "desk", "wait_s": 0})).status_code == 202
     for client, owner in ((house.as_admin, "admin"), (alice, "alice")):
@@ -217,7 +217,7 @@ async def test_another_client_s_rental_is_as_unknown_as_one_that_never_was(
     assert (await alice.get(f"/api/rentals/{hers}")).json()["state"] == "queued"
 
 
-async def test_an_admin_may_release_anybody_s_rental_and_the_event_names_who_did(
+async def test_an_admin_may_release_any_rental_and_the_event_names_that_admin(
     house: House, alice: httpx.AsyncClient
 ) -> None:
     hers = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
@@ -267,7 +267,7 @@ async def test_a_page_that_is_just_full_is_the_last_one(house: House, alice: htt
     assert (await alice.get("/api/rentals?limit=3")).json()["next"] is None
 
 
-async def test_showing_waits_for_the_state_that_was_asked_for_and_is_woken_by_the_commit(
+async def test_showing_waits_for_the_requested_state_and_is_woken_by_the_commit(
     house: House, alice: httpx.AsyncClient
 ) -> None:
     rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
@@ -299,7 +299,7 @@ async def test_a_renewal_counts_again_from_now(house: House, alice: httpx.AsyncC
     assert round(renewed.expires_at.timestamp() - house.clock.wall()) == 7200
 
 
-async def test_what_is_ending_is_not_renewed(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:
+async def test_a_rental_that_is_ending_cannot_be_renewed(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:
     rental = (await rent_and_wait(house, alice)).json()
     await alice.delete(f"/api/rentals/{rental['id']}")
     is_problem(await alice.post(f"/api/rentals/{rental['id']}/renew", json={}), 409, "ended")

@@ -40,7 +40,7 @@ async def test_a_worker_s_address_is_the_one_that_the_proxy_saw(house: House, ag
 
 
 @pytest.mark.parametrize("address", ["172.20.0.2", "172.20.0.3", "172.20.0.1", "203.0.113.5", "", "rubbish"])
-async def test_nobody_registers_from_outside_the_pool(house: House, address: str) -> None:
+async def test_no_worker_registers_from_outside_the_subnet(house: House, address: str) -> None:
     agent = house.new_agent()
     agent.node.host = replace(agent.node.host, address=address)
     is_problem(await agent.register(), 403, "address_not_in_pool")
@@ -57,7 +57,7 @@ async def test_a_worker_with_its_token_keeps_its_identity_at_another_address_too
     assert (await house.worker(agent))["address"] == "172.20.128.99"
 
 
-async def test_a_copy_of_a_worker_s_volume_is_no_worker_while_the_worker_answers(house: House, agent: Agent) -> None:
+async def test_a_duplicate_of_a_worker_s_volume_is_refused_while_the_worker_answers(house: House, agent: Agent) -> None:
     rental = await house.rent()
     copy = house.new_agent()
     copy.token, copy.node.boot_id = agent.token, "another-life"
@@ -96,7 +96,7 @@ async def test_an_address_is_refused_while_the_worker_that_holds_it_answers_ther
 
 
 @pytest.mark.parametrize("what", ["dead", "impostor"])
-async def test_an_address_whose_holder_does_not_answer_there_any_more_is_free(
+async def test_an_address_is_free_when_its_worker_no_longer_answers_there(
     house: House, agent: Agent, what: str
 ) -> None:
     newcomer = house.new_agent()
@@ -109,7 +109,7 @@ async def test_an_address_whose_holder_does_not_answer_there_any_more_is_free(
     assert newcomer.worker_id != agent.worker_id
 
 
-async def test_a_storm_of_new_workers_from_one_address_leaves_one_of_them_behind(house: House, agent: Agent) -> None:
+async def test_many_registrations_from_one_address_leave_one_new_worker(house: House, agent: Agent) -> None:
     """An attacker with the join token ends the sshd of their own worker first."""
     agent.node.die()
     for _ in range(30):
@@ -175,21 +175,21 @@ async def test_a_registration_out_of_the_contract_is_refused(house: House, chang
     is_problem(reply, 422, "invalid_request")
 
 
-async def test_a_heartbeat_renews_and_tells_the_next_one_with_jitter(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_renews_the_lease_and_its_reply_sets_the_next_interval_with_jitter(
+    house: House, agent: Agent
+) -> None:
     replies = [wire.HeartbeatReply.model_validate((await agent.beat()).json()) for _ in range(20)]
     assert {reply.lease_s for reply in replies} == {75.0}
     assert all(27 <= reply.next_heartbeat_s <= 31.5 for reply in replies)
     assert len({reply.next_heartbeat_s for reply in replies}) > 1
 
 
-async def test_a_worker_with_the_longer_lease_of_other_clocks_is_asked_again_at_once(
-    house: House, agent: Agent
-) -> None:
+async def test_a_worker_that_reports_a_longer_lease_gets_a_short_interval(house: House, agent: Agent) -> None:
     reply = wire.HeartbeatReply.model_validate((await agent.beat(lease_s=80.0)).json())
     assert (reply.lease_s, reply.next_heartbeat_s) == (75.0, 0.5)
 
 
-async def test_a_heartbeat_shows_people_the_load_and_when_it_came(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_s_load_and_time_are_shown(house: House, agent: Agent) -> None:
     load = {"cpu": 1.5, "memory_used_bytes": 10, "memory_limit_bytes": 20, "processes": 3}
     await agent.beat(load=load)
     await house.settle()
@@ -199,7 +199,7 @@ async def test_a_heartbeat_shows_people_the_load_and_when_it_came(house: House, 
     assert shown.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
 
 
-async def test_what_was_heard_is_shown_before_it_is_written_down(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_is_shown_before_it_is_written(house: House, agent: Agent) -> None:
     house.clock.now += 7.0
     await agent.beat(load={"processes": 3})
     (listed,) = (await house.as_admin.get("/api/workers")).json()["items"]
@@ -245,7 +245,7 @@ async def test_workers_are_listed_in_pages(house: House) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/drain"), ("POST", "/resume"), ("DELETE", "")])
-async def test_what_is_asked_of_a_worker_that_never_was_is_not_found(house: House, method: str, path: str) -> None:
+async def test_calls_for_an_unknown_worker_answer_not_found(house: House, method: str, path: str) -> None:
     is_problem(await house.as_admin.request(method, f"/api/workers/w-never{path}"), 404, "not_found")
 
 
@@ -259,7 +259,7 @@ async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(house: H
     assert len(await house.events("worker.drain_started")) == len(await house.events("worker.resumed")) == 1
 
 
-async def test_workers_that_are_drained_together_are_not_moved_to(house: House) -> None:
+async def test_no_rental_migrates_to_a_worker_that_is_drained_together_with_its_own(house: House) -> None:
     """Drained one after the other, the rental of the first would migrate to the roomy one, and then away again."""
     first = await house.join(slots=1)
     rental = await house.rent()
@@ -273,7 +273,7 @@ async def test_workers_that_are_drained_together_are_not_moved_to(house: House) 
     assert (await house.rental(rental["id"]))["worker_id"] == last.worker_id
 
 
-async def test_of_workers_of_which_one_never_was_none_is_drained(house: House, agent: Agent) -> None:
+async def test_no_worker_is_drained_if_one_of_them_is_unknown(house: House, agent: Agent) -> None:
     reply = await house.as_admin.post("/api/workers/drain", json={"worker_ids": [agent.worker_id, "w-never"]})
     is_problem(reply, 404, "not_found")
     assert (await house.worker(agent))["intent"] == "active"
@@ -286,7 +286,7 @@ async def test_a_drained_worker_that_is_drained_again_stays_drained(house: House
         assert (await house.worker(agent))["intent"] == "drained"
 
 
-async def test_a_worker_at_fault_is_resumed_before_it_was_judged_too(house: House, agent: Agent) -> None:
+async def test_a_worker_at_fault_can_be_resumed_before_it_is_quarantined(house: House, agent: Agent) -> None:
     """A resume ends the fault, also before the health controller has quarantined the worker."""
     agent.die()
     rental = await house.rent()

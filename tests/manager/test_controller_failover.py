@@ -55,7 +55,7 @@ def interrupted(
     assert begun
 
 
-async def test_the_brake_of_the_start_ends_after_a_grace_in_which_the_door_was_open(house: House) -> None:
+async def test_the_brake_of_the_start_ends_after_a_grace_with_a_reachable_proxy(house: House) -> None:
     agent = await house.join()
     await house.pass_time(89)
     assert (await house.as_admin.get("/api/status")).json()["brake"] == "the manager has just started"
@@ -68,7 +68,7 @@ async def kinds(house: House, rental: dict[str, Any]) -> list[str]:
     return [e["kind"] for e in await house.events() if e["rental_id"] == rental["id"]]
 
 
-async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsewhere(
+async def test_a_silent_worker_is_suspect_then_down_and_its_rental_is_taken_over(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -101,7 +101,7 @@ async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsew
     ]
 
 
-async def test_a_release_ends_the_filling_of_a_home_that_hangs(house: House, pool: list[Agent]) -> None:
+async def test_a_release_ends_a_hanging_restore(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     begun = asyncio.Event()
 
@@ -132,7 +132,7 @@ async def test_a_worker_that_missed_one_heartbeat_loses_nothing(house: House, po
     assert (await house.rental(rental["id"]))["epoch"] == 1
 
 
-async def test_with_nowhere_to_go_a_rental_waits_and_goes_on_when_a_worker_joins(house: House) -> None:
+async def test_without_a_free_slot_a_rental_waits_until_a_worker_joins(house: House) -> None:
     first, _other = await house.join(), await house.join()
     house.end_the_brake_of_the_start()
     rentals = [await house.rent(), await house.rent()]
@@ -147,7 +147,7 @@ async def test_with_nowhere_to_go_a_rental_waits_and_goes_on_when_a_worker_joins
     assert (again["state"], again["epoch"]) == ("active", 2)
 
 
-async def test_a_heartbeat_between_the_look_and_the_verdict_saves_the_worker(house: House, pool: list[Agent]) -> None:
+async def test_a_heartbeat_between_the_read_and_the_verdict_saves_the_worker(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     late = house.agent_of(rental)
     await house.silence(late, 88)
@@ -172,7 +172,7 @@ async def test_from_the_verdict_on_no_heartbeat_renews_the_lease(house: House, p
     assert await house.health(late) == "down"
 
 
-async def test_a_registration_between_the_look_and_the_verdict_saves_the_worker(
+async def test_a_registration_between_the_read_and_the_verdict_saves_the_worker(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -227,7 +227,7 @@ async def test_a_worker_that_cannot_be_cleaned_does_not_become_ready(house: Hous
     assert await house.health(dead) == "ready"
 
 
-async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_until_it_is_decided(
+async def test_a_partitioned_worker_that_registers_after_the_verdict_gets_no_order_to_run(
     house: House, pool: list[Agent]
 ) -> None:
     """The worker is down in the database, and its rental is not yet taken over: no order may be to run it."""
@@ -247,7 +247,7 @@ async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_unti
     assert (after["state"], after["epoch"]) == ("active", 2)
 
 
-async def test_one_that_is_joining_again_before_its_rental_was_taken_away_keeps_it(
+async def test_a_worker_that_registers_again_before_the_takeover_keeps_its_rental(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -270,7 +270,7 @@ async def test_one_that_is_joining_again_before_its_rental_was_taken_away_keeps_
 
 
 @pytest.mark.parametrize("away_s", [4, 60, 400])
-async def test_after_a_restart_of_the_manager_nothing_moves(house: House, pool: list[Agent], away_s: float) -> None:
+async def test_a_restart_of_the_manager_causes_no_takeover(house: House, pool: list[Agent], away_s: float) -> None:
     rentals = [await house.rent() for _ in range(3)]
     house.clock.now += away_s
     await house.restart()
@@ -283,7 +283,7 @@ async def test_after_a_restart_of_the_manager_nothing_moves(house: House, pool: 
     assert not await house.events("worker.became_down")
 
 
-async def test_one_that_died_while_the_manager_was_away_is_down_after_a_doubled_grace(
+async def test_a_worker_that_died_while_the_manager_was_away_is_down_after_a_doubled_grace(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -298,7 +298,7 @@ async def test_one_that_died_while_the_manager_was_away_is_down_after_a_doubled_
     assert (await house.rental(rental["id"]))["epoch"] == 2
 
 
-async def test_a_rental_asked_for_after_a_restart_is_made_where_a_worker_is_heard_first(
+async def test_a_rent_after_a_restart_goes_to_the_first_worker_with_a_heartbeat(
     house: House, pool: list[Agent]
 ) -> None:
     await house.restart()
@@ -312,7 +312,7 @@ async def test_a_rental_asked_for_after_a_restart_is_made_where_a_worker_is_hear
 
 
 @pytest.mark.parametrize("away_s", [100, 290])
-async def test_while_the_proxy_is_away_nobody_is_down_and_nothing_moves_afterwards(
+async def test_while_the_proxy_is_away_no_worker_is_down_and_no_takeover_follows(
     house: House, pool: list[Agent], away_s: float
 ) -> None:
     rentals = [await house.rent() for _ in range(3)]
@@ -331,7 +331,9 @@ async def test_while_the_proxy_is_away_nobody_is_down_and_nothing_moves_afterwar
     assert [(await house.rental(r["id"]))["epoch"] for r in rentals] == [1, 1, 1]
 
 
-async def test_two_of_three_that_fall_silent_together_get_their_grace_again(house: House, pool: list[Agent]) -> None:
+async def test_two_of_three_workers_that_fall_silent_together_get_another_grace(
+    house: House, pool: list[Agent]
+) -> None:
     for agent in pool[:2]:
         agent.die()
     await house.pass_time(124)
@@ -340,7 +342,9 @@ async def test_two_of_three_that_fall_silent_together_get_their_grace_again(hous
     assert [await house.health(a) for a in pool] == ["down", "down", "ready"]
 
 
-async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house: House, pool: list[Agent]) -> None:
+async def test_after_a_goodbye_the_rental_is_taken_over_soon_where_there_is_a_free_slot(
+    house: House, pool: list[Agent]
+) -> None:
     rental = await house.rent()
     leaving = house.agent_of(rental)
     await leaving.exit()
@@ -352,7 +356,9 @@ async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house:
     assert await house.health(leaving) == "down"
 
 
-async def test_one_that_says_goodbye_and_is_back_at_once_keeps_what_it_has(house: House, pool: list[Agent]) -> None:
+async def test_a_worker_that_says_goodbye_and_returns_at_once_keeps_its_rentals(
+    house: House, pool: list[Agent]
+) -> None:
     rental = await house.rent()
     restarted = house.agent_of(rental)
     await restarted.exit()
@@ -365,7 +371,7 @@ async def test_one_that_says_goodbye_and_is_back_at_once_keeps_what_it_has(house
     assert house.live_copies(rental["id"]) == [1]
 
 
-async def test_when_everything_says_goodbye_nothing_moves_and_all_come_back_with_what_they_had(
+async def test_when_all_workers_say_goodbye_there_is_no_takeover_and_all_keep_their_rentals(
     house: House, pool: list[Agent]
 ) -> None:
     rentals = [await house.rent() for _ in range(3)]
@@ -416,9 +422,7 @@ async def test_a_release_does_not_wait_for_a_worker_that_is_down(house: House, p
     assert await house.health(dead) == "ready"
 
 
-async def test_when_all_are_silent_the_brake_ends_at_brake_max_and_they_are_looked_at_then(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_when_all_workers_are_silent_the_brake_ends_at_brake_max(house: House, pool: list[Agent]) -> None:
     for agent in pool:
         agent.beating = False
     await house.pass_time(40 + 300 - 10)

@@ -34,7 +34,7 @@ JOB = Job(
 )
 
 
-async def test_the_owner_and_the_admin_read_what_was_done_and_nobody_else(house: House) -> None:
+async def test_only_the_owner_and_an_admin_can_read_the_job_log(house: House) -> None:
     agent = await house.join()
     alice, bob = await house.new_client("alice"), await house.new_client("bob")
     rental = (await rent_and_wait(house, alice, name="lab")).json()
@@ -72,13 +72,13 @@ async def test_a_job_that_failed_says_why_and_how_long_it_took(store: Store) -> 
         "A" * 64 + "==",
     ],
 )
-def test_no_key_and_no_token_is_ever_in_it(secret: str) -> None:
+def test_the_job_log_contains_no_key_and_no_token(secret: str) -> None:
     shown = readable(f"it said {secret}")
     assert shown.startswith("it said (not shown)")
     assert not any(part in shown for part in secret.split() if len(part) > 20)
 
 
-async def test_of_a_rental_the_latest_stay(store: Store) -> None:
+async def test_the_latest_job_logs_of_a_rental_are_kept(store: Store) -> None:
     for start in range(0, 3 * PER_RENTAL, 30):
         entries = [replace(ENTRY, seconds=float(number)) for number in range(start, start + 30)]
         await store.write(job_log.add, [*entries, replace(ENTRY, rental_id="two")])
@@ -87,7 +87,7 @@ async def test_of_a_rental_the_latest_stay(store: Store) -> None:
     assert len(await store.read(job_log.of_rental, "two")) == 5
 
 
-async def test_in_total_the_oldest_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_oldest_job_logs_are_removed_beyond_the_total(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_log, "IN_TOTAL", 7)
     for number in range(20):
         await store.write(job_log.add, [replace(ENTRY, rental_id=f"r{number}")])
@@ -95,7 +95,9 @@ async def test_in_total_the_oldest_go(store: Store, monkeypatch: pytest.MonkeyPa
     assert kept == list(range(13, 20))
 
 
-async def test_what_could_not_be_written_is_written_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_log_that_could_not_be_written_is_written_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = JobLog(store)
     log.note(ENTRY)
     with monkeypatch.context() as broken:

@@ -78,7 +78,9 @@ async def test_a_round_that_fails_is_counted_and_the_next_one_comes() -> None:
 @pytest.mark.parametrize(
     ("reply", "is_open"), [("HTTP/1.1 200 OK", True), ("HTTP/1.1 502 Bad Gateway", False), ("", False)]
 )
-async def test_the_door_is_open_when_the_manager_reaches_itself_through_it(reply: str, is_open: bool) -> None:
+async def test_the_proxy_counts_as_reachable_when_the_manager_reaches_itself_through_it(
+    reply: str, is_open: bool
+) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(f"{reply}\r\nContent-Length: 0\r\n\r\n".encode() if reply else b"")
@@ -91,7 +93,7 @@ async def test_the_door_is_open_when_the_manager_reaches_itself_through_it(reply
         await probe.close()
 
 
-async def test_a_door_that_answers_too_late_is_shut_and_opens_again() -> None:
+async def test_a_proxy_that_answers_too_late_is_unreachable_until_it_answers_in_time() -> None:
     slow = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -133,7 +135,7 @@ async def test_a_queued_rental_does_not_use_up_its_time(house: House) -> None:
     assert (await house.rental(rental["id"]))["state"] == "queued"
 
 
-async def test_a_wall_clock_that_jumped_a_little_expires_nobody_until_it_has_gone_evenly(house: House) -> None:
+async def test_after_a_small_jump_of_the_clock_no_rental_expires_until_it_has_run_evenly(house: House) -> None:
     await house.join()
     rental = await house.rent(ttl_s=60)
     house.clock.wall_offset += NEAR_S - 1
@@ -159,7 +161,7 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
     await house.join(slots=2)
     over, rental = await house.rent(ttl_s=60), await house.rent(ttl_s=3600)
     home = house.snapshot_service
-    await house.manager.copies.take_now(over["id"], None)
+    await house.manager.snapshots.take_now(over["id"], None)
     await house.pass_time(60)
     await house.manager.expiry.round()
     await house.settle()
@@ -169,12 +171,12 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
     if begins:
         await house.restart()
     await house.manager.expiry.round()
-    await house.manager.copies._sweep()
+    await house.manager.snapshots._sweep()
     await house.settle()
     for _ in range(10):
         house.clock.now += SETTLE_S
         await house.manager.expiry.round()
-        await house.manager.copies._sweep()
+        await house.manager.snapshots._sweep()
     assert (await house.rental(rental["id"]))["state"] != "releasing"
     assert over["id"] in await home.rentals()
     reasons = await doubted(house)
@@ -206,9 +208,7 @@ async def rents(client: httpx.AsyncClient, key: str) -> str:
 
 
 @pytest.mark.parametrize("begins", [False, True], ids=["it jumps", "the manager begins with it"])
-async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotency_key(
-    house: House, begins: bool
-) -> None:
+async def test_a_clock_that_is_far_ahead_expires_no_token_and_no_idempotency_key(house: House, begins: bool) -> None:
     """Tokens end by the last trusted time, carried on, until an operator confirms the new one."""
     alice, bob = await house.new_client("alice", ttl_s=3600), await house.new_client("bob", ttl_s=30 * 86_400)
     made = await rents(bob, "key-1")
@@ -231,7 +231,7 @@ async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotenc
     assert await rents(await house.new_client("bob"), "key-2") == made_meanwhile, "the key is an hour old at most"
 
 
-async def test_a_token_whose_time_is_over_opens_nothing_though_the_clock_goes_back(house: House) -> None:
+async def test_an_expired_token_stays_expired_though_the_clock_goes_back(house: House) -> None:
     alice = await house.new_client("alice", ttl_s=60)
     house.clock.now += 60
     assert not await opens(alice)
@@ -243,7 +243,7 @@ async def test_a_token_whose_time_is_over_opens_nothing_though_the_clock_goes_ba
     assert not await opens(alice)
 
 
-async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_was_said(house: House) -> None:
+async def test_a_token_made_under_a_doubted_clock_lasts_for_its_whole_time(house: House) -> None:
     house.clock.wall_offset -= 86_400
     made = (await house.as_admin.post("/api/tokens", json={"name": "alice", "ttl_s": 3600})).json()
     alice = house.client(made["token"])
@@ -256,7 +256,7 @@ async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_
 
 @pytest.mark.parametrize("wrong_s", [-2 * 86_400, 2 * 86_400], ids=["behind", "ahead"])
 @pytest.mark.parametrize("is_right", [False, True], ids=["it is set right", "an operator confirms it"])
-async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_was_said(
+async def test_a_rental_s_time_that_begins_under_a_doubted_clock_has_its_whole_length(
     house: House, wrong_s: float, is_right: bool
 ) -> None:
     """The time of a new rental and of a renewed one begins when the clock is trusted again."""
@@ -287,7 +287,7 @@ async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_wa
     assert {(await house.rental(each["id"]))["state"] for each in both} == {"releasing"}
 
 
-async def test_a_doubt_that_no_round_has_seen_leaves_nobody_without_an_end(house: House) -> None:
+async def test_a_doubt_of_the_clock_between_two_rounds_leaves_no_rental_without_an_end(house: House) -> None:
     await house.join()
     house.clock.wall_offset += 2 * 86_400
     rental = await house.rent(ttl_s=3600)
@@ -297,7 +297,7 @@ async def test_a_doubt_that_no_round_has_seen_leaves_nobody_without_an_end(house
     assert (await house.rental(rental["id"]))["expires_at"]
 
 
-async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(house: House) -> None:
+async def test_a_clock_that_returns_to_the_trusted_time_is_trusted_again_with_an_event(house: House) -> None:
     await house.join()
     house.clock.wall_offset += 86_400
     await house.restart()
@@ -314,13 +314,13 @@ async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(hous
     assert await doubted(house) is None
 
 
-async def test_what_expires_late_keeps_its_last_copies_for_a_day_from_then_on(house: House) -> None:
+async def test_snapshots_of_a_late_expiry_are_kept_for_a_day_from_then_on(house: House) -> None:
     """Let the manager be away for three days."""
     await house.join()
     rental = await house.rent(ttl_s=3600)
-    await house.manager.copies.take_now(rental["id"], None)
+    await house.manager.snapshots.take_now(rental["id"], None)
     house.clock.now += 3 * 86_400
     await house.manager.expiry.round()
     await house.settle()
-    await house.manager.copies._sweep()
+    await house.manager.snapshots._sweep()
     assert rental["id"] in await house.snapshot_service.rentals()

@@ -33,9 +33,7 @@ async def test_a_rental_runs_with_the_renter_s_key_under_its_own_account(house: 
     assert rental["ssh_host_keys"] == list(agent.node.host.host_keys)
 
 
-async def test_a_released_rental_leaves_nothing_and_the_event_says_that_somebody_looked(
-    house: House, agent: Agent
-) -> None:
+async def test_a_release_leaves_no_residue_and_its_event_says_that_this_was_checked(house: House, agent: Agent) -> None:
     rental = await house.rent()
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()
@@ -46,7 +44,7 @@ async def test_a_released_rental_leaves_nothing_and_the_event_says_that_somebody
     assert purged["details"]["report"]["left"] == []
 
 
-async def test_an_order_that_a_restarted_container_refuses_is_no_failure_and_is_given_anew_when_it_has_registered(
+async def test_an_order_refused_by_a_restarted_container_is_repeated_after_its_registration(
     house: House, agent: Agent
 ) -> None:
     agent.node.boot_id = "boot-0002"
@@ -60,7 +58,7 @@ async def test_an_order_that_a_restarted_container_refuses_is_no_failure_and_is_
     assert (await house.rental(rental["id"]))["state"] == "active"
 
 
-async def test_a_container_that_restarts_and_never_registers_is_not_ordered_without_end(
+async def test_a_container_that_restarts_and_never_registers_does_not_get_orders_without_end(
     house: House, agent: Agent
 ) -> None:
     agent.node.boot_id = "boot-0002"
@@ -85,7 +83,7 @@ async def test_a_task_that_fails_is_tried_again_after_a_pause_that_grows(house: 
         assert agent.node.asked.is_set()
 
 
-async def test_a_task_that_went_well_after_all_is_not_held_against_the_worker(house: House, agent: Agent) -> None:
+async def test_a_task_that_fails_once_succeeds_later_on_the_same_worker(house: House, agent: Agent) -> None:
     agent.node.failure = "a hiccup"
     rental = await house.rent()
     agent.node.failure = ""
@@ -93,7 +91,7 @@ async def test_a_task_that_went_well_after_all_is_not_held_against_the_worker(ho
     assert (await house.rental(rental["id"]))["state"] == "active"
 
 
-async def test_what_cannot_be_made_on_one_worker_is_made_on_another(house: House, agent: Agent) -> None:
+async def test_a_rental_that_cannot_be_made_on_one_worker_is_made_on_another(house: House, agent: Agent) -> None:
     agent.node.failure = "no space left"
     rental = await house.rent()
     other = await house.join()
@@ -106,7 +104,9 @@ async def test_what_cannot_be_made_on_one_worker_is_made_on_another(house: House
     assert [(p["epoch"], p["state"]) for p in await house.placements()] == [(1, "purged"), (2, "running")]
 
 
-async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: House, agent: Agent) -> None:
+async def test_a_rental_that_was_not_made_before_its_deadline_is_made_on_another_worker(
+    house: House, agent: Agent
+) -> None:
     agent.node.hang()
     reply = await house.as_admin.post("/api/rent", json={"wait_s": 0})
     for _ in range(3):
@@ -187,7 +187,7 @@ async def test_a_worker_that_restarts_three_times_an_hour_is_quarantined(house: 
     assert await house.health(agent) == "ready"
 
 
-async def test_restarts_that_are_far_apart_are_no_flapping(house: House, agent: Agent) -> None:
+async def test_restarts_that_are_far_apart_do_not_count_as_flapping(house: House, agent: Agent) -> None:
     for _ in range(5):
         await agent.come_back()
         await house.settle()
@@ -209,9 +209,7 @@ async def stranger(house: House) -> Agent:
     return agent
 
 
-async def test_what_the_database_has_never_placed_is_kept_until_an_operator_decides(
-    house: House, stranger: Agent
-) -> None:
+async def test_an_unknown_rental_is_kept_until_an_operator_decides(house: House, stranger: Agent) -> None:
     for _ in range(2):
         worker = await house.worker(stranger)
         assert (worker["health"], worker["slots_free"]) == ("quarantined", 1)
@@ -221,7 +219,9 @@ async def test_what_the_database_has_never_placed_is_kept_until_an_operator_deci
         await house.settle()
 
 
-async def test_a_worker_that_no_longer_shows_it_is_ready_again_by_itself(house: House, stranger: Agent) -> None:
+async def test_a_worker_that_no_longer_shows_an_unknown_rental_becomes_ready_by_itself(
+    house: House, stranger: Agent
+) -> None:
     assert await house.health(stranger) == "quarantined"
     stranger.inventory = list  # type: ignore[method-assign]  deleted by hand
     await stranger.beat()
@@ -242,7 +242,9 @@ async def test_a_resumed_worker_has_time_again_for_a_clean_up_that_failed(house:
     assert await house.health(agent) == "quarantined", "its deadline has passed again"
 
 
-async def test_what_an_operator_gives_up_is_purged_before_its_worker_is_ready(house: House, stranger: Agent) -> None:
+async def test_an_unknown_rental_that_an_operator_gives_up_is_purged_before_its_worker_is_ready(
+    house: House, stranger: Agent
+) -> None:
     reply = await house.as_admin.post(f"/api/workers/{stranger.worker_id}/resume?give_up=true")
     assert reply.status_code == 200, reply.text
     await house.settle()
@@ -252,7 +254,7 @@ async def test_what_an_operator_gives_up_is_purged_before_its_worker_is_ready(ho
     assert (given_up["rental_id"], given_up["epoch"]) == ("stranger", 7)
 
 
-async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is_ready(house: House) -> None:
+async def test_an_ended_rental_is_purged_before_its_returning_worker_is_ready(house: House) -> None:
     """A worker that was removed while it was away comes back as a new one, with its rentals."""
     agent = await house.join()
     rental = await house.rent()
@@ -269,7 +271,7 @@ async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is
     assert len(await house.events("worker.cleaned")) == 1
 
 
-async def test_what_a_ready_worker_shows_again_after_it_was_purged_is_purged_again(house: House, agent: Agent) -> None:
+async def test_a_purged_rental_that_a_ready_worker_shows_again_is_purged_again(house: House, agent: Agent) -> None:
     """An order that ran beyond its deadline was done after all."""
     rental = await house.rent()
     account = agent.node.accounts[rental["id"]]
@@ -294,7 +296,7 @@ async def test_a_worker_that_cannot_be_reached_by_ssh_is_not_ready_and_says_so(h
     assert (worker["health"], worker["explanation"]) == ("joining", "it cannot be reached by SSH")
 
 
-async def test_something_else_at_a_worker_s_address_is_not_taken_for_it(house: House) -> None:
+async def test_another_host_at_a_worker_s_address_is_not_taken_for_it(house: House) -> None:
     agent, other = house.new_agent(), house.new_agent()
     house.world.workers[agent.node.host.address, 22] = other.node
     await agent.register()
@@ -304,9 +306,7 @@ async def test_something_else_at_a_worker_s_address_is_not_taken_for_it(house: H
     assert "its host key is not the pinned one" in worker["explanation"]
 
 
-async def test_a_draining_worker_keeps_what_it_has_gets_nothing_new_and_is_drained_in_the_end(
-    house: House, agent: Agent
-) -> None:
+async def test_a_draining_worker_gets_no_new_rental_and_is_drained_in_the_end(house: House, agent: Agent) -> None:
     agent.slots = 2
     await agent.register()
     await house.settle()
@@ -324,7 +324,7 @@ async def test_a_draining_worker_keeps_what_it_has_gets_nothing_new_and_is_drain
 
 
 @pytest.mark.parametrize("rounds", range(5))
-async def test_a_manager_that_is_killed_after_any_round_is_taken_over_from_there(
+async def test_a_manager_continues_where_one_that_was_killed_after_any_round_stopped(
     house: House, agent: Agent, rounds: int
 ) -> None:
     agent.node.hang()
@@ -404,7 +404,7 @@ async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: Hous
     assert len(worker.unlocked()) == 8
 
 
-async def test_what_only_its_inventory_shows_is_purged_by_and_by(house: House) -> None:
+async def test_many_rentals_that_only_an_inventory_shows_are_purged_a_few_at_a_time(house: House) -> None:
     worker = await house.join(slots=6)
     house.end_the_brake_of_the_start()
     rentals = [await house.rent() for _ in range(6)]
@@ -478,7 +478,7 @@ async def test_more_rentals_than_one_decision_places_are_all_placed(
     assert {(await house.rental(reply.json()["id"]))["state"] for reply in replies} == {"active"}
 
 
-async def test_more_workers_than_one_round_looks_at_all_have_their_turn(
+async def test_workers_beyond_the_limit_of_a_round_get_their_turn(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconciler, "LOOKED_AT_ONCE", 2)
@@ -489,7 +489,7 @@ async def test_more_workers_than_one_round_looks_at_all_have_their_turn(
     assert {await house.health(agent) for agent in agents} == {"ready"}
 
 
-async def test_one_outcome_that_cannot_be_written_is_no_other_s_failure(
+async def test_an_outcome_that_cannot_be_written_fails_no_other(
     house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = await house.join()
@@ -509,7 +509,7 @@ async def test_one_outcome_that_cannot_be_written_is_no_other_s_failure(
     assert states == {agent.worker_id: "provisioning", other.worker_id: "active"}
 
 
-async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_round_without_dirty_workers_loads_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     agents = [await house.join() for _ in range(5)]
     house.end_the_brake_of_the_start()
     await house.rent()
@@ -522,7 +522,9 @@ async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest
     assert all(not look.workers and not look.placements for look in looks)
 
 
-async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_sweep_finds_changes_without_a_notification(
+    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sweep finds a change that never reached the pool index, though no code makes such a change."""
     rental = await house.rent()
     await house.store.write(_behind_its_back, rental["id"])
@@ -540,7 +542,7 @@ def _behind_its_back(connection: Any, rental_id: str) -> None:
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(change))
 
 
-async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_next(
+async def test_an_inventory_that_arrives_during_a_round_is_handled_in_the_next(
     house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rental = await house.rent()
@@ -566,7 +568,7 @@ async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_
     assert agent.node.accounts == {}
 
 
-async def test_a_removed_worker_is_not_looked_at_for_ever(house: House, agent: Agent) -> None:
+async def test_a_removed_worker_does_not_stay_dirty(house: House, agent: Agent) -> None:
     stranger = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
     await agent.beat(inventory=[stranger])
     assert house.manager.reconciler._workers_of_round() == {agent.worker_id}

@@ -31,7 +31,7 @@ def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
 
 async def snapshot_round(house: House) -> None:
     """Take all snapshots that are due, and those that are started afterwards."""
-    copies = house.manager.copies
+    copies = house.manager.snapshots
     await copies.round()
     while running := [*copies._running.values(), *([copies._sweeping] if copies._sweeping else [])]:
         await asyncio.gather(*running)
@@ -55,9 +55,7 @@ async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
     return await house.rental(rental["id"])
 
 
-async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_takeover_restores_the_files_and_its_event_names_the_snapshot(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     assert (rental["last_safe_copy_at"], rental["last_safe_copy_bytes"]) == (None, None)
     files(house, rental)["precious"] = "content"
@@ -75,9 +73,7 @@ async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
     assert moved["explanation"] == f"running on worker {moved['worker_id']}"
 
 
-async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_the_rentals_explanation(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_takeover_names_the_files_that_its_snapshot_lacks(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental).update({"kept": "content", "sealed": "x", "shut": "y"})
     house.snapshot_service.unreadable = {"sealed", "shut"}
@@ -91,7 +87,7 @@ async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_
     assert moved["explanation"] == f"{running}; its files are from snapshot 1-1, incomplete in it: sealed, shut"
 
 
-async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: list[Agent]) -> None:
+async def test_a_rental_is_not_activated_before_its_files_are_restored(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "x"
     await copied(house, rental)
@@ -109,7 +105,7 @@ async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: l
     assert (back["state"], files(house, back)) == ("active", {"file": "x"})
 
 
-async def test_a_worker_that_cannot_take_the_files_is_left_for_another(house: House, store: Store) -> None:
+async def test_a_rental_goes_to_another_worker_if_its_files_cannot_be_restored(house: House, store: Store) -> None:
     first, second, third = [await house.join() for _ in range(3)]
     rental = await house.rent()
     files(house, rental)["file"] = "x"
@@ -131,15 +127,13 @@ async def test_a_worker_that_cannot_take_the_files_is_left_for_another(house: Ho
     assert {moved["worker_id"], *refused} == {agent.worker_id for agent in others}
 
 
-async def test_a_rental_that_was_never_copied_begins_empty_and_the_event_says_so(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_rental_without_a_snapshot_begins_empty_and_the_event_says_so(house: House, pool: list[Agent]) -> None:
     moved = await lose(house, await house.rent())
     assert (moved["state"], files(house, moved)) == ("active", {})
     assert [event["reason"] for event in await house.events("rental.started_empty")] == [restore.NO_SNAPSHOT]
 
 
-async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: House, pool: list[Agent]) -> None:
+async def test_snapshots_missing_on_the_disk_are_not_taken_for_none(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     await copied(house, rental)
     house.snapshot_service.stored.clear()
@@ -155,7 +149,7 @@ async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: 
     ]
 
 
-async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool: list[Agent]) -> None:
+async def test_a_snapshot_that_only_the_snapshot_service_knows_is_restored(house: House, pool: list[Agent]) -> None:
     """The manager was killed between a snapshot and its commit, or its database was restored from a backup."""
     rental = await house.rent()
     files(house, rental)["file"] = "x"
@@ -167,7 +161,7 @@ async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool:
     assert files(house, moved) == {"file": "x"}
 
 
-async def test_a_manager_that_is_restarted_after_the_files_came_lets_in_without_bringing_them_again(
+async def test_a_manager_that_restarts_after_a_restore_activates_without_repeating_it(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -191,7 +185,9 @@ async def _lose_it(*_: Any) -> None:
     raise OSError("the manager is killed before it writes this down")
 
 
-async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(house: House, pool: list[Agent]) -> None:
+async def test_a_snapshot_that_arrives_after_the_end_of_its_placement_does_not_count(
+    house: House, pool: list[Agent]
+) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "x"
     copy = house.snapshot_service.take
@@ -202,7 +198,7 @@ async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(ho
         return done
 
     house.snapshot_service.take = late  # type: ignore[method-assign]
-    copies = house.manager.copies
+    copies = house.manager.snapshots
     await copies.round()
     await house.pass_time(4)
     await copies.round()
@@ -215,7 +211,7 @@ async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(ho
 # When snapshots are taken
 
 
-async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house: House) -> None:
+async def test_each_rental_has_one_snapshot_in_an_interval_a_few_at_a_time(house: House) -> None:
     await house.join(slots=10)
     rentals = [await house.rent() for _ in range(10)]
     at_once, made, most = 0, [], 0
@@ -241,7 +237,7 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
     assert all(2 <= made.count(r["id"]) <= 3 for r in rentals), "in 67 s there are two, every 27 to 30 s"
 
 
-async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_who_is_copied_less_often_is_told(
+async def test_programs_are_paused_for_half_a_percent_at_most_and_owners_of_rarer_snapshots_notified(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -278,9 +274,7 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
     assert await warning() == ""
 
 
-async def test_who_is_not_copied_again_before_a_pause_is_paid_off_is_shown_that_at_once(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_delay_of_snapshots_after_a_long_pause_is_shown_at_once(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     house.snapshot_service.pause_s = 9.0
     for number in range(2):
@@ -292,7 +286,7 @@ async def test_who_is_not_copied_again_before_a_pause_is_paid_off_is_shown_that_
     assert shown["copy_problem"] == ""
 
 
-async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied(store: Store) -> None:
+async def test_a_too_large_home_has_one_event_and_another_when_a_snapshot_succeeds(store: Store) -> None:
     async with House(store, Settings(database_url=store.url, home_max_bytes=1 << 20)) as house:
         await house.join()
         rental = await house.rent()
@@ -309,7 +303,9 @@ async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied
         assert kinds == ["rental.over_limit", "rental.copied"]
 
 
-async def test_a_worker_that_does_not_answer_once_is_no_news(house: House, pool: list[Agent]) -> None:
+async def test_only_the_second_failed_snapshot_of_an_unreachable_worker_is_a_problem(
+    house: House, pool: list[Agent]
+) -> None:
     rental = await house.rent()
     await copied(house, rental)
     house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
@@ -321,7 +317,7 @@ async def test_a_worker_that_does_not_answer_once_is_no_news(house: House, pool:
     assert (await house.rental(rental["id"]))["copy_problem"] == "the worker cannot be asked"
 
 
-async def test_no_copy_is_made_on_a_disk_that_is_nearly_full_and_the_status_says_so(
+async def test_no_snapshot_is_taken_onto_a_nearly_full_disk_and_the_status_says_so(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -334,9 +330,7 @@ async def test_no_copy_is_made_on_a_disk_that_is_nearly_full_and_the_status_says
     assert (await house.as_admin.get("/api/status")).json()["copies_paused"] is None
 
 
-async def test_copies_of_a_released_rental_go_and_of_an_expired_one_a_day_later(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_snapshots_are_removed_at_a_release_and_a_day_after_an_expiry(house: House, pool: list[Agent]) -> None:
     released, expired = await house.rent(), await house.rent(ttl_s=600)
     await copied(house, released)
     assert set(house.snapshot_service.stored) == {released["id"], expired["id"]}
@@ -363,7 +357,7 @@ async def snapshots(house: House, rental: dict[str, Any]) -> list[str]:
     return [item["generation"] for item in reply.json()["items"]]
 
 
-async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_first(
+async def test_an_older_snapshot_is_restored_on_request_after_a_snapshot_of_the_present_home(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -389,7 +383,7 @@ async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_
     )
 
 
-async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: House, pool: list[Agent]) -> None:
+async def test_a_rental_is_never_on_two_workers_during_a_restore(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     await copied(house, rental)
     old = house.agent_of(rental)
@@ -402,7 +396,7 @@ async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: Hou
     assert (await house.rental(rental["id"]))["state"] == "active"
 
 
-async def test_what_cannot_be_restored_is_refused_with_its_reason(house: House, pool: list[Agent]) -> None:
+async def test_an_impossible_restore_is_refused_with_its_reason(house: House, pool: list[Agent]) -> None:
     queued = await house.rent()
     alice = await house.new_client("alice")
     rental_path = f"/api/rentals/{queued['id']}/restore"
@@ -426,7 +420,7 @@ async def test_a_rental_that_was_never_active_has_nothing_to_restore(house: Hous
     assert (refused.status_code, refused.json()["code"]) == (409, "not_active_yet")
 
 
-async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes_on_failing(
+async def test_a_failed_first_snapshot_is_repeated_soon_and_reported_when_it_keeps_failing(
     house: House, pool: list[Agent]
 ) -> None:
     house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
@@ -434,7 +428,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
     tries = []
     for _ in range(8):
         await snapshot_round(house)
-        tries.append(house.manager.copies._failures[rental["id"]])
+        tries.append(house.manager.snapshots._failures[rental["id"]])
         problem = (await house.rental(rental["id"]))["copy_problem"]
         assert ("cannot be asked" in problem) is (tries[-1] > FIRST_TRIES)
         await house.pass_time(3)
@@ -447,14 +441,14 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
     assert (bool(shown["last_safe_copy_at"]), shown["copy_problem"]) == (True, "")
 
 
-async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_after_it_is_ready_again(
+async def test_a_snapshot_that_a_suspect_worker_missed_is_taken_soon_after_it_is_ready(
     house: House, pool: list[Agent]
 ) -> None:
     """This includes its first snapshot, which is due at once when it becomes active."""
     rental = await house.rent()
     silent = house.agent_of(rental)
     await house.silence(silent, 46)
-    assert "not run on a worker that can be reached" in await house.manager.copies.take_now(rental["id"], None)
+    assert "not run on a worker that can be reached" in await house.manager.snapshots.take_now(rental["id"], None)
     silent.beating = True
     for _ in range(3):  # at most a tenth of the interval after it is found
         await house.pass_time(2)
@@ -462,7 +456,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
     assert (await house.rental(rental["id"]))["last_safe_copy_at"]
 
 
-async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) -> None:
+async def test_an_old_snapshot_always_has_an_explanation(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     await copied(house, rental)
 

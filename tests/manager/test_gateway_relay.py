@@ -25,7 +25,7 @@ async def token_of(house: House, name: str, role: str = "client") -> str:
     return token
 
 
-async def test_a_session_leads_to_the_one_worker_that_is_the_rentals(house: House, sshds: Sshds) -> None:
+async def test_a_session_reaches_the_current_worker_of_the_rental(house: House, sshds: Sshds) -> None:
     """Two workers had the rental, and the former one has a certificate that is valid for an hour: no session is relayed
     to that one."""
     first, second = await house.join(), await house.join()
@@ -56,7 +56,7 @@ async def test_another_clients_token_opens_nothing_and_reaches_no_worker(house: 
     assert sshds.connected == []
 
 
-async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house: House, sshds: Sshds) -> None:
+async def test_a_session_to_a_queued_or_ended_rental_is_refused_with_its_reason(house: House, sshds: Sshds) -> None:
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         refused = await client.refusal()
@@ -69,7 +69,7 @@ async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house:
     assert sshds.connected == []
 
 
-async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House, sshds: Sshds) -> None:
+async def test_a_refusal_says_whether_waiting_can_help(house: House, sshds: Sshds) -> None:
     """A refusal that can pass has Retry-After, so that the client tries again and shows the reason meanwhile."""
     rental = await house.rent()
     for again in ("5", ""):
@@ -81,7 +81,7 @@ async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House,
     assert sshds.connected == []
 
 
-async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(house: House, sshds: Sshds) -> None:
+async def test_no_session_is_relayed_to_a_quiesced_rental(house: House, sshds: Sshds) -> None:
     """The sshd of its worker would answer that permission is denied."""
     await house.join()
     rental = await house.rent()
@@ -108,7 +108,7 @@ async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(
     assert len(sshds.connected) == 1
 
 
-async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, sshds: Sshds) -> None:
+async def test_a_log_in_shows_why_the_rental_may_be_frozen(house: House, sshds: Sshds) -> None:
     await house.join()
     rental = await house.rent()
     problem = "its home holds too much: 3 GB\r\nX: y\u00e9; it is frozen: `orion thaw` lets it go on"
@@ -134,9 +134,7 @@ async def nearly_full_with_a_recovered_snapshot(house: House) -> dict[str, Any]:
     return rental
 
 
-async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvage_that_waits(
-    house: House, sshds: Sshds
-) -> None:
+async def test_a_log_in_shows_a_nearly_full_home_and_a_recovered_snapshot(house: House, sshds: Sshds) -> None:
     await house.join()
     rental = await nearly_full_with_a_recovered_snapshot(house)
     refused = (
@@ -150,7 +148,7 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
         assert (await is_connected(page))["notice"] == refused
 
 
-async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: House) -> None:
+async def test_a_recovered_snapshot_is_shown_for_a_week_of_the_trusted_clock(house: House) -> None:
     await house.join()
     rental = await nearly_full_with_a_recovered_snapshot(house)
     house.clock.wall_offset += 8 * 86_400
@@ -160,7 +158,7 @@ async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: 
     assert (await house.rental(rental["id"]))["salvage"] is None
 
 
-async def test_who_logs_in_where_nothing_waits_is_told_nothing(house: House, sshds: Sshds) -> None:
+async def test_a_log_in_shows_no_message_where_there_is_none(house: House, sshds: Sshds) -> None:
     await house.join()
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
@@ -170,7 +168,7 @@ async def test_who_logs_in_where_nothing_waits_is_told_nothing(house: House, ssh
         assert "notice" not in await is_connected(page)
 
 
-async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: Sshds) -> None:
+async def test_a_waiting_session_opens_when_the_rental_is_active(house: House, sshds: Sshds) -> None:
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
         await house.join()
@@ -181,7 +179,7 @@ async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: 
 
 
 @pytest.mark.parametrize("wait_s", ["-1", "nan", "1000", "x"])
-async def test_nobody_waits_for_longer_than_the_contract_says(house: House, wait_s: str) -> None:
+async def test_no_session_waits_for_longer_than_the_api_says(house: House, wait_s: str) -> None:
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token, f"wait_s={wait_s}") as client:
         assert (await client.refusal())["status"] == 422
@@ -251,7 +249,7 @@ async def test_a_token_that_is_revoked_while_it_waits_for_its_rental_opens_nothi
     assert sshds.connected == []
 
 
-async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: Sshds) -> None:
+async def test_the_end_of_another_epoch_ends_no_session(house: House, sshds: Sshds) -> None:
     await house.join()
     rental = await house.rent()
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
@@ -274,7 +272,7 @@ async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: S
     assert len(sshds.connected) == 1
 
 
-async def test_every_session_is_two_events_and_never_what_was_said(house: House, sshds: Sshds) -> None:
+async def test_each_session_has_two_events_without_its_content(house: House, sshds: Sshds) -> None:
     await house.join()
     token = await token_of(house, "alice")
     rental = (await house.client(token).post("/api/rent", json={"wait_s": 0})).json()
@@ -336,7 +334,7 @@ async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limit
         assert await after.is_in() or limits.young_of_a_rental == 2, "a session that ended takes no place"
 
 
-async def test_sessions_of_one_rental_do_not_keep_another_out(house: House, sshds: Sshds) -> None:
+async def test_sessions_of_one_rental_do_not_block_another(house: House, sshds: Sshds) -> None:
     await house.join(slots=2)
     one, other = await house.rent(), await house.rent()
     house.manager.sessions.limits = SessionLimits(of_a_rental=1, young_of_a_rental=1)
@@ -375,7 +373,7 @@ async def test_an_owner_of_many_rentals_leaves_others_half_of_the_sessions(
         assert await after.is_in() or limits.young_of_a_worker == 4, "a session that ended takes no place"
 
 
-async def test_a_renter_is_recognised_before_it_is_let_through(house: House, sshds: Sshds) -> None:
+async def test_the_host_certificate_is_renewed_before_a_session_is_relayed(house: House, sshds: Sshds) -> None:
     worker = await house.join()
     rental = await house.rent()
     before = worker.node.host_certificate

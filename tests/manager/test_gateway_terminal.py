@@ -85,7 +85,7 @@ async def test_a_ticket_is_for_one_rental_and_for_a_minute(house: House) -> None
     assert house.shells.opened == []
 
 
-async def test_only_who_may_know_of_a_rental_gets_a_ticket_and_only_while_it_is_active(house: House) -> None:
+async def test_only_the_owner_or_an_admin_gets_a_ticket_and_only_while_the_rental_is_active(house: House) -> None:
     _, rental_id = await rented(house)
     mallory = await house.new_client("mallory")
     assert (await mallory.post(f"/api/rentals/{rental_id}/terminal")).status_code == 404
@@ -95,7 +95,7 @@ async def test_only_who_may_know_of_a_rental_gets_a_ticket_and_only_while_it_is_
     assert "queued" in refused.json()["detail"]
 
 
-async def test_a_token_that_is_over_opens_nothing_by_a_ticket_that_it_has_bought(house: House, short: Short) -> None:
+async def test_a_ticket_of_an_ended_token_opens_no_terminal(house: House, short: Short) -> None:
     client, rental_id = await rented_by(house, short)
     one = await ticket(client, rental_id)
     await short.ends()
@@ -104,7 +104,7 @@ async def test_a_token_that_is_over_opens_nothing_by_a_ticket_that_it_has_bought
     assert house.shells.opened == []
 
 
-async def test_nobody_can_use_up_the_tickets_of_others_and_they_are_kept_as_hashes(house: House) -> None:
+async def test_one_owner_cannot_exhaust_the_tickets_of_others_and_tickets_are_kept_as_hashes(house: House) -> None:
     _, rental_id = await rented(house)
     issued = [await ticket(house.as_admin, rental_id) for _ in range(MOST_OF_ONE)]
     assert len(set(issued)) == MOST_OF_ONE
@@ -142,7 +142,7 @@ STRANGE_ORIGINS = (
 )
 
 
-async def test_a_page_from_elsewhere_opens_nothing_and_spends_no_ticket(house: House) -> None:
+async def test_a_foreign_page_opens_no_terminal_and_spends_no_ticket(house: House) -> None:
     _, rental_id = await rented(house)
     one = await ticket(house.as_admin, rental_id)
     for origin in STRANGE_ORIGINS:
@@ -153,7 +153,7 @@ async def test_a_page_from_elsewhere_opens_nothing_and_spends_no_ticket(house: H
         assert await page.client.is_in()
 
 
-async def test_where_the_host_is_not_known_no_page_comes_in(house: House) -> None:
+async def test_no_page_opens_a_terminal_where_the_host_is_unknown(house: House) -> None:
     _, rental_id = await rented(house)
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id), origin="https://") as page:
         assert (await page.client.refusal())["status"] == 403
@@ -220,7 +220,7 @@ async def test_a_resume_key_ends_with_its_token(house: House, short: Short) -> N
         assert (await page.client.refusal())["status"] == 401
 
 
-async def test_a_resume_key_ends_with_what_it_was_for(house: House) -> None:
+async def test_a_resume_key_ends_with_its_shell(house: House) -> None:
     _, rental_id = await rented(house)
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
         key = (await is_connected(page))["resume"]
@@ -242,7 +242,7 @@ async def test_a_reload_gives_a_terminal_no_more_time_than_it_had(house: House) 
     assert control["message"] == "a terminal stays open for 1 min at most"
 
 
-async def test_pages_that_have_left_keep_a_bounded_number_of_keys(house: House) -> None:
+async def test_closed_pages_keep_a_bounded_number_of_resume_keys(house: House) -> None:
     _, rental_id = await rented(house)
     terminals = house.manager.terminals
     principal = terminals.tickets.redeem(await ticket(house.as_admin, rental_id), rental_id)
@@ -258,7 +258,7 @@ async def test_pages_that_have_left_keep_a_bounded_number_of_keys(house: House) 
 # Bytes
 
 
-async def test_bytes_pass_as_they_are_both_ways(house: House) -> None:
+async def test_bytes_pass_unchanged_in_both_directions(house: House) -> None:
     _, rental_id = await rented(house)
     every = bytes(range(256))
     async with terminal(house, rental_id) as (page, shell):
@@ -306,7 +306,7 @@ NO_CONTROLS = (
 )
 
 
-async def test_a_control_that_is_none_ends_it(house: House) -> None:
+async def test_an_invalid_control_message_ends_the_terminal(house: House) -> None:
     _, rental_id = await rented(house)
     for text in NO_CONTROLS:
         async with terminal(house, rental_id) as (page, shell):
@@ -316,7 +316,7 @@ async def test_a_control_that_is_none_ends_it(house: House) -> None:
         assert "control" in words
 
 
-async def test_a_frame_has_a_limit(house: House) -> None:
+async def test_the_size_of_a_frame_is_limited(house: House) -> None:
     _, rental_id = await rented(house)
     async with terminal(house, rental_id) as (page, shell):
         page.types(bytes(MAX_FRAME_BYTES + 1))
@@ -344,7 +344,7 @@ async def test_a_flood_stays_in_the_worker_until_the_page_says_that_it_was_shown
             page.controls(ack=10_000)
 
 
-async def test_what_a_page_acknowledges_too_much_buys_nothing(house: House) -> None:
+async def test_excess_acknowledgements_of_a_page_count_for_nothing(house: House) -> None:
     _, rental_id = await rented(house)
     has_terms(house, window_bytes=20_000, bytes_a_second=1e12)
     async with terminal(house, rental_id) as (page, shell):
@@ -355,7 +355,7 @@ async def test_what_a_page_acknowledges_too_much_buys_nothing(house: House) -> N
         assert page.client.heard.qsize() == 2
 
 
-async def test_a_page_that_does_not_acknowledge_still_types_and_still_hears(house: House) -> None:
+async def test_a_page_that_does_not_acknowledge_can_still_type_and_gets_control_messages(house: House) -> None:
     _, rental_id = await rented(house)
     has_terms(house, window_bytes=1000)
     async with terminal(house, rental_id) as (page, shell):
@@ -367,7 +367,7 @@ async def test_a_page_that_does_not_acknowledge_still_types_and_still_hears(hous
         assert await page.control() == {"took": REPORT_INPUT_BYTES + 1}
 
 
-async def test_what_nobody_reads_is_not_received_without_end(house: House) -> None:
+async def test_input_that_the_shell_does_not_read_is_not_received_without_end(house: House) -> None:
     _, rental_id = await rented(house)
     frame, frames = bytes(64 << 10), 100
     async with terminal(house, rental_id) as (page, shell):
@@ -408,7 +408,7 @@ async def test_an_echo_of_a_large_paste_and_the_paste_do_not_wait_for_each_other
             await asyncio.sleep(0)
 
 
-async def test_a_flood_is_no_faster_than_an_eye_so_that_others_are_served(house: House) -> None:
+async def test_the_output_of_a_flood_is_slowed_so_that_others_are_served(house: House) -> None:
     _, rental_id = await rented(house)
     # The burst is worth more seconds than any machine has been up: the clock counts from its start.
     has_terms(house, window_bytes=1 << 40, bytes_a_second=1e-6, burst_bytes=1000)
@@ -424,14 +424,14 @@ async def test_a_flood_is_no_faster_than_an_eye_so_that_others_are_served(house:
 # Ends and interruptions
 
 
-async def test_a_shell_that_ends_ends_it_with_its_status(house: House) -> None:
+async def test_the_end_of_a_shell_ends_the_terminal_with_its_status(house: House) -> None:
     _, rental_id = await rented(house)
     async with terminal(house, rental_id) as (page, shell):
         shell.end("the shell has ended with status 3")
         assert await page.is_closed() == (1000, "the shell has ended with status 3")
 
 
-async def test_when_the_rental_moves_the_page_waits_and_gets_a_shell_there(house: House) -> None:
+async def test_when_a_rental_is_taken_over_the_page_waits_and_gets_a_new_shell(house: House) -> None:
     first, rental_id = await rented(house)
     second = await house.join()
     house.end_the_brake_of_the_start()
@@ -452,7 +452,7 @@ async def test_when_the_rental_moves_the_page_waits_and_gets_a_shell_there(house
     assert kinds == ["rental.session_opened", "rental.session_closed"] * 2
 
 
-async def test_what_is_typed_while_there_is_no_shell_reaches_none(house: House) -> None:
+async def test_input_without_a_shell_is_dropped(house: House) -> None:
     _, rental_id = await rented(house)
     has_terms(house, again_after_s=0.05)
     async with terminal(house, rental_id) as (page, shell):
@@ -469,7 +469,7 @@ async def test_what_is_typed_while_there_is_no_shell_reaches_none(house: House) 
         assert bytes(house.shells.opened[-1].written) == b""
 
 
-async def test_a_released_rental_ends_it_and_says_so(house: House) -> None:
+async def test_a_release_ends_the_terminal_with_the_reason(house: House) -> None:
     _, rental_id = await rented(house)
     async with terminal(house, rental_id) as (page, shell):
         await house.as_admin.delete(f"/api/rentals/{rental_id}")
@@ -480,7 +480,7 @@ async def test_a_released_rental_ends_it_and_says_so(house: House) -> None:
     assert "releas" in words
 
 
-async def test_a_terminal_ends_in_the_moment_in_which_its_token_is_over(house: House, short: Short) -> None:
+async def test_a_terminal_ends_at_the_moment_at_which_its_token_ends(house: House, short: Short) -> None:
     client, rental_id = await rented_by(house, short)
     async with opening(house, rental_id, await ticket(client, rental_id)) as page:
         await is_connected(page)
@@ -497,7 +497,9 @@ async def test_a_terminal_ends_in_the_moment_in_which_its_token_is_over(house: H
         ({"total_s": 0.05}, "a terminal stays open for 0.05 s at most"),
     ],
 )
-async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, float], words: str) -> None:
+async def test_a_terminal_whose_time_is_over_ends_with_the_reason(
+    house: House, terms: dict[str, float], words: str
+) -> None:
     _, rental_id = await rented(house)
     has_terms(house, **terms)
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
@@ -511,7 +513,7 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
     assert all(shell.closed for shell in house.shells.opened)
 
 
-async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_that_stops_reading_is_disconnected_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "CLOSE_TIMEOUT_S", 0.01)
     controls: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     controls.put_nowait({"type": "websocket.connect"})
@@ -589,7 +591,7 @@ async def test_terminals_have_limits_with_their_reason(
     assert await ticket(house.as_admin, rental_id)
 
 
-async def test_who_opens_many_terminals_leaves_others_half_of_them(
+async def test_an_owner_of_many_terminals_leaves_half_of_them_to_others(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tickets, "MOST_OF_ALL", 2)
@@ -606,7 +608,7 @@ async def test_who_opens_many_terminals_leaves_others_half_of_them(
     assert await ticket(house.as_admin, rental_id)
 
 
-async def test_a_terminal_is_two_events_and_a_line_of_the_log_and_never_what_was_typed(house: House) -> None:
+async def test_a_terminal_has_two_events_and_a_log_line_without_its_content(house: House) -> None:
     _, rental_id = await rented(house)
     with capture_logs() as logs:
         async with terminal(house, rental_id) as (page, shell):

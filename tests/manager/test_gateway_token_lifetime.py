@@ -115,7 +115,7 @@ async def test_a_session_ends_and_says_why(house: House, sshds: Sshds, short: Sh
         await client.ended()
 
 
-async def test_who_waits_to_be_let_in_is_refused_at_once(house: House, sshds: Sshds, short: Short) -> None:
+async def test_a_session_that_waits_is_refused_at_once(house: House, sshds: Sshds, short: Short) -> None:
     waiting = await house.rent()
     async with coming_in(house, waiting["id"], await short.begins(), "wait_s=50") as client:
         await short.ends()
@@ -123,7 +123,7 @@ async def test_who_waits_to_be_let_in_is_refused_at_once(house: House, sshds: Ss
     assert sshds.connected == []
 
 
-async def test_a_copy_of_the_database_is_broken_off(house: House, short: Short) -> None:
+async def test_a_download_of_a_backup_ends_with_its_token(house: House, short: Short) -> None:
     """The reply has a length, so a part of it is not taken for the whole."""
     reply = Reply(house, "/api/admin/backup", await short.begins(), reads=False)
     async with asyncio.timeout(WITHIN_S):
@@ -132,9 +132,7 @@ async def test_a_copy_of_the_database_is_broken_off(house: House, short: Short) 
     assert b"the token is over" not in await reply.is_over()
 
 
-async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_to_restore(
-    house: House, short: Short
-) -> None:
+async def test_a_restore_is_refused_if_its_token_ends_during_the_first_snapshot(house: House, short: Short) -> None:
     await house.join()
     rental = await house.rent()
     copying, copied = asyncio.Event(), asyncio.Event()

@@ -104,7 +104,7 @@ async def rented(house: House) -> tuple[Agent, str, httpx.AsyncClient]:
 # Access
 
 
-async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_after(house: House) -> None:
+async def test_a_port_is_private_to_its_owner_except_while_it_is_public(house: House) -> None:
     _, rental_id, alice = await rented(house)
     mallory = await house.new_client("mallory")
     port, other = PortRequests(house, rental_id), PortRequests(house, rental_id, 8001)
@@ -132,7 +132,7 @@ async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_afte
     ]
 
 
-async def test_a_stranger_learns_nothing_of_what_there_is(house: House) -> None:
+async def test_a_stranger_cannot_learn_which_rentals_exist(house: House) -> None:
     _, rental_id, _ = await rented(house)
     mallory = await house.new_client("mallory")
     there, nowhere = PortRequests(house, rental_id), PortRequests(house, "nosuchthin")
@@ -167,7 +167,7 @@ async def test_a_rental_is_found_by_its_name_by_its_owner_alone(house: House) ->
         ("what no proxy says", 503, "try_again"),
     ],
 )
-async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
+async def test_a_failure_of_the_proxy_is_explained_by_its_own_observation(
     house: House, seen: str, status: int, code: str
 ) -> None:
     _, rental_id, alice = await rented(house)
@@ -175,7 +175,7 @@ async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
     assert (reply.status_code, reply.json()["code"]) == (status, code)
 
 
-async def test_only_the_proxy_asks_the_way(house: House) -> None:
+async def test_only_the_proxy_can_request_access_to_a_port(house: House) -> None:
     """Nginx forwards no request to this path, and the path needs the proxy secret."""
     _, rental_id, alice = await rented(house)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
@@ -185,7 +185,7 @@ async def test_only_the_proxy_asks_the_way(house: House) -> None:
 
 
 @pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
-async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
+async def test_an_invalid_port_number_is_not_found(house: House, port: str) -> None:
     headers = PortRequests(house, "abcdefghij").about | {"X-Orion-Port": port}
     reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in headers.items()}))
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
@@ -197,7 +197,7 @@ async def test_only_a_port_of_a_renter_is_made_public(house: House, port: str) -
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
 
 
-async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(house: House) -> None:
+async def test_the_number_of_public_ports_is_limited_and_an_ended_rental_has_none(house: House) -> None:
     _, rental_id, alice = await rented(house)
     for port in range(2000, 2000 + wire.MAX_PUBLIC_PORTS):
         assert (await expose(alice, rental_id, port=port)).status_code == 200
@@ -222,7 +222,7 @@ def accepted_by(reply: httpx.Response, worker: Agent) -> PortToken | None:
         return None
 
 
-async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_takes(house: House) -> None:
+async def test_a_request_reaches_the_current_worker_with_an_access_token_for_that_worker_alone(house: House) -> None:
     first, rental_id, alice = await rented(house)
     second = await house.join()
     requests = PortRequests(house, rental_id)
@@ -242,7 +242,7 @@ async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_tak
     assert accepted_by(moved, first) is None
 
 
-async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
+async def test_an_access_token_ends_with_the_session_of_its_worker(house: House) -> None:
     """Another container gets a dead worker's address, or the worker registers again."""
     worker, rental_id, alice = await rented(house)
     before = await PortRequests(house, rental_id).send(**token(alice))
@@ -254,7 +254,7 @@ async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
     )
 
 
-async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) -> None:
+async def test_a_port_of_a_migrating_rental_is_refused_with_a_wait(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     await expose(alice, rental_id)
     await house.join()
@@ -273,7 +273,7 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
     assert "queued" in shown(await requests.send(**token(alice))).text
 
 
-async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House) -> None:
+async def test_ports_of_an_ended_rental_are_refused_at_once_for_everybody(house: House) -> None:
     _, rental_id, alice = await rented(house)
     await expose(alice, rental_id)
     key_value = await key(house, alice, rental_id)
@@ -284,7 +284,7 @@ async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House)
     assert await requests.refusal(X_Orion_Key=key_value) == (404, "ended")
 
 
-async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -> None:
+async def test_a_refusal_is_a_page_for_browsers_and_json_for_programs(house: House) -> None:
     requests = PortRequests(house, "abcdefghij")
     page = shown(await requests.send(Accept="text/html,*/*"))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -312,7 +312,7 @@ async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> Non
     assert found == [("alice", {"port": PORT, "from": "198.51.100.7"})]
 
 
-async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: House) -> None:
+async def test_a_port_key_in_the_path_opens_only_its_port_for_eight_hours(house: House) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
     requests = PortRequests(house, rental_id)
@@ -330,7 +330,7 @@ async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: Hou
     assert not await requests.is_allowed(X_Orion_Key=key_value)
 
 
-async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(house: House) -> None:
+async def test_on_its_own_host_the_port_key_is_a_cookie_that_scripts_cannot_read(house: House) -> None:
     _, rental_id, alice = await rented(house)
     on_host = {"X_Orion_Own_Host": "1", "X_Orion_Rental": rental_id, "X_Orion_Port": str(PORT)}
     sent_on = await send_form(house, rental_id, await ticket(alice, rental_id), **on_host, X_Forwarded_Proto="https")
@@ -348,7 +348,7 @@ async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(ho
     assert elsewhere.status_code == 422
 
 
-async def test_a_key_is_worth_what_its_token_is_worth_now(house: House) -> None:
+async def test_a_port_key_is_valid_only_while_its_token_is(house: House) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
     known = (await house.as_admin.get("/api/tokens")).json()["items"]
@@ -359,13 +359,13 @@ async def test_a_key_is_worth_what_its_token_is_worth_now(house: House) -> None:
     assert (await send_form(house, rental_id, bought)).status_code == 401
 
 
-async def test_a_ticket_for_anothers_rental_is_not_given(house: House) -> None:
+async def test_no_ticket_is_given_for_another_owner_s_rental(house: House) -> None:
     _, rental_id, _ = await rented(house)
     mallory = await house.new_client("mallory")
     assert (await mallory.post(f"/api/rentals/{rental_id}/ports/{PORT}/ticket")).status_code == 404
 
 
-def test_a_key_is_nothing_but_what_was_signed() -> None:
+def test_only_signed_port_keys_are_accepted() -> None:
     keys, named = PortKeys("secret"), TokenReference("client", "t-1", "0123456789abcdef")
     made = keys.make("abcdefghij", PORT, named, 1000.0)
     assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
@@ -402,9 +402,7 @@ FROM_ELSEWHERE: list[dict[str, str]] = [
 
 
 @pytest.mark.parametrize("headers", FROM_ELSEWHERE)
-async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser_holds(
-    house: House, headers: dict[str, str]
-) -> None:
+async def test_a_foreign_page_cannot_use_the_cookie_of_a_browser(house: House, headers: dict[str, str]) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
     requests = PortRequests(house, rental_id)
@@ -419,7 +417,7 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
     ],
 )
-async def test_its_own_page_and_a_link_from_elsewhere_are_let_in(house: House, headers: dict[str, str]) -> None:
+async def test_requests_of_the_own_page_and_of_links_are_allowed(house: House, headers: dict[str, str]) -> None:
     _, rental_id, alice = await rented(house)
     key_value = await key(house, alice, rental_id)
     assert (await PortRequests(house, rental_id).by_cookie(key_value, **headers)).status_code == 204
@@ -449,7 +447,7 @@ async def test_a_port_has_a_host_of_its_own_where_there_is_a_domain_or_the_brows
 @pytest.mark.parametrize(
     "form", [{}, {"port": "x"}, {"port": "8000", "ticket": "x" * 2000}, {"rental": "a", "port": "8000"}]
 )
-async def test_a_form_that_is_none_is_refused(house: House, form: dict[str, str]) -> None:
+async def test_an_invalid_form_is_refused(house: House, form: dict[str, str]) -> None:
     reply = await house.http.post("/web/open", data=form)
     assert reply.status_code in {401, 413, 422}
     assert reply.json()["code"] in {"no_ticket", "body_too_large", "invalid_request"}
@@ -489,7 +487,7 @@ async def access_token_of(house: House, agent: Agent, rental_id: str, **headers:
     return token_from(reply.headers["x-orion-pass"], agent.session)
 
 
-async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: House) -> None:
+async def test_port_proxies_are_notified_when_a_token_is_revoked(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     await house.join()
     port_proxies = FakePortProxies(house)
@@ -501,7 +499,7 @@ async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: 
     assert await port_proxies.all_messages() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
-async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) -> None:
+async def test_a_port_proxy_is_notified_when_a_port_becomes_private(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     port_proxies = FakePortProxies(house)
     await expose(alice, rental_id)
@@ -510,7 +508,7 @@ async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) ->
     assert await port_proxies.all_messages() == [(worker.worker_id, (f"{rental_id} {PORT} public",))]
 
 
-async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
+async def test_a_notification_is_repeated_until_the_port_proxy_answers(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 0.01)
@@ -522,7 +520,7 @@ async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
     assert await port_proxies.all_messages() == [(worker.worker_id, (f"* * {passed_token.grant}",))]
 
 
-async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
+async def test_a_token_that_is_revoked_during_the_request_gets_no_access_token(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, rental_id, alice = await rented(house)
@@ -537,7 +535,7 @@ async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
     assert not await PortRequests(house, rental_id).is_allowed(**token(alice))
 
 
-async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(house: House) -> None:
+async def test_a_starting_manager_ends_open_connections_that_are_no_longer_allowed(house: House) -> None:
     """The manager was away when a token ended, a port was closed, or the admin's token was replaced in its file."""
     worker, rental_id, alice = await rented(house)
     await expose(alice, rental_id, port=8001)
@@ -560,9 +558,7 @@ async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(
     assert (await port_proxies.all_messages())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
 
 
-async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_port_proxies_that_do_not_answer_block_no_other(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port_connections, "QUERIES_AT_ONCE", 1)
     monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 3600.0)
     await house.join()
@@ -576,7 +572,7 @@ async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
     assert len(port_proxies.messages) == 1, "the port proxy that was called second"
 
 
-async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
+async def test_an_access_token_lasts_no_longer_than_the_port_key_or_the_token(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     assert (await access_token_of(house, worker, rental_id, **token(alice))).left_ms == 0
     key_value = await key(house, alice, rental_id)
@@ -587,7 +583,7 @@ async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) ->
     assert (await access_token_of(house, worker, rental_id, **token(short))).left_ms == 600_000
 
 
-async def test_a_key_of_a_token_that_was_made_anew_in_its_file_opens_nothing(house: House) -> None:
+async def test_a_port_key_of_a_replaced_admin_token_is_refused(house: House) -> None:
     _, rental_id, _ = await rented(house)
     key_value = await key(house, house.as_admin, rental_id)
     assert await PortRequests(house, rental_id).is_allowed(X_Orion_Key=key_value)

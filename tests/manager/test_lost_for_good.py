@@ -28,7 +28,7 @@ async def pruned(house: House) -> dict[str, Any]:
     return reply
 
 
-async def test_what_the_engine_says_is_gone_is_down_at_once_also_after_a_restart_of_the_manager(
+async def test_a_worker_declared_gone_is_down_at_once_also_after_a_restart_of_the_manager(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
@@ -51,7 +51,7 @@ async def test_what_the_engine_says_is_gone_is_down_at_once_also_after_a_restart
     assert (again.status_code, again.json()["health"]) == (200, "down")
 
 
-async def test_a_release_ends_when_its_worker_is_said_to_be_gone(house: House, pool: list[Agent]) -> None:
+async def test_a_release_ends_when_its_worker_is_declared_gone(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     lost = house.agent_of(rental)
     lost.die()
@@ -63,14 +63,16 @@ async def test_a_release_ends_when_its_worker_is_said_to_be_gone(house: House, p
     assert (await house.rental(rental["id"]))["state"] == "released"
 
 
-async def test_a_worker_that_answers_is_not_gone_whoever_says_so(house: House, pool: list[Agent]) -> None:
+async def test_a_worker_that_answers_cannot_be_declared_gone(house: House, pool: list[Agent]) -> None:
     refused = await house.as_admin.post(f"/api/workers/{pool[0].worker_id}/gone")
     is_problem(refused, 409, "worker_answers")
     await house.settle()
     assert await house.health(pool[0]) == "ready"
 
 
-async def test_a_worker_that_is_heard_again_was_not_gone(house: House, pool: list[Agent]) -> None:
+async def test_a_worker_that_was_declared_gone_and_sends_a_heartbeat_becomes_ready(
+    house: House, pool: list[Agent]
+) -> None:
     pool[0].node.alive = False
     assert (await house.as_admin.post(f"/api/workers/{pool[0].worker_id}/gone")).status_code == 200
     pool[0].node.alive = True
@@ -79,14 +81,14 @@ async def test_a_worker_that_is_heard_again_was_not_gone(house: House, pool: lis
     assert await house.health(pool[0]) == "ready"
 
 
-async def test_only_an_admin_says_that_a_worker_is_gone_or_prunes(house: House, pool: list[Agent]) -> None:
+async def test_only_an_admin_can_declare_a_worker_gone_or_prune(house: House, pool: list[Agent]) -> None:
     client = await house.new_client("bob")
     is_problem(await client.post(f"/api/workers/{pool[0].worker_id}/gone"), 403, "forbidden")
     is_problem(await client.post("/api/workers/prune"), 403, "forbidden")
     is_problem(await house.as_admin.post("/api/workers/w-never/gone"), 404, "not_found")
 
 
-async def test_another_worker_at_its_address_says_so_and_takes_the_doubled_grace_away(
+async def test_another_worker_at_its_address_ends_the_doubled_grace_and_is_named_in_refusals(
     house: House, pool: list[Agent], sshds: Sshds
 ) -> None:
     """The worker may live on without a network, so its lease of before the restart must pass: 90 s, and not 180."""
@@ -131,7 +133,7 @@ async def test_a_worker_that_comes_back_at_another_address_is_not_displaced(hous
     assert "has its address now" not in (await house.worker(lost))["explanation"]
 
 
-async def test_a_dead_worker_of_which_nothing_is_missing_is_forgotten_after_an_hour(
+async def test_a_dead_worker_whose_files_are_not_needed_is_removed_after_an_hour(
     house: House, pool: list[Agent]
 ) -> None:
     pool[0].die()
@@ -144,7 +146,7 @@ async def test_a_dead_worker_of_which_nothing_is_missing_is_forgotten_after_an_h
     assert [event["actor"] for event in await house.events("worker.removed")] == ["health"]
 
 
-async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest_files(
+async def test_prune_removes_dead_workers_except_those_that_may_have_the_newest_files(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(name="desk")
@@ -171,7 +173,7 @@ async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest
     assert await ids(house) == {drained.worker_id}
 
 
-async def test_a_forgotten_worker_that_returns_is_a_new_one_and_is_cleaned(house: House, pool: list[Agent]) -> None:
+async def test_a_removed_worker_that_returns_is_a_new_one_and_is_cleaned(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     holder = house.agent_of(rental)
     holder.die()

@@ -33,7 +33,7 @@ async def job_of(house: House, rental_id: str) -> Job:
     return Job(action=Action.CERTIFY, host=host, order=order)
 
 
-async def test_a_worker_shows_who_is_there_from_the_first_moment(house: House) -> None:
+async def test_a_worker_s_host_certificate_names_its_rentals_from_the_first_moment(house: House) -> None:
     worker = await house.join(slots=3)
     first = await house.rent()
     assert named(worker.node.host_certificate) == {first["id"]}
@@ -41,7 +41,7 @@ async def test_a_worker_shows_who_is_there_from_the_first_moment(house: House) -
     assert named(worker.node.host_certificate) == {first["id"], second["id"]}
 
 
-async def test_it_is_signed_by_the_authority_of_hosts_for_the_key_that_is_pinned(house: House) -> None:
+async def test_a_host_certificate_is_signed_by_the_authority_of_hosts_for_the_pinned_key(house: House) -> None:
     worker = await house.join()
     await house.rent()
     read: Any = asyncssh.import_certificate(worker.node.host_certificate)
@@ -68,7 +68,7 @@ async def test_after_a_takeover_the_new_worker_is_named_and_the_old_one_never_ag
     assert there.node.host_certificate == old
 
 
-async def test_a_released_rental_is_named_nowhere_from_the_next_certificate_on(house: House) -> None:
+async def test_a_released_rental_is_not_named_in_the_next_host_certificate(house: House) -> None:
     worker = await house.join(slots=3)
     first, second = await house.rent(), await house.rent()
     await house.as_admin.delete(f"/api/rentals/{first['id']}")
@@ -78,7 +78,7 @@ async def test_a_released_rental_is_named_nowhere_from_the_next_certificate_on(h
     assert named(worker.node.host_certificate) == {second["id"]}
 
 
-async def test_it_is_renewed_when_somebody_comes_and_it_will_soon_be_over(house: House) -> None:
+async def test_a_host_certificate_that_will_soon_end_is_renewed_at_a_session(house: House) -> None:
     worker = await house.join()
     job = await job_of(house, (await house.rent())["id"])
     before = worker.node.host_certificate
@@ -93,7 +93,7 @@ async def test_it_is_renewed_when_somebody_comes_and_it_will_soon_be_over(house:
     assert worker.node.host_certificate != before
 
 
-async def test_one_that_is_over_is_renewed_before_anybody_is_let_in(house: House) -> None:
+async def test_an_ended_host_certificate_is_renewed_before_a_session_opens(house: House) -> None:
     worker = await house.join()
     job = await job_of(house, (await house.rent())["id"])
     before = worker.node.host_certificate
@@ -103,7 +103,7 @@ async def test_one_that_is_over_is_renewed_before_anybody_is_let_in(house: House
 
 
 @pytest.mark.parametrize("ahead_s", [120.0, 7200.0, 40 * 86_400.0])
-async def test_one_that_was_signed_while_the_clock_was_ahead_is_renewed_when_the_clock_is_back(
+async def test_a_host_certificate_signed_by_a_clock_that_was_ahead_is_renewed_afterwards(
     house: House, ahead_s: float
 ) -> None:
     worker = await house.join()
@@ -121,7 +121,7 @@ async def test_one_that_was_signed_while_the_clock_was_ahead_is_renewed_when_the
     assert worker.node.host_certificate == right
 
 
-async def test_after_a_restart_of_the_manager_the_first_to_come_has_it_signed_anew(house: House) -> None:
+async def test_after_a_restart_of_the_manager_the_first_session_renews_the_host_certificate(house: House) -> None:
     worker = await house.join()
     job = await job_of(house, (await house.rent())["id"])
     before = worker.node.host_certificate
@@ -130,7 +130,7 @@ async def test_after_a_restart_of_the_manager_the_first_to_come_has_it_signed_an
     assert worker.node.host_certificate != before
 
 
-async def test_a_worker_that_cannot_be_told_does_not_keep_anybody_waiting_for_ever(house: House) -> None:
+async def test_a_failing_worker_does_not_delay_a_session_without_end(house: House) -> None:
     worker = await house.join()
     job = await job_of(house, (await house.rent())["id"])
     house.clock.now += LIFETIME_S
@@ -140,7 +140,7 @@ async def test_a_worker_that_cannot_be_told_does_not_keep_anybody_waiting_for_ev
     assert worker.node.host_certificate == before
 
 
-async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_anothers(
+async def test_a_renter_that_delays_its_own_renewal_does_not_delay_another_s(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = await house.join(slots=2)
@@ -172,7 +172,7 @@ async def test_an_order_of_a_former_epoch_brings_no_certificate(house: House) ->
     assert worker.node.host_certificate == before
 
 
-async def test_those_that_are_taken_over_together_are_named_by_one_certificate(house: House) -> None:
+async def test_rentals_that_are_taken_over_together_are_named_by_one_host_certificate(house: House) -> None:
     first = await house.join(slots=8)
     rentals_there = [await house.rent() for _ in range(6)]
     other = await house.join(slots=8)

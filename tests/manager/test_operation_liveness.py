@@ -76,7 +76,7 @@ async def test_another_machine_at_the_address_is_a_proof_too(scene: Scene) -> No
     await scene.connections.stop()
 
 
-async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(scene: Scene) -> None:
+async def test_a_liveness_report_about_one_session_of_a_worker_does_not_count_for_the_next(scene: Scene) -> None:
     scene.node.die()
     assert (await scene.rest()).proof
     again = replace(scene.worker, session_id="another", boot_id="boot-0002")
@@ -86,20 +86,22 @@ async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(s
 
 
 @pytest.mark.parametrize("change", [{"health": Health.DOWN}, {"session_id": None}])
-async def test_who_is_down_or_has_no_session_is_not_watched(change: dict[str, str]) -> None:
+async def test_a_worker_that_is_down_or_without_a_session_has_no_liveness_connection(change: dict[str, str]) -> None:
     scene = Scene()
     scene.connections.update(replace(scene.worker, **change))  # type: ignore[arg-type]
     assert scene.connections._tasks == {}
 
 
-async def test_who_was_removed_is_let_go(scene: Scene) -> None:
+async def test_the_liveness_connection_of_a_removed_worker_is_closed(scene: Scene) -> None:
     scene.connections.close("w-another")
     assert scene.connections._tasks
     scene.connections.close(scene.worker.id)
     assert scene.connections._tasks == {}
 
 
-async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
+async def test_a_killed_worker_s_rental_is_taken_over_at_once_and_a_restarted_sshd_causes_no_takeover(
+    house: House,
+) -> None:
     await house.hold_liveness_connections()
     first, second = await house.join(), await house.join()
     house.end_the_brake_of_the_start()
@@ -144,11 +146,11 @@ async def _rest(house: House) -> None:
         (OSError(113, "no route to host"), False),
     ],
 )
-def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Exception | None, closed: bool) -> None:
+def test_only_an_end_from_the_worker_s_side_begins_a_proof_of_death(ended: Exception | None, closed: bool) -> None:
     assert closed_by_peer(ended) is closed
 
 
-def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
+def test_a_living_worker_has_frozen_its_rentals_before_its_silence_proves_its_death() -> None:
     """For the agent too, silence begins with the end of the connection: docs/decisions/015-liveness-connection.md."""
     assert LIVENESS_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
@@ -191,5 +193,5 @@ def test_an_answer_of_any_kind_begins_the_silence_anew() -> None:
         (OSError(24, "too many open files"), True),
     ],
 )
-def test_only_what_the_other_end_left_unanswered_is_silence(outcome: OSError | None, breaks: bool) -> None:
+def test_only_unanswered_attempts_count_as_silence(outcome: OSError | None, breaks: bool) -> None:
     assert breaks_silence(outcome) is breaks

@@ -80,7 +80,7 @@ class Restart:
 
 
 @pytest.mark.parametrize(("version", "refused"), [("0.1.0+boot", True), ("0.2.0+more.boot", True), ("0.1.0", False)])
-async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_takes_such_orders(
+async def test_a_late_freeze_does_not_reach_the_next_boot_of_a_container_that_supports_boot_ids(
     house: House, version: str, refused: bool
 ) -> None:
     """A worker of a former version gets orders without a boot id, because it would refuse that field."""
@@ -100,14 +100,14 @@ async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_ta
     assert (back["state"], len(house.live_copies(rental["id"]))) == ("active", 1)
 
 
-async def test_a_rental_is_told_its_name_wherever_it_is_made(house: House, pool: list[Agent]) -> None:
+async def test_a_rental_has_its_name_on_each_worker(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(name="lab")
     assert house.agent_of(rental).node.names == {rental["id"]: "lab"}
     await migrate(house, rental)
     assert [agent.node.names for agent in pool] == [{rental["id"]: "lab"}] * 2
 
 
-async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: House, pool: list[Agent]) -> None:
+async def test_a_migrated_rental_has_all_that_it_wrote_before_it_was_quiesced(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["early"] = "1"
     home = files(house, rental)
@@ -123,9 +123,7 @@ async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: Hous
     assert [kind for kind in kinds if kind in order] == ["rental.activated", *order]
 
 
-async def test_it_goes_on_until_its_standby_is_filled_and_nobody_is_let_in_there_before(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_rental_runs_during_precopy_and_its_target_stays_locked(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     seen: list[list[int]] = []
     Interference(house, Action.PREPARE, lambda _: seen.append(house.live_copies(rental["id"])))
@@ -134,7 +132,7 @@ async def test_it_goes_on_until_its_standby_is_filled_and_nobody_is_let_in_there
     assert seen == [[1], []]
 
 
-async def test_while_it_is_held_no_reply_lets_it_run(house: House, pool: list[Agent]) -> None:
+async def test_no_reply_lets_a_quiesced_rental_run(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     source = house.agent_of(rental)
 
@@ -147,7 +145,7 @@ async def test_while_it_is_held_no_reply_lets_it_run(house: House, pool: list[Ag
     assert (await migrate(house, rental))["epoch"] == 2
 
 
-async def test_with_nowhere_to_go_it_is_refused_and_goes_on(house: House) -> None:
+async def test_a_migration_without_a_free_slot_is_refused_and_the_rental_goes_on(house: House) -> None:
     await house.join()
     rental = await house.rent()
     reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
@@ -157,7 +155,7 @@ async def test_with_nowhere_to_go_it_is_refused_and_goes_on(house: House) -> Non
     assert house.live_copies(rental["id"]) == [1]
 
 
-async def test_a_stranger_cannot_move_it_and_its_owner_can(house: House, pool: list[Agent]) -> None:
+async def test_a_stranger_cannot_migrate_a_rental_and_its_owner_can(house: House, pool: list[Agent]) -> None:
     owner, stranger = await house.new_client("alice"), await house.new_client("mallory")
     rental = (await owner.post("/api/rent", json={"wait_s": 0})).json()
     await house.settle()
@@ -171,7 +169,7 @@ async def test_a_stranger_cannot_move_it_and_its_owner_can(house: House, pool: l
 
 
 @pytest.mark.parametrize("asked", ["queued", "released"])
-async def test_what_does_not_run_is_not_moved(house: House, asked: str) -> None:
+async def test_a_rental_that_does_not_run_is_not_migrated(house: House, asked: str) -> None:
     rental = await house.rent()
     if asked == "released":
         await house.as_admin.delete(f"/api/rentals/{rental['id']}")
@@ -180,7 +178,7 @@ async def test_what_does_not_run_is_not_moved(house: House, asked: str) -> None:
     assert (reply.status_code, reply.json()["code"]) == (409, "not_active")
 
 
-async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, pool: list[Agent]) -> None:
+async def test_a_rental_whose_final_sync_fails_is_thawed_at_once(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     source = house.agent_of(rental)
 
@@ -198,7 +196,7 @@ async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, 
     assert moved["epoch"] == 3, "the epoch of the failed migration is never used again"
 
 
-async def test_the_waiting_client_is_told_that_it_was_not_moved(house: House, pool: list[Agent]) -> None:
+async def test_the_waiting_client_learns_that_the_migration_failed(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     house.snapshot_service.failure = TOO_LARGE
     migrating = asyncio.create_task(house.as_admin.post(f"/api/rentals/{rental['id']}/migrate?wait_s=30"))
@@ -210,7 +208,7 @@ async def test_the_waiting_client_is_told_that_it_was_not_moved(house: House, po
     assert str(TOO_LARGE) in reply.json()["detail"]
 
 
-async def test_when_its_target_dies_while_it_stands_still_it_goes_on_where_it_is(
+async def test_when_the_target_worker_dies_a_quiesced_rental_goes_on_at_its_source(
     house: House, pool: list[Agent]
 ) -> None:
     house.end_the_brake_of_the_start()
@@ -223,7 +221,7 @@ async def test_when_its_target_dies_while_it_stands_still_it_goes_on_where_it_is
     assert (await house.rental(rental["id"]))["moving_to"] is None
 
 
-async def test_when_its_source_dies_the_standby_takes_over(house: House, pool: list[Agent]) -> None:
+async def test_when_the_source_worker_dies_the_target_takes_over(house: House, pool: list[Agent]) -> None:
     house.end_the_brake_of_the_start()
     rental = await house.rent()
     files(house, rental)["file"] = "1"
@@ -240,7 +238,7 @@ async def test_when_its_source_dies_the_standby_takes_over(house: House, pool: l
     assert await house.events("rental.taken_over")
 
 
-async def test_a_release_ends_both_the_rental_and_its_standby(house: House, pool: list[Agent]) -> None:
+async def test_a_release_ends_both_source_and_target(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
 
     async def releases(_: Job) -> None:
@@ -252,7 +250,7 @@ async def test_a_release_ends_both_the_rental_and_its_standby(house: House, pool
 
 
 @pytest.mark.parametrize("action", [Action.PREPARE, Action.FREEZE])
-async def test_a_manager_that_ends_in_the_middle_goes_on_where_it_was(
+async def test_a_restarted_manager_continues_a_planned_migration(
     house: House, pool: list[Agent], action: Action
 ) -> None:
     rental = await house.rent()
@@ -278,7 +276,7 @@ async def test_a_manager_that_ends_in_the_middle_goes_on_where_it_was(
     assert house.live_copies(rental["id"]) == [2]
 
 
-async def test_a_hold_that_nobody_ends_has_an_end(house: House, pool: list[Agent]) -> None:
+async def test_a_quiesced_rental_goes_on_after_a_deadline(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     Interference(house, Action.FREEZE, lambda _: asyncio.Event().wait())
     await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
@@ -296,7 +294,7 @@ async def test_a_hold_that_nobody_ends_has_an_end(house: House, pool: list[Agent
 # -- drains ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_drain_moves_everything_and_ends(house: House) -> None:
+async def test_a_drain_migrates_all_rentals_and_ends(house: House) -> None:
     full = await house.join(slots=9)
     rentals = [await house.rent() for _ in range(9)]
     for number, rental in enumerate(rentals):
@@ -320,7 +318,7 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     assert [files(house, rental)["file"] for rental in moved] == [str(number) for number in range(9)]
 
 
-async def test_a_drain_with_nowhere_to_go_says_so_and_goes_on_when_there_is_room(house: House) -> None:
+async def test_a_drain_without_free_slots_says_so_and_continues_when_there_are_some(house: House) -> None:
     only = await house.join()
     rental = await house.rent()
     await drain(house, only)
@@ -332,7 +330,7 @@ async def test_a_drain_with_nowhere_to_go_says_so_and_goes_on_when_there_is_room
     assert (await house.rental(rental["id"]))["epoch"] == 2
 
 
-async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained(house: House) -> None:
+async def test_a_rental_that_cannot_migrate_does_not_delay_the_others_of_a_drain_and_is_explained(house: House) -> None:
     full = await house.join(slots=2)
     tricky, honest = await house.rent(), await house.rent()
     await house.join(slots=2)
@@ -356,7 +354,7 @@ async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained
     assert len(await house.events("rental.move_started")) <= tries + 2, "the tries become rarer"
 
 
-async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, pool: list[Agent]) -> None:
+async def test_rentals_of_a_quarantined_worker_migrate_away(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     source = house.agent_of(rental)
     await house.as_admin.post(f"/api/workers/{source.worker_id}/drain")
@@ -385,7 +383,7 @@ async def evacuate(house: House, *agents: Agent) -> None:
     raise AssertionError("something is left")
 
 
-async def test_a_worker_that_is_told_to_stop_loses_nothing(house: House, pool: list[Agent]) -> None:
+async def test_an_evacuating_worker_loses_no_file(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "1"
     await evacuate(house, house.agent_of(rental))
@@ -393,7 +391,7 @@ async def test_a_worker_that_is_told_to_stop_loses_nothing(house: House, pool: l
     assert (moved["state"], moved["epoch"], files(house, moved)) == ("active", 2, {"file": "1"})
 
 
-async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(house: House, pool: list[Agent]) -> None:
+async def test_when_all_workers_evacuate_all_rentals_are_parked_and_come_back(house: House, pool: list[Agent]) -> None:
     rentals = [await house.rent() for _ in range(3)]
     for number, rental in enumerate(rentals):
         files(house, rental)["file"] = str(number)
@@ -409,7 +407,7 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
     assert [files(house, rental)["file"] for rental in back] == ["0", "1", "2"]
 
 
-async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_place_of_the_last_one(
+async def test_a_snapshot_begun_before_a_park_does_not_replace_the_last_one(
     house: House,
 ) -> None:
     """The snapshot was taken before the last one and is committed after it, because the manager's disk is slow."""
@@ -429,7 +427,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
         return made
 
     house.snapshot_service.take = taken_and_delayed  # type: ignore[method-assign]
-    begun = asyncio.create_task(house.manager.copies.take_now(rental["id"], None))
+    begun = asyncio.create_task(house.manager.snapshots.take_now(rental["id"], None))
     await was_made.wait()
     files(house, rental)["file"] = "written before it stood still"
     await evacuate(house, agent)
@@ -441,9 +439,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
     assert (back["state"], files(house, back)) == ("active", {"file": "written before it stood still"})
 
 
-async def test_one_that_is_told_to_stop_last_passes_on_what_it_was_about_to_get(
-    house: House, pool: list[Agent]
-) -> None:
+async def test_a_rental_whose_target_worker_also_evacuates_is_parked(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "1"
     target = next(agent for agent in pool if agent is not house.agent_of(rental))

@@ -78,7 +78,7 @@ async def intend(house: House, agent: Agent, what: str) -> None:
     await house.settle()
 
 
-async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_on_request(
+async def test_files_written_after_the_last_snapshot_are_recovered_and_restored_on_request(
     house: House, pool: list[Agent]
 ) -> None:
     moved, dead = await written_and_lost(house)
@@ -99,7 +99,7 @@ async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_o
     assert (back["state"], files(house, back)) == ("active", {"file": "written after that"})
 
 
-async def test_what_nobody_has_worked_on_since_is_the_newest_and_comes_back_by_itself(house: House) -> None:
+async def test_a_recovered_snapshot_is_restored_by_itself_if_there_was_no_activation_since(house: House) -> None:
     await house.join()
     waiting, dead = await written_and_lost(house)
     assert waiting["state"] == "queued"
@@ -112,7 +112,7 @@ async def test_what_nobody_has_worked_on_since_is_the_newest_and_comes_back_by_i
     assert [e["details"]["generation"] for e in await house.events("rental.files_restored")] == ["1-2"]
 
 
-async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, pool: list[Agent]) -> None:
+async def test_a_home_equal_to_its_last_snapshot_has_lost_nothing(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "same"
     await copied(house, rental)
@@ -126,7 +126,7 @@ async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, po
     ]
 
 
-async def test_what_was_released_is_not_salvaged(house: House, pool: list[Agent]) -> None:
+async def test_a_released_rental_is_not_recovered(house: House, pool: list[Agent]) -> None:
     moved, dead = await written_and_lost(house)
     await house.as_admin.delete(f"/api/rentals/{moved['id']}")
     await house.settle()
@@ -138,7 +138,7 @@ async def test_what_was_released_is_not_salvaged(house: House, pool: list[Agent]
 
 
 @pytest.mark.parametrize("code", ["unreachable", "over_limit", "unreadable_home", "failed", "purged"])
-async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_is_said(
+async def test_a_home_that_cannot_be_recovered_is_purged_and_the_loss_reported(
     house: House, pool: list[Agent], code: str
 ) -> None:
     moved, dead = await written_and_lost(house)
@@ -159,7 +159,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
     assert "is lost" in event["reason"]
 
 
-def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
+def test_a_worker_becomes_ready_in_time_though_a_recovery_never_ends() -> None:
     """A recovery that hangs is given up when its worker has been joining for too long."""
     joining = new_worker(1, health=Health.JOINING, verified_session=None)
     rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
@@ -176,7 +176,7 @@ def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
     assert RECOVERY_DEADLINE_S + LONGEST_TRY_S + JOB_DEADLINE_S < JOIN_DEADLINE_S, "there is time to purge it"
 
 
-async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_and_keeps_one(
+async def test_a_recovery_that_a_dying_manager_did_not_commit_is_repeated_and_kept_once(
     house: House, pool: list[Agent]
 ) -> None:
     moved, dead = await written_and_lost(house)
@@ -198,7 +198,9 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
     assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
 
 
-async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(house: House, pool: list[Agent]) -> None:
+async def test_a_worker_that_shows_a_rental_that_was_never_placed_there_gains_nothing(
+    house: House, pool: list[Agent]
+) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "mine"
     await copied(house, rental)
@@ -220,7 +222,7 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
 
 
 @pytest.mark.parametrize("first_back", ["the latest", "the one before"])
-async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_back_first(
+async def test_the_home_of_an_unreported_activation_is_the_newest_in_any_order_of_return(
     connected_house: House, first_back: str
 ) -> None:
     """The second worker activates the rental and dies; the manager knows only of the first until both are back."""
@@ -257,7 +259,7 @@ async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_bac
     assert (back["state"], files(connected_house, back)) == ("active", {"file": "written at epoch 2"})
 
 
-async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_unheard(connected_house: House) -> None:
+async def test_a_rental_that_was_never_active_keeps_files_of_an_unreported_activation(connected_house: House) -> None:
     only = await connected_house.join()
     lets_in_and_dies(only, "written before anybody knew")
     rental = await connected_house.rent()
@@ -271,7 +273,9 @@ async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_
     assert back["last_safe_copy_at"]
 
 
-async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept_aside(connected_house: House) -> None:
+async def test_files_of_an_unreported_activation_are_recovered_if_the_rental_was_made_elsewhere(
+    connected_house: House,
+) -> None:
     dead = await connected_house.join()
     lets_in_and_dies(dead, "written before anybody knew")
     rental = await connected_house.rent(name="lab")
@@ -287,7 +291,7 @@ async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept
     assert "orion restore lab --from 1-1" in event["reason"]
 
 
-async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_nothing_is_said(
+async def test_a_worker_without_any_activation_has_nothing_to_recover_and_no_event_is_written(
     connected_house: House,
 ) -> None:
     only = await connected_house.join()
@@ -328,7 +332,7 @@ async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
     return rental, gone
 
 
-async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_is_kept_however_many_come(
+async def test_the_recovered_home_of_the_last_snapshot_precedes_homes_that_were_filled_from_it(
     house: House,
 ) -> None:
     rental, gone = await lost_three_times(house)
@@ -343,7 +347,7 @@ async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_i
     )
 
 
-async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_copy(house: House) -> None:
+async def test_a_home_that_was_restored_and_changed_since_is_preferred_to_its_snapshot(house: House) -> None:
     """There are two kills without a snapshot in between, and only the second worker is back at the third."""
     rental, gone = await lost_three_times(house)
     await gone[1].come_back()
@@ -354,7 +358,7 @@ async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_
     assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 2": "x"})
 
 
-async def test_of_two_kills_within_a_minute_the_second_brings_what_was_salvaged_of_the_first(
+async def test_of_two_kills_within_a_minute_the_second_restores_what_was_recovered_after_the_first(
     house: House, pool: list[Agent]
 ) -> None:
     moved, dead = await written_and_lost(house)
@@ -366,7 +370,7 @@ async def test_of_two_kills_within_a_minute_the_second_brings_what_was_salvaged_
     assert again["salvage"] is None, "the rental has the recovered snapshot"
 
 
-async def test_who_went_back_to_an_older_copy_is_not_given_what_was_later_in_that_home(
+async def test_after_a_restore_of_an_older_snapshot_later_files_of_that_home_do_not_come_back(
     house: House, pool: list[Agent]
 ) -> None:
     await house.join(slots=4)
@@ -383,7 +387,7 @@ async def test_who_went_back_to_an_older_copy_is_not_given_what_was_later_in_tha
         assert (rental["state"], files(house, rental)) == ("active", {"file": "older"})
 
 
-async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: House, pool: list[Agent]) -> None:
+async def test_a_recovered_snapshot_is_shown_until_its_rental_has_it(house: House, pool: list[Agent]) -> None:
     moved, dead = await written_and_lost(house)
     files(house, moved)["of epoch 2"] = "x"
     await copied(house, moved)
@@ -419,7 +423,7 @@ async def lost_before_its_first_copy(house: House) -> tuple[dict[str, Any], Agen
     return await lose(house, rental), dead
 
 
-async def test_what_was_lost_before_its_first_copy_waits_for_its_worker_and_says_both_ways_out(
+async def test_a_rental_lost_before_its_first_snapshot_waits_and_names_both_remedies(
     patient: House,
 ) -> None:
     waiting, dead = await lost_before_its_first_copy(patient)
@@ -440,7 +444,7 @@ async def test_what_was_lost_before_its_first_copy_waits_for_its_worker_and_says
     assert len(await patient.events("rental.files_awaited")) == 1
 
 
-async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files_over(patient: House) -> None:
+async def test_a_waiting_rental_waits_until_its_returned_worker_is_recovered(patient: House) -> None:
     waiting, dead = await lost_before_its_first_copy(patient)
     await patient.pass_time(560)
     patient.snapshot_service.failure = SnapshotError("vault_away", "the snapshot service does not answer")
@@ -455,7 +459,7 @@ async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files
     assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
 
 
-async def test_it_begins_empty_when_its_time_is_over_and_what_comes_back_later_waits_for_its_owner(
+async def test_a_waiting_rental_begins_empty_after_its_wait_and_later_recovered_files_wait(
     patient: House,
 ) -> None:
     waiting, dead = await lost_before_its_first_copy(patient)
@@ -471,7 +475,7 @@ async def test_it_begins_empty_when_its_time_is_over_and_what_comes_back_later_w
     assert (await patient.rental(back["id"]))["salvage"]["generation"] == "1-1"
 
 
-async def test_its_owner_may_say_that_it_begins_empty_now(patient: House) -> None:
+async def test_the_owner_of_a_waiting_rental_may_let_it_begin_empty_at_once(patient: House) -> None:
     waiting, _dead = await lost_before_its_first_copy(patient)
     body = {"empty": True}
     assert (await patient.as_admin.post(f"/api/rentals/{waiting['id']}/restore", json=body)).status_code == 202
@@ -480,14 +484,14 @@ async def test_its_owner_may_say_that_it_begins_empty_now(patient: House) -> Non
     assert (back["state"], files(patient, back)) == ("active", {})
 
 
-async def test_nobody_waits_for_a_worker_that_was_removed(patient: House) -> None:
+async def test_no_rental_waits_for_a_removed_worker(patient: House) -> None:
     waiting, dead = await lost_before_its_first_copy(patient)
     assert (await patient.as_admin.delete(f"/api/workers/{dead.worker_id}")).is_success
     await patient.pass_time(8)
     assert (await patient.rental(waiting["id"]))["state"] == "active"
 
 
-async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
+async def test_a_target_without_files_does_not_take_over_a_rental_without_a_snapshot(
     patient: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outcomes, "MAX_ATTEMPTS", 1000)  # precopy fails until the source dies
@@ -510,7 +514,7 @@ async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
     assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
 
 
-async def test_an_owner_s_salvages_leave_others_of_that_worker_theirs(
+async def test_recoveries_of_one_owner_leave_places_for_others_on_that_worker(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = await house.join(slots=8)

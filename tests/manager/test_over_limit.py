@@ -20,7 +20,7 @@ RECORD = RentalRecord("one", "r-one", 3_999_999_001, epoch=2, activated=True)
 """An account whose uid has no processes."""
 
 
-def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) -> None:
+def test_no_reply_thaws_a_rental_over_its_limit_and_an_order_thaws_it_for_a_time(tmp_path: Path) -> None:
     freezer, now = Freezer(tmp_path), time.clock_gettime(time.CLOCK_BOOTTIME)
     freezer.freeze(RECORD, None, over_limit="too much")
     freezer.freeze(RECORD, now)
@@ -38,7 +38,7 @@ def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) 
     assert not freezer.is_in_grace(RECORD, now)
 
 
-def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path) -> None:
+def test_a_freeze_mark_of_an_agent_without_limits_is_read(tmp_path: Path) -> None:
     freezer = Freezer(tmp_path)
     freezer.freeze(RECORD, 5.0)
     mark = tmp_path / "run/orion/frozen/one"
@@ -49,10 +49,10 @@ def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path
     assert freezer.thaw(RECORD, requested_at=6.0)
 
 
-async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) -> None:
+async def test_the_owner_of_a_rental_over_its_limit_is_notified_and_can_thaw_it_to_make_room(house: House) -> None:
     agent: Agent = await house.join()
     rental = await house.rent(name="lab")
-    house.manager.copies.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
+    house.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
     files_of(house, rental)["large"] = "x" * 20_000
     shown = await copied(house, rental)
     assert "frozen" in shown["copy_problem"]
@@ -74,10 +74,10 @@ async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) ->
     assert (refused.status_code, refused.json()["code"]) == (409, "not_thawed")
 
 
-async def test_its_owner_is_warned_before_its_home_is_too_large(house: House) -> None:
+async def test_an_owner_is_warned_before_a_home_is_too_large(house: House) -> None:
     await house.join()
     rental = await house.rent(name="lab")
-    house.manager.copies.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
+    house.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
     for size, warned in ((7_900_000, False), (8_000_000, True), (9_000_000, True), (100, False), (8_500_000, True)):
         files_of(house, rental)["large"] = "x" * size
         shown = await copied(house, rental)

@@ -48,7 +48,7 @@ async def generations(house: House, rental: dict[str, Any]) -> list[str]:
     return [str(copy.id) for copy in await house.snapshot_service.snapshots(rental["id"], 0)]
 
 
-async def test_who_is_beyond_its_share_is_told_why_and_is_copied_again_when_there_is_room(
+async def test_an_owner_beyond_its_share_sees_the_reason_and_gets_snapshots_again_when_there_is_room(
     house: House, ann: httpx.AsyncClient
 ) -> None:
     rentals = [await rent(house, ann) for _ in range(3)]
@@ -68,7 +68,7 @@ async def test_who_is_beyond_its_share_is_told_why_and_is_copied_again_when_ther
     assert (shown_again["copy_problem"], await generations(house, short)) == ("", ["1-1"])
 
 
-async def test_an_owners_other_rentals_keep_their_last_copy_alone_while_one_is_short_of_room(
+async def test_other_rentals_of_an_owner_short_of_room_keep_only_their_last_snapshot(
     house: House, ann: httpx.AsyncClient
 ) -> None:
     first = await rent(house, ann)
@@ -83,7 +83,7 @@ async def test_an_owners_other_rentals_keep_their_last_copy_alone_while_one_is_s
     assert (await house.rental(first["id"]))["copy_problem"] == ""
 
 
-async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
+async def test_snapshots_of_expired_rentals_are_removed_first_to_make_room(
     house: House, ann: httpx.AsyncClient
 ) -> None:
     ended = [await rent(house, ann, ttl_s=120) for _ in range(2)]
@@ -104,7 +104,7 @@ async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
     assert (shown["copy_problem"], set(house.snapshot_service.stored)) == ("", {living["id"]})
 
 
-async def test_a_planned_move_beyond_the_share_is_refused_and_its_rental_goes_on(
+async def test_a_planned_migration_beyond_the_owner_s_share_is_refused_and_its_rental_goes_on(
     house: House, ann: httpx.AsyncClient
 ) -> None:
     rentals = [await rent(house, ann) for _ in range(3)]

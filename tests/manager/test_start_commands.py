@@ -73,14 +73,14 @@ def test_a_start_command_is_any_one_line_and_is_kept_as_it_is(given: str) -> Non
         7,
     ],
 )
-def test_what_is_no_line_for_a_shell_is_refused_with_what_it_should_be(given: Any) -> None:
+def test_an_invalid_start_command_is_refused_with_the_rule(given: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         wire.RentRequest(start=given)
     (error,) = refused.value.errors()
     assert error["loc"] == ("start",)
 
 
-async def test_it_is_run_once_where_the_rental_is_and_shown(house: House, pool: list[Agent]) -> None:
+async def test_a_start_command_runs_once_on_the_rental_s_worker_and_is_shown(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
     assert (rental["start"], rental["start_problem"]) == (SERVE, "")
     assert runs(house, rental) == ["1@boot-0001"]
@@ -91,7 +91,7 @@ async def test_it_is_run_once_where_the_rental_is_and_shown(house: House, pool: 
     assert (without["start"], runs(house, without)) == (None, [])
 
 
-async def test_it_is_run_again_after_a_migration_and_after_a_restart_of_the_container(
+async def test_a_start_command_runs_again_after_a_takeover_and_after_a_restart_of_the_container(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(start=SERVE)
@@ -103,7 +103,7 @@ async def test_it_is_run_again_after_a_migration_and_after_a_restart_of_the_cont
     assert (await house.rental(rental["id"]))["start_problem"] == ""
 
 
-async def test_one_that_keeps_losing_its_workers_is_run_no_more_until_it_is_asked_for(
+async def test_a_start_command_that_keeps_losing_workers_runs_again_only_on_request(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(start=SERVE, name="lab")
@@ -123,7 +123,7 @@ async def test_one_that_keeps_losing_its_workers_is_run_no_more_until_it_is_aske
     assert (rental["start_problem"], runs(house, rental)) == ("", ["2@boot-0001"]), "the count of losses begins anew"
 
 
-async def test_restarts_of_the_container_under_it_count_as_well(house: House, pool: list[Agent]) -> None:
+async def test_restarts_of_the_container_count_as_losses_of_a_start_command(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
     for number in (2, 3, 4):
         assert runs(house, rental)
@@ -133,7 +133,7 @@ async def test_restarts_of_the_container_under_it_count_as_well(house: House, po
     assert "orion start" in (await house.rental(rental["id"]))["start_problem"]
 
 
-async def test_losses_that_are_far_apart_are_nobody_s_fault(house: House, pool: list[Agent]) -> None:
+async def test_losses_that_are_far_apart_do_not_stop_a_start_command(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
     for _ in range(3):
         rental = await lose(house, rental)
@@ -145,7 +145,7 @@ async def test_losses_that_are_far_apart_are_nobody_s_fault(house: House, pool: 
 
 
 @pytest.mark.parametrize("state", [RentalState.PROVISIONING, RentalState.MIGRATING])
-def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: RentalState) -> None:
+def test_a_worker_lost_while_the_rental_was_made_there_counts_too(state: RentalState) -> None:
     dead = new_worker(1, health=Health.DOWN)
     rental = active_rental(1, state=state, start=SERVE, takeovers=(1.0, 700.0, 800.0))
     placement = new_placement(rental, dead, PlacementState.PREPARING)
@@ -166,7 +166,7 @@ def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: Rental
         ("", PlacementState.FAILED, 10.0, True),
     ],
 )
-def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
+def test_a_start_command_that_may_run_is_ended_before_it_runs_elsewhere(
     start: str, state: PlacementState, age_s: float, goes_on: bool
 ) -> None:
     """The rental was given up on a worker that lives: the end of its last try there may be unknown."""
@@ -183,7 +183,9 @@ def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
     assert goes_on or "waiting until worker w-0001 has ended" in world.rentals[rental.id].explanation
 
 
-async def test_what_was_given_up_is_purged_before_it_is_run_again_anywhere(house: House, pool: list[Agent]) -> None:
+async def test_a_given_up_placement_is_purged_before_the_start_command_runs_again(
+    house: House, pool: list[Agent]
+) -> None:
     nodes = [agent.node for agent in pool]
     whole, purged = [(node.create, node.purge) for node in nodes], list[int]()
 
@@ -209,7 +211,7 @@ async def test_what_was_given_up_is_purged_before_it_is_run_again_anywhere(house
     assert sum(len(node.started) for node in nodes) == 1
 
 
-async def test_only_one_that_has_a_command_and_lives_can_be_started(house: House, pool: list[Agent]) -> None:
+async def test_only_a_living_rental_with_a_start_command_can_be_started(house: House, pool: list[Agent]) -> None:
     plain, serving = await house.rent(), await house.rent(start=SERVE)
     refused = await house.as_admin.post(f"/api/rentals/{plain['id']}/start")
     assert (refused.status_code, refused.json()["code"]) == (409, "no_start")
@@ -221,7 +223,7 @@ async def test_only_one_that_has_a_command_and_lives_can_be_started(house: House
     assert (await other.post(f"/api/rentals/{plain['id']}/start")).status_code == 404
 
 
-async def test_why_it_could_not_be_run_is_told(house: House, pool: list[Agent]) -> None:
+async def test_a_start_command_that_could_not_run_shows_its_reason(house: House, pool: list[Agent]) -> None:
     for agent in pool:
         agent.node.start_problem = "its start command cannot be run: it ended with 1"
     rental = await house.rent(start=SERVE)
@@ -230,7 +232,7 @@ async def test_why_it_could_not_be_run_is_told(house: House, pool: list[Agent]) 
     assert event["reason"] == "its start command cannot be run: it ended with 1"
 
 
-async def test_a_repeated_request_without_a_command_is_the_one_from_before_there_were_any(
+async def test_a_repeated_request_without_a_start_command_is_the_same_and_with_one_is_another(
     house: House, pool: list[Agent]
 ) -> None:
     headers = {"Idempotency-Key": "one"}
@@ -257,7 +259,7 @@ async def shown_end(house: House, rental: dict[str, Any]) -> str:
     return end
 
 
-async def test_how_a_start_command_ended_is_shown_and_told_once(house: House, pool: list[Agent]) -> None:
+async def test_the_end_of_a_start_command_is_shown_and_has_one_event(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
     assert (rental["start_end"], rental["start_ended_at"]) == ("", None)
     at = house.clock.wall() - 10.0
@@ -289,7 +291,7 @@ async def test_the_end_of_a_run_is_forgotten_with_the_next_one(house: House, poo
     assert moved["start_end"] == ""
 
 
-async def test_a_worker_is_believed_once_for_each_run_and_about_its_own_rentals_alone(
+async def test_a_worker_s_report_counts_once_for_each_run_and_only_for_its_own_rentals(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(start=SERVE)
@@ -305,7 +307,7 @@ async def test_a_worker_is_believed_once_for_each_run_and_about_its_own_rentals_
     assert len(await house.events("rental.start_ended")) == 1
 
 
-async def test_a_manager_that_was_restarted_tells_it_no_second_time(house: House, pool: list[Agent]) -> None:
+async def test_a_restarted_manager_writes_no_second_event_of_the_same_end(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
     await tell(house, house.agent_of(rental), an_end(rental))
     await house.restart()
@@ -328,7 +330,7 @@ async def test_a_manager_that_was_restarted_tells_it_no_second_time(house: House
         {"more": 1},
     ],
 )
-async def test_an_end_that_is_not_of_the_contract_is_refused(
+async def test_an_invalid_end_of_a_start_command_is_refused(
     house: House, pool: list[Agent], wrong: dict[str, Any]
 ) -> None:
     rental = await house.rent(start=SERVE)

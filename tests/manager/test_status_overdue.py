@@ -143,11 +143,11 @@ def test_each_state_that_may_not_last_ends_as_its_table_says_when_its_deadline_h
     assert what_becomes_of_it() == expected
 
 
-def test_a_person_is_told_only_of_states_that_may_not_last_and_of_what_waits_for_one() -> None:
+def test_remedies_exist_only_for_states_that_may_not_last_and_for_quarantined_workers() -> None:
     assert set(WHAT_TO_DO) == {*PATIENT, ("worker", H.QUARANTINED)}
 
 
-def test_a_place_that_is_reserved_for_too_long_is_prepared_or_given_up() -> None:
+def test_a_slot_that_is_reserved_for_too_long_is_prepared_or_given_up() -> None:
     world, late = placed(P.RESERVED, R.PROVISIONING)
     assert decided(world, late, rounds=1).placements[late].state is P.PREPARING
     world, late = placed(P.RESERVED, R.RELEASING)
@@ -155,7 +155,7 @@ def test_a_place_that_is_reserved_for_too_long_is_prepared_or_given_up() -> None
 
 
 @pytest.mark.parametrize("worker_health", [H.READY, H.SUSPECT, H.UNKNOWN, H.JOINING, H.QUARANTINED])
-def test_what_is_made_for_too_long_has_failed_whatever_its_worker_is(worker_health: Health) -> None:
+def test_a_placement_that_prepares_for_too_long_fails_whatever_its_worker_s_health(worker_health: Health) -> None:
     world, late = placed(P.PREPARING, R.PROVISIONING, worker_health)
     decided(world, late, rounds=1)
     assert world.placements[late].state is P.FAILED
@@ -164,7 +164,7 @@ def test_what_is_made_for_too_long_has_failed_whatever_its_worker_is(worker_heal
 
 @pytest.mark.parametrize("worker_health", [H.READY, H.JOINING])
 @pytest.mark.parametrize(("state", "then"), [(P.STOPPING, P.FAILED), (P.FAILED, P.FAILED)])
-def test_what_is_cleaned_up_for_too_long_is_its_workers_fault(
+def test_a_clean_up_that_takes_too_long_quarantines_its_worker(
     state: PlacementState, then: PlacementState, worker_health: Health
 ) -> None:
     world, late = placed(state, R.RELEASING, worker_health)
@@ -174,7 +174,7 @@ def test_what_is_cleaned_up_for_too_long_is_its_workers_fault(
     assert judged(H.JOINING, 0.0, fault="x", verified_session=None) is H.QUARANTINED
 
 
-def test_what_is_stopped_is_purged_by_the_next_round() -> None:
+def test_a_stopped_placement_is_purged_by_the_next_round() -> None:
     world, late = placed(P.STOPPED, R.RELEASING)
     assert decided(world, late, rounds=1).placements[late].state is P.PURGED
 
@@ -193,7 +193,7 @@ def test_a_rental_that_was_never_active_does_not_wait_for_ever() -> None:
     assert decided(new_world(rental), rental.id).rentals[rental.id].state is R.FAILED
 
 
-def test_a_rental_that_was_active_waits_and_a_person_is_told() -> None:
+def test_a_rental_that_was_active_waits_and_the_status_says_so() -> None:
     rental = active_rental(state=R.QUEUED)
     world = decided(new_world(rental), rental.id)
     assert world.rentals[rental.id].state is R.QUEUED
@@ -203,19 +203,21 @@ def test_a_rental_that_was_active_waits_and_a_person_is_told() -> None:
 
 
 @pytest.mark.parametrize("state", [R.PROVISIONING, R.MIGRATING])
-def test_a_rental_that_is_made_nowhere_is_queued_again(state: RentalState) -> None:
+def test_a_provisioning_rental_without_a_placement_is_queued_again(state: RentalState) -> None:
     rental = active_rental(state=state)
     assert decided(new_world(rental), rental.id, rounds=1).rentals[rental.id].state is R.QUEUED
 
 
 @pytest.mark.parametrize("silent_s", [0.0, 50.0, 10_000.0])
-def test_a_worker_that_joins_for_too_long_is_quarantined_or_gone(silent_s: float) -> None:
+def test_a_worker_that_joins_for_too_long_is_quarantined_or_down(silent_s: float) -> None:
     assert judged(H.JOINING, silent_s, verified_session=None) in {H.QUARANTINED, H.SUSPECT, H.DOWN}
 
 
 @pytest.mark.parametrize("health", [H.SUSPECT, H.UNKNOWN])
 @pytest.mark.parametrize(("silent_s", "then"), [(0.0, H.READY), (10_000.0, H.DOWN)])
-def test_a_worker_in_doubt_is_ready_or_down(health: Health, silent_s: float, then: Health) -> None:
+def test_a_worker_that_is_suspect_or_unknown_for_too_long_is_ready_or_down(
+    health: Health, silent_s: float, then: Health
+) -> None:
     assert judged(health, silent_s) is then
 
 
@@ -227,7 +229,7 @@ def test_nothing_that_is_in_time_is_overdue() -> None:
 
 
 @pytest.mark.parametrize(("kind", "state"), PATIENT)
-def test_what_is_over_its_deadline_is_told_with_why_and_what_to_do(kind: str, state: str) -> None:
+def test_an_overdue_state_is_listed_with_its_reason_and_remedy(kind: str, state: str) -> None:
     rental = new_rental(state=state if kind == "rental" else R.ACTIVE, explanation="something is wrong")
     worker = new_worker(health=state if kind == "worker" else H.READY, explanation="something is wrong")
     placement = new_placement(rental, worker, PlacementState(state) if kind == "placement" else P.RUNNING)
@@ -241,7 +243,7 @@ def test_what_is_over_its_deadline_is_told_with_why_and_what_to_do(kind: str, st
     assert "{" not in notice.what_to_do
 
 
-async def test_the_status_tells_an_admin_what_waits_and_a_client_nothing_of_others(house: House) -> None:
+async def test_the_status_shows_overdue_states_to_an_admin_and_not_to_clients(house: House) -> None:
     rental = await house.rent()
     await house.pass_time(600.0)
     client = await house.new_client("alice")

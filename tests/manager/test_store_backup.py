@@ -159,7 +159,7 @@ def with_rows_that_do_not_fit(file: Path) -> None:
         (with_rows_that_do_not_fit, "do not fit together"),
     ],
 )
-def test_what_is_no_backup_is_refused_and_changes_nothing(
+def test_a_file_that_is_no_backup_is_refused_and_changes_nothing(
     backups: Backups, spoil: Callable[[Path], None], why: str
 ) -> None:
     upload = uploaded(backups, backups.database)

@@ -38,7 +38,7 @@ def test_a_brake_is_never_on_longer_than_brake_max(history: list[tuple[float, Ob
 
 
 @given(OBSERVATIONS, st.lists(st.integers(1, 20), min_size=10, max_size=30))
-def test_one_cause_that_never_clears_is_braked_for_once(seen: Observation, seconds: list[int]) -> None:
+def test_a_cause_that_never_clears_turns_the_brake_on_once(seen: Observation, seconds: list[int]) -> None:
     """Let rounds be late, or the proxy unreachable, in every round: after brake_max workers are judged again."""
     now, brake, ended = 0.0, Brake.at_start(0.0), False
     for pause_s in seconds * 3:
@@ -50,7 +50,7 @@ def test_one_cause_that_never_clears_is_braked_for_once(seen: Observation, secon
 
 
 @given(HISTORIES)
-def test_when_it_ends_before_brake_max_the_door_was_open_and_somebody_heard_for_takeover_after(
+def test_a_brake_that_ends_early_had_a_reachable_proxy_for_takeover_after_and_a_heartbeat(
     history: list[tuple[float, Observation]],
 ) -> None:
     now, brake, shut_at = 0.0, Brake.at_start(0.0), 0.0
@@ -96,14 +96,14 @@ EVIDENCE = st.builds(
 
 
 @given(EVIDENCE)
-def test_while_the_brake_is_on_nobody_is_declared_down(evidence: Evidence) -> None:
+def test_while_the_brake_is_on_no_silent_worker_is_declared_down(evidence: Evidence) -> None:
     verdict = judge(evidence)
     if evidence.brake.on:
         assert verdict is None or verdict.to is not Health.DOWN
 
 
 @given(EVIDENCE)
-def test_down_is_said_only_of_one_that_was_silent_for_its_whole_lease_or_said_goodbye(evidence: Evidence) -> None:
+def test_only_a_worker_silent_for_its_whole_lease_or_that_said_goodbye_is_declared_down(evidence: Evidence) -> None:
     verdict = judge(evidence)
     if verdict is None or verdict.to is not Health.DOWN:
         return
@@ -115,7 +115,7 @@ def test_down_is_said_only_of_one_that_was_silent_for_its_whole_lease_or_said_go
 
 
 @given(EVIDENCE)
-def test_a_worker_becomes_ready_only_heard_and_verified_in_its_current_session(evidence: Evidence) -> None:
+def test_a_worker_becomes_ready_only_with_a_heartbeat_and_verified_in_its_current_session(evidence: Evidence) -> None:
     verdict = judge(evidence)
     if verdict is None or verdict.to is not Health.READY:
         return

@@ -100,7 +100,7 @@ def _now(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
+def test_a_part_of_the_world_leads_to_the_same_decision_as_the_whole(seed: int) -> None:
     random = Random(f"partly {seed}")  # noqa: S311  a history to play again, no secret
     platform = Partly()
     platform.a_pool([1, 2, 1])
@@ -114,7 +114,7 @@ def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) -> None:
+def test_a_pool_index_that_followed_each_step_equals_a_new_one(seed: int) -> None:
     """Check the pool index of the state store in memory; House compares that of the database when it is at rest."""
     random = Random(f"followed {seed}")  # noqa: S311
     platform = PoolHistory()

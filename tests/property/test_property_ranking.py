@@ -16,7 +16,9 @@ CHANGES = st.lists(st.tuples(st.sampled_from("abcdefgh"), RANKS), max_size=60)
 
 
 @given(CHANGES, st.integers(0, 9), st.sets(st.sampled_from("abcdefgh"), max_size=3))
-def test_the_best_are_the_best_of_all_whatever_has_changed(changes: list[Any], number: int, without: set[str]) -> None:
+def test_the_best_workers_of_the_ranking_are_the_best_of_all_after_any_changes(
+    changes: list[Any], number: int, without: set[str]
+) -> None:
     room, ranks = Ranking(), dict[str, Rank | None]()
     for identity, rank in changes:
         ranks[identity] = (*rank, identity) if rank else None
@@ -29,7 +31,7 @@ def test_the_best_are_the_best_of_all_whatever_has_changed(changes: list[Any], n
 
 
 @given(POOLS, st.integers(1, 8))
-def test_a_pool_chooses_one_after_the_other_as_a_look_at_all_candidates_does(
+def test_repeated_choices_from_the_ranking_equal_choices_among_all_candidates(
     candidates: list[Candidate], number: int
 ) -> None:
     pool = Candidates([_unfailed(c) for c in candidates], {})
@@ -47,7 +49,7 @@ def test_a_pool_chooses_one_after_the_other_as_a_look_at_all_candidates_does(
         )
 
 
-def test_who_is_elsewhere_counts_in_the_explanation_and_one_that_could_take_it_is_waited_for() -> None:
+def test_workers_outside_the_part_count_in_the_explanation_and_a_suitable_one_is_waited_for() -> None:
     assert Candidates([], {"draining": 2, "full": 1}).choose(()) == NoWorker(
         "waiting: of 3 workers, 2 draining, 1 full. It starts by itself when one can take it"
     )

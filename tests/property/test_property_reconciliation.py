@@ -468,7 +468,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_long_and_busy_history_breaks_no_promise_and_converges(seed: int) -> None:
+def test_a_long_and_busy_history_breaks_no_invariant_and_converges(seed: int) -> None:
     """All rules run as often as on a busy platform, which short histories seldom reach."""
     random = Random(seed)  # noqa: S311  a history to play again, no secret
     platform = PoolHistory()

@@ -61,7 +61,7 @@ def test_the_choice_fits_is_the_least_used_and_its_slot_is_free(pool: list[Candi
 
 
 @given(POOLS, st.randoms())
-def test_the_order_of_the_pool_decides_nothing(pool: list[Candidate], random: object) -> None:
+def test_the_order_of_the_pool_does_not_change_the_choice(pool: list[Candidate], random: object) -> None:
     shuffled = list(pool)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert choose(pool) == choose(shuffled)

@@ -213,11 +213,11 @@ class House:
             engine=FakeEngine(self.world),
             reach=FakeReach(self.world),
             snapshot_service=self.snapshot_service,
-            door=proxy_probe,
-            copies_disk=lambda: self.disk_share,
+            proxy_probe=proxy_probe,
+            snapshots_disk=lambda: self.disk_share,
             monotonic=self.clock.monotonic,
             wall=self.clock.wall,
-            watch=self.liveness,
+            liveness=self.liveness,
             shells=self.shells,
         )
         self.app = _routes()
@@ -254,10 +254,10 @@ class House:
         await self._stop()
 
     async def _stop(self) -> None:
-        await self.manager.copies.stop()
+        await self.manager.snapshots.stop()
         await self.manager.task_runner.stop()
-        if self.manager.watching:
-            await self.manager.watching.stop()
+        if self.manager.liveness:
+            await self.manager.liveness.stop()
 
     def client(self, token: str) -> httpx.AsyncClient:
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7", "Authorization": f"Bearer {token}"}

@@ -46,14 +46,14 @@ def test_an_address_that_is_given_is_kept() -> None:
 
 
 @pytest.mark.parametrize("subnet", ["junk", "10.77.0.0", "10.77.0.5/16", "10.77.0.0/30", "10.77.0.0/4"])
-def test_a_subnet_that_is_none_is_refused_in_one_line(subnet: str) -> None:
+def test_an_invalid_subnet_is_refused_in_one_line(subnet: str) -> None:
     refused = shell("derive_addresses", ORION_SUBNET=subnet)
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"orion: ORION_SUBNET={subnet}")
     assert refused.stderr.count("\n") == 1
 
 
-def test_the_machine_s_addresses_are_told_in_order_without_those_of_docker(tmp_path: Path) -> None:
+def test_the_machine_s_addresses_are_listed_in_order_without_those_of_docker(tmp_path: Path) -> None:
     programs = {
         "hostname": "echo 203.0.113.7 172.17.0.1 10.1.2.3 2001:db8::7 172.20.0.1 10.1.2.3 192.168.1.2",
         "docker": '[ "$2" = ls ] && echo id || printf "%s\\n" "bridge 172.17.0.0/16" none "x_orion_net 172.20.0.0/16"',
@@ -86,7 +86,7 @@ RULES = """*nat
 COMMIT"""
 
 
-def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_has_its_subnet() -> None:
+def test_leftovers_of_a_former_docker_network_are_reported_with_the_commands_against_them() -> None:
     """A former rule of masquerading hides the senders of the new network: the manager would refuse the proxy."""
     nothing = "docker_networks() { :; }; docker() { :; }; host_routes() { :; }; as_root_without_password() { :; }"
     bridge = "host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
@@ -103,7 +103,7 @@ def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_ha
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_network_is_seen_by_its_ipv4_whatever_else_it_has() -> None:
+def test_a_network_is_found_by_its_ipv4_subnet_whatever_other_subnets_it_has() -> None:
     networks = "none\\nbridge fd00:1::/64 172.17.0.0/16\\nother fd00:2::/64 172.20.0.0/16"
     fakes = (
         f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}; as_root_without_password() {{ :; }}"

@@ -137,7 +137,7 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Ca
         assert bench.home.lease.acknowledged_at == 1002.0
 
 
-def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
+def test_only_a_last_answer_marked_by_the_proxy_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.step(Answer(502, marked=True))
     assert bench.home.lease.unreached_at == 1002.0, "the time at which it called"
@@ -165,7 +165,7 @@ def test_the_next_call_is_due_at_once_when_the_liveness_connection_has_ended(ben
     assert bench.home.due_s() > 60.0
 
 
-def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(bench: CallHomeBench) -> None:
+def test_after_an_orderly_end_of_the_manager_the_agent_calls_until_the_next_one_answers(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.home.liveness_closed_at = bench.manager.now
     bench.manager.now += 1.5
@@ -174,13 +174,13 @@ def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(
     assert bench.home.due_s() > 60.0
 
 
-def test_a_worker_whose_lease_is_about_to_end_asks_every_two_seconds(bench: CallHomeBench) -> None:
+def test_a_worker_whose_lease_is_about_to_end_calls_every_two_seconds(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.manager.now += 70.0
     assert [bench.step(Answer(503)) for _ in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
-def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: CallHomeBench) -> None:
+def test_without_a_join_token_the_agent_waits_logs_that_once_and_makes_no_call(bench: CallHomeBench) -> None:
     token = bench.root / "run/orion-join/token"
     token.unlink()
     assert [bench.step() for _ in range(3)] == [1.0, 1.0, 1.0]
@@ -190,7 +190,9 @@ def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: Call
     assert bench.step(registered()) == 30
 
 
-def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench: CallHomeBench) -> None:
+def test_failed_registrations_are_repeated_for_ever_at_growing_intervals_with_one_log_line_each(
+    bench: CallHomeBench,
+) -> None:
     waits = [bench.step(Answer(503)) for _ in range(8)]
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
     assert len(bench.log) == 8
@@ -224,7 +226,7 @@ def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: CallH
 
 
 @pytest.mark.parametrize("refusal", [Answer(401), Answer(409, {"code": "host_key_changed"})])
-def test_a_refused_identity_is_forgotten_and_the_join_token_asks_for_a_new_one(
+def test_a_refused_identity_is_forgotten_and_the_agent_registers_with_the_join_token(
     bench: CallHomeBench, refusal: Answer
 ) -> None:
     bench.step(registered())
@@ -256,7 +258,7 @@ def test_a_half_written_identity_is_no_identity(bench: CallHomeBench) -> None:
     assert bench.last[1] == JOIN
 
 
-def test_replies_unlock_and_lock_what_is_here(bench: CallHomeBench) -> None:
+def test_replies_unlock_and_lock_the_rentals_of_the_worker(bench: CallHomeBench) -> None:
     a_rental(bench)
     run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
     bench.step(registered(placements=run))
@@ -266,7 +268,7 @@ def test_replies_unlock_and_lock_what_is_here(bench: CallHomeBench) -> None:
     assert bench.log[-2:] == ["unlocked rental one at epoch 1", "locked rental one at epoch 1"]
 
 
-def test_once_it_is_exiting_no_reply_activates_a_rental(bench: CallHomeBench) -> None:
+def test_once_a_worker_is_exiting_no_reply_activates_a_rental(bench: CallHomeBench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
     rentals.unlock(RentalOrder(rental_id="one", epoch=1))
@@ -413,7 +415,7 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     assert (answer.status, answer.body) == (200, {"heard": True})
 
 
-def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and_says_goodbye(
+def test_a_worker_that_stops_during_its_registration_keeps_its_identity_and_says_goodbye(
     bench: CallHomeBench,
 ) -> None:
     asked, locked = threading.Event(), threading.Event()

@@ -97,12 +97,12 @@ def test_a_rental_is_unlocked_only_at_the_epoch_that_is_to_run() -> None:
     assert actions_for([item("locked")], [want("run", epoch=3)]) == []
 
 
-def test_a_newer_epoch_to_run_locks_the_stale_one_that_is_here() -> None:
+def test_an_order_to_run_a_newer_epoch_locks_the_stale_one() -> None:
     assert actions_for([item("running")], [want("run", epoch=3)]) == [RentalAction("lock", "one", 2)]
 
 
 @pytest.mark.parametrize("what", ["hold", "purge"])
-def test_hold_and_purge_lock_the_epoch_they_name_and_no_newer_one(what: str) -> None:
+def test_orders_to_hold_and_purge_lock_their_epoch_and_no_newer_one(what: str) -> None:
     assert actions_for([item("running")], [want(what)]) == [RentalAction("lock", "one", 2)]
     assert actions_for([item("running")], [want(what, epoch=1)]) == []
     assert actions_for([item("locked")], [want(what)]) == []
@@ -160,7 +160,7 @@ def test_placements_of_another_form_are_refused(value: object) -> None:
         placements_from(value)
 
 
-def test_an_answer_says_in_one_line_what_it_was() -> None:
+def test_an_answer_is_described_in_one_line() -> None:
     assert str(Answer(0, reason="timed out")) == "no answer (timed out)"
     assert str(Answer(409, {"code": "stale_session", "detail": "register again"})) == (
         "409 stale_session: register again"
@@ -168,7 +168,7 @@ def test_an_answer_says_in_one_line_what_it_was() -> None:
     assert str(Answer(502)) == "502"
 
 
-def test_the_grace_of_a_stop_grows_with_what_has_to_be_carried() -> None:
+def test_the_grace_of_a_stop_grows_with_the_files_that_have_to_migrate() -> None:
     """551 MB in 26,800 files were not carried within 55 s once, and came back from an old snapshot."""
     assert stop_grace_s(55, 590, files=0, size=0) == 55
     assert 300 < stop_grace_s(55, 590, files=26_800, size=551_000_000) < 590

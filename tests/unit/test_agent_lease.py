@@ -19,7 +19,7 @@ from orion_worker.agent.decisions import (
 LEASED = LeaseState(lease_s=75.0, proxy_answer_s=5.0, acknowledged_at=1000.0)
 
 
-def test_a_worker_that_was_never_acknowledged_may_run_nothing() -> None:
+def test_a_worker_without_any_acknowledged_call_may_run_nothing() -> None:
     assert not may_run(LeaseState(), None, 0.0)
     assert not may_run(LeaseState(lease_s=75.0), None, 10.0)
 
@@ -45,19 +45,19 @@ def test_when_the_liveness_connection_has_ended_earlier_answers_count_for_a_seco
 
 
 @pytest.mark.parametrize("settled_by", ["acknowledged_at", "unreached_at"])
-def test_only_a_call_from_after_the_manager_saw_the_end_makes_up_for_it(settled_by: str) -> None:
+def test_only_a_call_sent_after_the_manager_saw_the_end_restores_the_lease(settled_by: str) -> None:
     settled = 1010.0 + LIVENESS_SETTLES_S
     assert may_run(replace(LEASED, **{settled_by: settled}), 1010.0, 1012.0)
     assert not may_run(replace(LEASED, **{settled_by: settled - 0.01}), 1010.0, 1012.0)
 
 
-def test_a_worker_that_is_sure_of_its_lease_waits_for_its_interval() -> None:
+def test_a_worker_with_a_long_lease_waits_for_its_interval() -> None:
     assert ask_within_s(LeaseState(), None, 1000.0) == math.inf
     assert ask_within_s(LEASED, None, 1000.0) == 70.0
     assert ask_within_s(replace(LEASED, acknowledged_at=1011.0), 1010.0, 1012.0) == 69.0
 
 
-def test_a_worker_that_is_about_to_lose_its_lease_or_has_lost_it_asks_every_two_seconds() -> None:
+def test_a_worker_that_is_losing_or_has_lost_its_lease_calls_every_two_seconds() -> None:
     assert ask_within_s(LEASED, None, 1070.0) == 2.0
     assert ask_within_s(LEASED, None, 5000.0) == 2.0
     assert ask_within_s(replace(LEASED, lease_s=7.5, proxy_answer_s=0.5), None, 1007.0) == pytest.approx(0.2)
@@ -69,7 +69,7 @@ def test_the_call_after_the_end_of_the_liveness_connection_leaves_time_for_its_a
     assert ask_within_s(LEASED, 1010.0, 1011.0) == 2.0
 
 
-def test_a_reply_of_an_older_manager_means_the_share_of_the_defaults() -> None:
+def test_a_reply_of_an_older_manager_implies_the_default_share_for_the_proxy_s_answer() -> None:
     assert proxy_answer_from({"lease_s": 75.0}) == 5.0
     assert proxy_answer_from({"lease_s": 75.0, "door_answer_s": 2.5}) == 2.5
 

@@ -87,7 +87,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, str], named: str) -> None:
         settings_from({"ORION_APP_ADDRESS": "172.20.0.3"} | wrong)
 
 
-def test_files_to_be_carried_are_counted_without_following_links(tmp_path: Path) -> None:
+def test_files_to_migrate_are_counted_without_following_links(tmp_path: Path) -> None:
     (tmp_path / "a/deep").mkdir(parents=True)
     (tmp_path / "a/deep/file").write_bytes(b"x" * 1000)
     (tmp_path / "a/loop").symlink_to(tmp_path)

@@ -29,7 +29,7 @@ def changed(waiting: list[WaitingJob], numbers: Iterable[int], **changes: object
     return [replace(job, **changes) if job.number in numbers else job for job in waiting]  # type: ignore[arg-type]
 
 
-def test_what_waits_goes_together_over_workers_and_rentals() -> None:
+def test_waiting_jobs_of_several_workers_and_rentals_share_a_run() -> None:
     assert choose(jobs("a", "b", "a"), anybody) == [1, 2, 3]
     assert choose([], anybody) == []
 
@@ -52,7 +52,7 @@ def test_suspects_are_passed_over_when_they_have_their_share_of_the_runners() ->
     assert choose(waiting[:1], lambda claim: not claim.fails) == []
 
 
-def test_what_is_tried_again_is_alone() -> None:
+def test_a_repeated_job_runs_alone() -> None:
     waiting = changed(jobs("a", "a", "b"), [1], alone=True)
     assert choose(waiting, anybody) == [1]
     assert choose(waiting[1:] + waiting[:1], anybody) == [2, 3]
@@ -65,12 +65,12 @@ def test_a_run_is_bounded_in_workers_and_in_rentals_of_each() -> None:
     assert choose(crowd, anybody) == [*range(1, MAX_RENTALS + 1), MAX_RENTALS + 6]
 
 
-def test_a_worker_that_is_pinned_in_two_ways_is_never_twice_in_a_run() -> None:
+def test_a_worker_with_two_pinned_host_keys_is_never_twice_in_a_run() -> None:
     waiting = changed(jobs("a", "a", "b"), [2], host=host("a", OTHER_KEY))
     assert choose(waiting, anybody) == [1, 3]
 
 
-def test_a_run_that_one_worker_can_hold_up_is_begun_within_the_share_of_its_owner() -> None:
+def test_a_run_over_a_single_worker_begins_within_the_share_of_its_owner() -> None:
     full = Claim("greedy")
     waiting = [replace(job, owner="greedy") for job in jobs("a", "a", "b")] + [replace(jobs("c")[0], number=4)]
     waiting = changed(waiting, [3], action=Action.DELETE)
@@ -83,7 +83,7 @@ def test_a_run_that_one_worker_can_hold_up_is_begun_within_the_share_of_its_owne
     )
 
 
-def test_what_has_no_owner_is_its_workers() -> None:
+def test_a_job_without_an_owner_counts_for_its_worker() -> None:
     job, suspect = jobs("a")[0], changed(jobs("a"), [1], suspect=True)[0]
     assert (job.claim, suspect.claim) == (Claim("w-a"), Claim("w-a", fails=True))
     assert replace(suspect, owner="one").claim == Claim("one", fails=True)

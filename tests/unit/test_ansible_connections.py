@@ -66,7 +66,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connectio
     made.end()
 
 
-def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(bench: ConnectionsBench) -> None:
+def test_a_connection_is_open_when_the_program_says_so_and_is_kept_for_the_next_order(bench: ConnectionsBench) -> None:
     made = bench.to(ECHO)
     assert made.state is State.OPENING
     bench.until(lambda: made.state is State.OPEN)
@@ -81,7 +81,7 @@ def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(
 @pytest.mark.parametrize(
     "output", ["nonsense", "[]", "null", '{"id": 7, "status": 0, "report": {}}', '{"id": 1, "status": 0, "report": 5}']
 )
-def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: ConnectionsBench, output: str) -> None:
+def test_an_invalid_answer_ends_the_connection_and_all_its_requests(bench: ConnectionsBench, output: str) -> None:
     made = bench.to(f"{READY}\nread -r line\necho '{output}'\nread -r line")
     bench.until(lambda: made.state is State.OPEN)
     answers: list[dict[str, Any]] = []
@@ -92,7 +92,7 @@ def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Con
     assert bench.connections.by_number(made.number) is None
 
 
-def test_more_than_an_answer_can_be_is_not_kept(bench: ConnectionsBench) -> None:
+def test_an_answer_beyond_the_limit_is_not_kept(bench: ConnectionsBench) -> None:
     made = bench.to(f"{READY}\nexec cat /dev/zero")
     bench.until(lambda: made.closed)
     assert made.complaint == "the worker sent more than an answer may hold"
@@ -106,14 +106,16 @@ def test_more_than_an_answer_can_be_is_not_kept(bench: ConnectionsBench) -> None
         ("", "the connection was closed"),
     ],
 )
-def test_why_it_did_not_open_is_what_ssh_said(bench: ConnectionsBench, complaint: str, reason: str) -> None:
+def test_the_reason_of_a_failed_connection_is_the_output_of_ssh(
+    bench: ConnectionsBench, complaint: str, reason: str
+) -> None:
     made = bench.to(f"echo '{complaint}' >&2\nexit 255")
     bench.until(lambda: made.closed)
     assert made.complaint.endswith(reason)
     assert not made.was_open
 
 
-def test_one_that_never_opens_is_given_up(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_never_opens_is_given_up(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "OPEN_WITHIN_S", 0.05)
     made = bench.to("exec sleep 100")
     assert bench.connections.patience() is not None
@@ -121,7 +123,9 @@ def test_one_that_never_opens_is_given_up(bench: ConnectionsBench, monkeypatch: 
     assert made.complaint == "nothing answered in time"
 
 
-def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(bench: ConnectionsBench) -> None:
+def test_the_end_of_the_program_fails_its_requests_and_the_next_request_starts_a_new_one(
+    bench: ConnectionsBench,
+) -> None:
     made = bench.to(f"{READY}\nread -r line")
     bench.until(lambda: made.state is State.OPEN)
     answers: list[dict[str, Any]] = []
@@ -134,7 +138,7 @@ def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(ben
     bench.until(lambda: again.state is State.OPEN)
 
 
-def test_the_one_that_was_used_the_longest_ago_makes_room(
+def test_the_connection_that_was_unused_the_longest_is_closed_for_a_new_one(
     bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
@@ -145,7 +149,7 @@ def test_the_one_that_was_used_the_longest_ago_makes_room(
     assert [one.closed for one in (*made, third)] == [False, True, False]
 
 
-def test_of_those_that_are_not_used_a_few_are_kept(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_unused_connections_are_kept(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [bench.to(ECHO, name) for name in ("a", "b")]
     bench.until(lambda: all(one.state is State.OPEN for one in made))
     bench.connections.to(host("a"))

@@ -38,7 +38,7 @@ def bench() -> FakeEngineBench:
 
 
 class TestFakeEngine(EngineContract):
-    async def test_what_hangs_on_a_worker_fails_when_it_dies(self, bench: FakeEngineBench) -> None:
+    async def test_a_hanging_job_fails_when_its_worker_dies(self, bench: FakeEngineBench) -> None:
         bench.worker.hang()
         running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
         await bench.worker.asked.wait()
@@ -66,7 +66,7 @@ class TestFakeReach(ReachContract):
     pass
 
 
-async def test_a_worker_that_was_reached_does_not_wait_for_an_engine_that_is_away(
+async def test_a_reach_does_not_wait_for_an_engine_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "EXPECT_WITHIN_S", 0.01)

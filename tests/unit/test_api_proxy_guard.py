@@ -85,14 +85,14 @@ async def test_nothing_of_a_reply_is_lost_when_the_connection_ends_with_it(path:
     [b"Content-Length: 4\r\n\r\nbody", b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"],
     ids=["a length", "chunks"],
 )
-async def test_a_websocket_that_begins_with_a_body_is_refused_and_nobody_waits(length_and_body: bytes) -> None:
+async def test_a_websocket_that_begins_with_a_body_is_refused_at_once(length_and_body: bytes) -> None:
     request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     async with connected(LOOPBACK) as (reader, writer):
         writer.write(request + length_and_body)
         assert_refused(await asyncio.wait_for(reader.read(), 60))
 
 
-async def test_what_is_not_http_is_refused_as_a_problem() -> None:
+async def test_a_request_that_is_not_http_is_refused_as_a_problem() -> None:
     async with connected(LOOPBACK) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\x0bb\r\n\r\n")
         assert_refused(await asyncio.wait_for(reader.read(), 60))

@@ -19,7 +19,7 @@ def test_the_page_shows_the_tables_as_they_are() -> None:
     assert written_into(page) == page, "run: PYTHONPATH=src python3 scripts/state_machines.py --write"
 
 
-def test_each_state_and_each_way_out_of_it_is_shown() -> None:
+def test_each_state_and_each_of_its_exits_is_on_the_page() -> None:
     text = as_text()
     for kind, table in TABLES.items():
         machine = text.split(f"\n{kind}\n")[1].split("\n\n")[0]
@@ -29,7 +29,7 @@ def test_each_state_and_each_way_out_of_it_is_shown() -> None:
             assert row.overdue in line
 
 
-def test_a_page_of_other_tables_is_noticed() -> None:
+def test_a_page_with_other_tables_is_detected() -> None:
     changed = {**RENTAL_TABLE, "queued": replace(RENTAL_TABLE["queued"], owner="somebody else")}
     assert written_into(PAGE.read_text(), {**TABLES, "rental": changed}) != PAGE.read_text()
 

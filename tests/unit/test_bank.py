@@ -29,14 +29,14 @@ def _program(*arguments: str) -> list[str]:
     return [sys.executable, str(bank.__file__), *arguments]
 
 
-def test_what_was_left_between_two_steps_is_right_and_is_gone_on_with(folder: Path) -> None:
+def test_a_bank_left_between_two_steps_is_valid_and_continues(folder: Path) -> None:
     assert bank.faults(folder) == []
     bank.work(folder, 2, NO_REST)
     assert (folder / "A").read_text() == "000000000005\n"
     assert bank.faults(folder) == []
 
 
-def test_what_a_kill_leaves_is_right_whenever_it_comes(tmp_path: Path) -> None:
+def test_a_bank_is_valid_after_a_kill_at_any_time(tmp_path: Path) -> None:
     place = tmp_path / "bank"
     for _ in range(3):
         with subprocess.Popen(_program("run", str(place))) as running:
@@ -48,13 +48,13 @@ def test_what_a_kill_leaves_is_right_whenever_it_comes(tmp_path: Path) -> None:
         assert bank.faults(place) == []
 
 
-def test_looking_changes_nothing(folder: Path) -> None:
+def test_checking_a_bank_changes_nothing(folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     bank.faults(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_database_of_one_moment_with_the_log_of_another_is_noticed(tmp_path: Path) -> None:
+def test_a_database_of_one_moment_with_the_log_of_another_is_detected(tmp_path: Path) -> None:
     """A snapshot that reads one file after the other while the program writes has such files."""
     place, torn = tmp_path / "bank", tmp_path / "torn"
     bank.create(place)
@@ -83,27 +83,27 @@ def test_a_database_of_one_moment_with_the_log_of_another_is_noticed(tmp_path: P
         ("zz_B", None, "zz_B is not there"),
     ],
 )
-def test_a_counter_that_the_program_cannot_have_left_is_noticed(
+def test_a_counter_that_the_program_cannot_have_left_is_detected(
     folder: Path, name: str, content: bytes | None, fault: str
 ) -> None:
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert fault in bank.faults(folder)
 
 
-def test_a_counter_may_be_one_step_behind_what_is_written_before_it(folder: Path) -> None:
+def test_a_counter_may_be_one_step_behind_the_file_that_is_written_before_it(folder: Path) -> None:
     (folder / "zz_B").write_bytes(b"000000000002\n")
     assert bank.faults(folder) == []
     (folder / "m").write_bytes(b"000000000002\n")
     assert bank.faults(folder) == []
 
 
-def test_a_sum_that_is_not_what_it_was_is_noticed(folder: Path) -> None:
+def test_a_changed_sum_is_detected(folder: Path) -> None:
     with closing(sqlite3.connect(folder / bank.DATABASE)) as database, database:
         database.execute("UPDATE accounts SET balance = balance + 6 WHERE number = 1")
     assert bank.faults(folder) == ["20000 accounts hold 20000006 of 20000000 units in 20000"]
 
 
-def test_a_damaged_or_missing_database_is_noticed(folder: Path) -> None:
+def test_a_damaged_or_missing_database_is_detected(folder: Path) -> None:
     content = bytearray((folder / bank.DATABASE).read_bytes())
     content[4096 * 20 : 4096 * 24] = b"\xff" * 4096 * 4
     (folder / bank.DATABASE).write_bytes(content)
@@ -114,7 +114,7 @@ def test_a_damaged_or_missing_database_is_noticed(folder: Path) -> None:
     assert bank.faults(folder) == ["there is no bank"]
 
 
-def test_who_starts_it_writes_down_what_it_found_and_nobody_works_there_twice(folder: Path, tmp_path: Path) -> None:
+def test_a_start_of_the_bank_records_what_it_found_and_a_second_one_does_nothing(folder: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     journal.touch()
     (folder / "A").write_bytes(b"")

@@ -24,13 +24,13 @@ def test_of_few_values_the_99th_percentile_is_the_worst() -> None:
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1), st.floats(0.01, 1))
-def test_at_least_that_share_is_not_above_a_percentile(values: list[float], share: float) -> None:
+def test_at_least_the_given_share_of_values_is_not_above_a_percentile(values: list[float], share: float) -> None:
     found = percentile(values, share)
     assert found in values
     assert sum(value <= found for value in values) >= share * len(values) * (1 - 1e-9)
 
 
-def test_nothing_has_no_percentile() -> None:
+def test_an_empty_list_has_no_percentile() -> None:
     with pytest.raises(ValueError, match="nothing"):
         percentile([], 0.5)
 

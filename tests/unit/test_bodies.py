@@ -90,7 +90,7 @@ async def test_a_body_that_is_not_whole_in_time_ends_the_request() -> None:
 
 
 @pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown"])
-async def test_a_slow_body_of_a_stranger_is_not_waited_for(token: str) -> None:
+async def test_a_slow_body_of_an_unknown_caller_is_not_waited_for(token: str) -> None:
     call = ScriptedCall("/api/rent", {"content-length": "4", "authorization": token}, [b"a", b"b"])
     assert await answered(call, unknown_within_s=0.01) == (401, "unauthorized")
     assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
@@ -98,7 +98,7 @@ async def test_a_slow_body_of_a_stranger_is_not_waited_for(token: str) -> None:
 
 @pytest.mark.parametrize("sent", [{"content-length": LARGE}, {"transfer-encoding": "chunked"}])
 @pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown", "Basic YTpi"])
-async def test_a_large_body_of_a_stranger_is_not_begun_to_be_read(sent: dict[str, str], token: str) -> None:
+async def test_no_byte_of_a_large_body_of_an_unknown_caller_is_read(sent: dict[str, str], token: str) -> None:
     call = ScriptedCall("/api/rent", sent | {"authorization": token}, [b"a"])
     assert await answered(call) == (401, "unauthorized")
     assert call.taken == 0
@@ -110,12 +110,12 @@ async def test_a_large_body_of_a_known_caller_is_read() -> None:
     assert await answered(call) == (200, LARGE)
 
 
-async def test_a_body_of_the_largest_size_that_a_stranger_may_send_is_read() -> None:
+async def test_a_body_of_the_largest_size_for_unknown_callers_is_read() -> None:
     call = ScriptedCall("/api/rent", {"content-length": str(LARGE_BYTES)}, [b"a" * LARGE_BYTES])
     assert await answered(call) == (200, str(LARGE_BYTES))
 
 
-async def test_a_restore_is_as_slow_as_it_is() -> None:
+async def test_the_upload_of_a_backup_may_be_slow() -> None:
     call = ScriptedCall("/api/admin/restore", {"content-length": "2"}, [b"a"])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
@@ -123,7 +123,7 @@ async def test_a_restore_is_as_slow_as_it_is() -> None:
     assert not call.sent
 
 
-async def test_what_is_answered_before_the_body_is_whole_stays_so() -> None:
+async def test_an_answer_that_was_sent_before_the_body_ended_stays() -> None:
     async def hasty(_: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         assert (await receive())["type"] == "http.disconnect"

@@ -48,7 +48,7 @@ def test_a_message_is_one_line_of_json() -> None:
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b""))), st.integers(1, 50))
-def test_lines_are_the_same_whatever_parts_they_come_in(written: list[bytes], size: int) -> None:
+def test_lines_are_the_same_in_whatever_parts_they_arrive(written: list[bytes], size: int) -> None:
     stream = b"".join(line + b"\n" for line in written)
     lines = Lines()
     parts = [stream[at : at + size] for at in range(0, len(stream), size)]
@@ -67,11 +67,11 @@ def test_a_line_may_be_as_long_as_is_allowed_and_no_longer() -> None:
             lines.feed(last)
 
 
-def test_lines_that_are_together_longer_than_one_may_be_are_no_lines_that_are_too_long() -> None:
+def test_several_lines_may_together_exceed_the_limit_of_one() -> None:
     assert Lines(3).feed(b"123\n123\n12") == [b"123", b"123"]
 
 
-def test_lines_of_one_s_own_processes_may_have_any_length() -> None:
+def test_lines_of_trusted_processes_may_have_any_length() -> None:
     lines = Lines(max_line_bytes=None)
     assert lines.feed(b"x" * (MAX_LINE_BYTES + 1)) == []
     assert len(lines.feed(b"\n")[0]) == MAX_LINE_BYTES + 1
@@ -85,7 +85,7 @@ def test_a_stream_that_ends_within_a_line_is_cut_short() -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"null", b"1"])
-def test_what_is_no_json_object_is_a_broken_line(line: bytes) -> None:
+def test_a_line_that_is_no_json_object_is_broken(line: bytes) -> None:
     with pytest.raises(BrokenLine, match=r"not valid JSON|not a JSON object"):
         decode(line)
     with pytest.raises(BrokenLine) as found:
@@ -176,7 +176,7 @@ def test_a_message_larger_than_what_can_be_written_at_once_arrives_whole(pair: t
 @pytest.mark.parametrize(
     ("sent", "error"), [(b"x" * (MAX_LINE_BYTES + 1), LineTooLong), (b"first\nrefuse\nthird\n", BrokenLine)]
 )
-def test_what_is_no_message_ends_a_channel_once(
+def test_an_invalid_message_ends_a_channel_once(
     pair: tuple[Loop, socket.socket], sent: bytes, error: type[ChannelError]
 ) -> None:
     loop, other = pair
@@ -208,7 +208,7 @@ def test_a_channel_that_is_closed_meanwhile_takes_nothing_more(pair: tuple[Loop,
     assert other.recv(10) == b"", "its socket is closed"
 
 
-def test_what_was_said_before_writing_failed_can_still_be_taken(folder: ExitStack) -> None:
+def test_messages_that_arrived_before_a_failed_write_can_still_be_read(folder: ExitStack) -> None:
     """The channel has two pipes, as to a program, which wrote something and reads nothing more."""
     (reading, theirs), (others, writing) = os.pipe(), os.pipe()
     for descriptor in (reading, writing):
@@ -225,7 +225,7 @@ def test_what_was_said_before_writing_failed_can_still_be_taken(folder: ExitStac
     assert len(loop.ends) == 1
 
 
-def test_an_event_from_before_its_end_is_not_for_whoever_has_the_descriptor_now(
+def test_an_event_of_a_closed_channel_is_not_given_to_the_next_one_of_its_descriptor(
     pair: tuple[Loop, socket.socket], folder: ExitStack
 ) -> None:
     loop, other = pair

@@ -65,29 +65,29 @@ def _with_worker(identity: str, **change: object) -> History:
     return replace(GOOD, workers=GOOD.workers | {identity: replace(GOOD.workers[identity], **change)})  # type: ignore[arg-type]
 
 
-def test_a_takeover_that_loses_only_what_is_younger_than_the_copy_breaks_nothing() -> None:
+def test_a_takeover_that_loses_only_lines_younger_than_the_snapshot_breaks_no_promise() -> None:
     assert _broken(GOOD) == []
     assert lost_lines(GOOD) == 1
     assert longest_waking_s(GOOD) == 0
 
 
-def test_a_rental_that_is_not_known_any_more_is_noticed() -> None:
+def test_a_forgotten_rental_is_reported() -> None:
     (text,) = _broken(replace(GOOD, ends={GUEST: GOOD.ends[GUEST]}, workers={}))
     assert "nothing lost: lab" in text
 
 
 @pytest.mark.parametrize("state", ["queued", "migrating", "failed", "released"])
-def test_a_rental_that_does_not_become_active_again_is_noticed(state: str) -> None:
+def test_a_rental_that_does_not_become_active_again_is_reported(state: str) -> None:
     assert "nothing lost: lab" in _broken(_with_end(state=state))[0]
 
 
-def test_a_release_without_end_is_noticed() -> None:
+def test_a_release_without_end_is_reported() -> None:
     ends = GOOD.ends | {GUEST: replace(GOOD.ends[GUEST], state="releasing")}
     (text,) = _broken(replace(GOOD, ends=ends))
     assert "no stuck state: guest" in text
 
 
-def test_a_process_that_outlives_the_next_epoch_is_noticed_with_its_history() -> None:
+def test_a_process_that_outlives_the_next_epoch_is_reported_with_its_history() -> None:
     late = Tick(ACTIVE_AT + 0.2, LAB, FIRST, 1, 50, 6)
     history = replace(GOOD, ticks=(*GOOD.ticks, late))
     (found,) = check(history)
@@ -96,27 +96,27 @@ def test_a_process_that_outlives_the_next_epoch_is_noticed_with_its_history() ->
     assert lines.index("NEMESIS kill") < lines.index("worker.became_down") < lines.index(f"lives on {SECOND}")
 
 
-def test_it_counts_from_the_activation_even_if_nothing_ticked_there_yet() -> None:
+def test_an_epoch_begins_with_its_activation_even_before_its_first_tick() -> None:
     late = Tick(ACTIVE_AT + 0.2, LAB, FIRST, 1, 50, 6)
     assert late.at < AFTER[0].at
     assert len(_broken(replace(GOOD, ticks=(*BEFORE, late, *AFTER)))) == 1
 
 
-def test_one_epoch_on_two_workers_is_noticed() -> None:
+def test_one_epoch_on_two_workers_is_reported() -> None:
     texts = _broken(
         replace(GOOD, ticks=(*GOOD.ticks, Tick(17.0, LAB, FIRST, 2, 90, 8), Tick(18, LAB, SECOND, 2, 70, 8)))
     )
     assert texts[0] == f"never two live copies: epoch 2 of {LAB} lives on {SECOND} and on {FIRST}"
 
 
-def test_a_line_that_a_planned_move_has_lost_is_noticed_however_young_it_was() -> None:
+def test_a_line_lost_by_a_planned_migration_is_reported_however_young_it_was() -> None:
     moved = Happened(11.8, "rental.moved", LAB, "w-second", 2, "migrated with all its files")
     (text,) = _broken(replace(GOOD, events=tuple(sorted((*GOOD.events, moved), key=lambda one: one.at))))
     assert text.startswith("nothing lost: 1 lines of lab")
     assert f"line 5, written on {FIRST} at 9.000 in epoch 1" in text
 
 
-def test_a_line_that_was_written_where_it_is_parked_may_not_be_lost_either() -> None:
+def test_a_line_lost_by_a_park_is_reported() -> None:
     parked = Happened(10.5, "rental.parked", LAB, "w-first", 1, "moved away, to wait")
     assert len(_broken(replace(GOOD, events=tuple(sorted((*GOOD.events, parked), key=lambda one: one.at))))) == 1
 
@@ -126,24 +126,24 @@ def _paused(until: float, stale: Iterable[float]) -> History:
     return replace(GOOD, deeds=(deed,), ticks=(*GOOD.ticks, *_ticks(LAB, FIRST, 1, 50, 6, stale)))
 
 
-def test_who_wakes_too_late_may_live_for_the_wake_budget_from_its_first_sign_of_life() -> None:
+def test_a_process_that_wakes_late_may_run_for_the_wake_budget_from_its_first_tick() -> None:
     history = _paused(20.0, (20.3, 20.5, 20.3 + WAKE_BUDGET_S))
     assert _broken(history) == []
     assert longest_waking_s(history) == pytest.approx(WAKE_BUDGET_S)
 
 
-def test_who_wakes_and_lives_longer_is_noticed() -> None:
+def test_a_process_that_wakes_and_runs_longer_is_reported() -> None:
     assert "never two live copies" in _broken(_paused(20.0, (20.3, 20.3 + WAKE_BUDGET_S + 0.05)))[0]
 
 
-def test_a_pause_excuses_nobody_before_it_ends_and_no_other_worker() -> None:
+def test_a_pause_excuses_only_its_own_worker_and_only_after_its_end() -> None:
     assert len(_broken(_paused(20.0, (19.9,)))) == 1
     deed = InjectedFault("pause", SECOND, KILLED_AT, 10.1, 12.0, 12.1)
     history = replace(GOOD, deeds=(*GOOD.deeds, deed), ticks=(*GOOD.ticks, Tick(12.2, LAB, FIRST, 1, 50, 6)))
     assert len(_broken(history)) == 1
 
 
-def test_a_lost_line_that_is_older_than_the_copy_that_was_shown_is_noticed() -> None:
+def test_a_lost_line_that_is_older_than_the_shown_snapshot_is_reported() -> None:
     renumbered = tuple(replace(one, number=one.number - 1) for one in AFTER)
     history = replace(_with_end(lines=_lines((*BEFORE[:3], *renumbered))), ticks=(*BEFORE, *renumbered))
     (text,) = _broken(history)
@@ -151,7 +151,7 @@ def test_a_lost_line_that_is_older_than_the_copy_that_was_shown_is_noticed() -> 
     assert "line 4" in text
 
 
-def test_a_state_that_never_existed_is_noticed_where_it_was_given_back_and_in_the_end() -> None:
+def test_a_state_that_never_existed_is_reported_after_a_restore_and_at_the_end() -> None:
     line = json.dumps({"words": f"{LAB} {SECOND} 2", "at": 12.2, "faults": ["19999988 of 20000000 units"]})
     (found,) = check(replace(GOOD, found=(Found.parse(line), Found(14.0, LAB, SECOND, 2, ()))))
     assert str(found) == (
@@ -165,7 +165,7 @@ def test_a_state_that_never_existed_is_noticed_where_it_was_given_back_and_in_th
     assert text.endswith("never existed like this: < './tree/x' file 0000")
 
 
-def test_what_a_later_epoch_was_shown_says_nothing_about_the_lines_of_an_earlier_one() -> None:
+def test_the_snapshot_time_of_a_later_epoch_does_not_judge_lines_of_an_earlier_one() -> None:
     assert _broken(replace(GOOD, shown=(*GOOD.shown, Shown(30.0, LAB, 2, 29.0)))) == []
 
 
@@ -179,16 +179,16 @@ def test_what_a_later_epoch_was_shown_says_nothing_about_the_lines_of_an_earlier
     ],
     ids=["a gap", "a wrong checksum", "somebody else's", "twice"],
 )
-def test_lines_that_are_not_as_they_were_written_are_noticed(lines: tuple[str, ...]) -> None:
+def test_altered_lines_are_reported(lines: tuple[str, ...]) -> None:
     assert "nothing lost: line " in _broken(_with_end(lines=lines))[0]
 
 
-def test_a_rental_that_is_active_without_life_in_it_is_noticed() -> None:
+def test_an_active_rental_without_processes_is_reported() -> None:
     history = replace(_with_end(lines=_lines(BEFORE[:4])), ticks=BEFORE)
     assert any("but lived last as epoch 1" in text for text in _broken(history))
 
 
-def test_a_process_that_ends_on_a_worker_that_nobody_touched_is_noticed() -> None:
+def test_a_process_that_ends_on_an_undisturbed_worker_is_reported() -> None:
     another = _ticks(LAB, SECOND, 2, 99, 8, (18.0,))
     history = replace(_with_end(lines=_lines((*BEFORE[:4], *AFTER, *another))), ticks=(*GOOD.ticks, *another))
     (text,) = _broken(history)
@@ -200,30 +200,30 @@ def test_a_process_that_ends_on_a_worker_that_nobody_touched_is_noticed() -> Non
 @pytest.mark.parametrize(
     "trace", ["account r-gst", "key r-gst", "home r-gst", "process 7 (sh) of r-gst", "file /x of 100003"]
 )
-def test_whatever_is_left_of_a_renter_is_noticed(trace: str) -> None:
+def test_any_residue_of_a_renter_is_reported(trace: str) -> None:
     (text,) = _broken(_with_worker("w-first", traces=(trace,)))
     assert text.startswith("clean leaving")
     assert trace in text
 
 
-def test_what_is_left_where_a_rental_was_before_is_noticed() -> None:
+def test_residue_on_a_former_worker_is_reported() -> None:
     assert len(_broken(_with_worker("w-first", traces=("locked key r-lab",)))) == 1
 
 
-def test_an_active_rental_without_its_key_is_noticed() -> None:
+def test_an_active_rental_without_its_key_is_reported() -> None:
     assert "no account or key" in _broken(_with_worker("w-second", traces=("account r-lab", "locked key r-lab")))[0]
 
 
 @pytest.mark.parametrize("change", [{"health": "quarantined"}, {"health": "suspect"}, {"intent": "draining"}])
-def test_a_worker_that_is_not_at_rest_is_noticed(change: dict[str, str]) -> None:
+def test_a_dirty_worker_at_the_end_is_reported(change: dict[str, str]) -> None:
     assert "no stuck state" in _broken(_with_worker("w-first", **change))[0]
 
 
-def test_what_was_still_restless_is_told() -> None:
+def test_the_report_names_why_the_platform_did_not_settle() -> None:
     assert _broken(replace(GOOD, dirty_workers=("the brake is on",))) == ["no stuck state: the brake is on"]
 
 
-def test_a_worker_that_is_lost_though_only_the_door_was_away_is_noticed() -> None:
+def test_a_worker_that_is_down_though_only_the_proxy_was_away_is_reported() -> None:
     history = replace(GOOD, deeds=(InjectedFault("kill", "manager_proxy", 2.0, 2.1, 11.0, 11.2),))
     (text,) = _broken(history)
     assert text.startswith(f"no stampede: {FIRST} became down at 11.500")

@@ -91,9 +91,7 @@ def test_a_private_key_is_never_sent(platform: ScriptedPlatform, orion: Command,
     assert "secret" not in result.err
 
 
-def test_a_rental_that_still_waits_has_its_own_status(
-    platform: ScriptedPlatform, orion: Command, public_key: Path
-) -> None:
+def test_a_queued_rental_has_its_own_exit_status(platform: ScriptedPlatform, orion: Command, public_key: Path) -> None:
     platform.answer("POST", "/api/rent", Answer(202, rental(state="queued", explanation="no worker has a free slot.")))
     result = orion("rent", "--key", str(public_key), "--wait", "0")
     assert result.status == 7
@@ -113,7 +111,7 @@ def test_a_long_wait_goes_on_after_the_first_answer(
     assert platform.calls[1].query["state"] == "active"
 
 
-def test_json_of_a_rental_is_the_contracts(platform: ScriptedPlatform, orion: Command) -> None:
+def test_json_of_a_rental_is_as_the_api_s(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     assert json.loads(orion("show", "box", "--json").out) == rental()
     assert json.loads(orion("--json", "show", "box").out) == rental()
@@ -225,7 +223,7 @@ def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, 
 @pytest.mark.parametrize(
     "arguments", [("ls",), ("workers",), ("events",), ("token", "ls"), ("show", "box"), ("status",)]
 )
-def test_the_servers_words_cannot_steer_the_terminal(
+def test_texts_of_the_server_cannot_control_the_terminal(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
     evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL, start=EVIL)
@@ -246,7 +244,7 @@ def test_the_servers_words_cannot_steer_the_terminal(
     assert "[red]x[/red]" in result.out
 
 
-def test_an_errors_words_cannot_steer_the_terminal(platform: ScriptedPlatform, orion: Command) -> None:
+def test_texts_of_an_error_cannot_control_the_terminal(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/status", problem(500, EVIL, EVIL, {"X-Request-ID": "req1"}))
     assert_harmless(orion("status").err)
     assert_harmless(orion("status", "--json").err)
@@ -272,7 +270,7 @@ def test_tables_fit_a_terminal_of_80_columns(
 
 
 @pytest.mark.parametrize("columns", [30, 60])
-def test_a_narrow_terminal_cuts_nothing_that_has_to_be_typed(
+def test_a_narrow_terminal_cuts_no_text_that_has_to_be_typed(
     platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -354,7 +352,9 @@ def test_release_asks_and_a_script_must_say_yes(platform: ScriptedPlatform, orio
     assert [call.method for call in platform.calls] == ["GET"]
 
 
-def test_a_release_that_goes_on_has_its_own_status(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_release_that_is_still_in_progress_has_its_own_exit_status(
+    platform: ScriptedPlatform, orion: Command
+) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("DELETE", "/api/rentals/abcdefgh23", Answer(202, rental(state="releasing")))
     assert orion("release", "box", "--yes", "--wait", "0").status == 7
@@ -508,7 +508,7 @@ def test_an_invalid_rent_is_refused_with_the_reason(
     assert message in result.err
 
 
-def test_ctrl_c_while_renting_shows_what_stays_rented(
+def test_ctrl_c_while_renting_shows_the_rental_that_stays(
     platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rent = Orion.rent
@@ -656,7 +656,7 @@ def test_a_file_of_keys_may_contain_comments_and_several_keys(
 
 
 @pytest.mark.parametrize("before", [None, "", "Host other\n"])
-def test_config_ssh_leaves_behind_what_there_was_before(
+def test_removing_config_ssh_restores_the_former_file(
     platform: ScriptedPlatform, orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -771,7 +771,7 @@ def test_a_drain_that_is_ended_by_a_resume_is_not_reported_as_done(platform: Scr
     assert orion("drain", "w-aaaa2222").status == 6
 
 
-def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command) -> None:
+def test_migrate_names_the_new_worker(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("POST", "/api/rentals/abcdefgh23/migrate", rental(worker_id="w-bbbb3333", epoch=2))
     result = orion("migrate", "box", "--wait", "30s")
@@ -831,7 +831,7 @@ def test_events_shows_the_last_ones_and_follows_from_there(platform: ScriptedPla
     assert platform.calls[1].headers["Last-Event-ID"] == "3"
 
 
-def test_events_asks_for_no_more_pages_than_it_shows(platform: ScriptedPlatform, orion: Command) -> None:
+def test_events_requests_no_more_pages_than_it_shows(platform: ScriptedPlatform, orion: Command) -> None:
     pages = [page(*(event(n) for n in range(end, end - 500, -1)), following=str(end - 499)) for end in (2000, 1500)]
     platform.answer("GET", "/api/events", *pages)
     shown = [json.loads(line)["id"] for line in orion("events", "-n", "700", "--json").out.splitlines()]

@@ -13,7 +13,7 @@ from orion.errors import InvalidInput
 
 
 @given(st.integers(min_value=0, max_value=10**9))
-def test_what_is_written_is_read_back(seconds: int) -> None:
+def test_a_formatted_duration_is_parsed_back(seconds: int) -> None:
     assert durations.parse(durations.exact(seconds)) == seconds
 
 
@@ -38,12 +38,12 @@ def test_any_text_is_a_duration_or_a_clear_refusal(text: str) -> None:
         ("1w1d", 691200),
     ],
 )
-def test_the_usual_ways_to_write_one(text: str, seconds: int) -> None:
+def test_usual_notations_of_durations_are_understood(text: str, seconds: int) -> None:
     assert durations.parse(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "h", "-5s", "5 s", "1.5h", "30m2h", "1d1w", "2 hours", "٣s", "9" * 40])
-def test_anything_else_is_refused(text: str) -> None:
+def test_other_texts_are_refused_as_durations(text: str) -> None:
     with pytest.raises(InvalidInput):
         durations.parse(text)
 

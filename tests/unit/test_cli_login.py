@@ -25,7 +25,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_was_stored_is_loaded(environment: dict[str, str]) -> None:
+def test_a_stored_login_is_loaded(environment: dict[str, str]) -> None:
     account = Login("http://localhost:8080", TOKEN)
     login.store(account, environment)
     assert login.load(environment) == account
@@ -127,7 +127,7 @@ def test_an_address_is_understood(written: str, meant: str) -> None:
     ["", "ftp://lab", "http://", "http://user:pass@lab", "http://lab?x=1", "http://lab#x", "http://lab:99999",
      "http://lab:0", "http://lab\n", "http://la b", "http://[::1"],
 )  # fmt: skip
-def test_what_is_not_an_address_is_refused(written: str) -> None:
+def test_a_text_that_is_no_address_is_refused(written: str) -> None:
     with pytest.raises(InvalidInput):
         login.clean_url(written)
 

@@ -122,7 +122,7 @@ def test_each_retry_is_reported(platform: ScriptedPlatform, orion: Orion, clock:
     assert waits == clock.slept
 
 
-def test_a_read_is_not_repeated_unless_the_caller_asks_for_that(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_a_read_is_repeated_only_if_the_caller_requests_it(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("GET", "/api/status", Answer(breaks=True))
     with pytest.raises(errors.Unreachable):
         orion.status()
@@ -177,7 +177,7 @@ def test_an_invalid_retry_after_is_ignored() -> None:
     assert errors.refusal(429, httpx.Headers({"Retry-After": "soon"}), b"").retry_after_s is None
 
 
-def test_nobody_listening_says_what_to_do() -> None:
+def test_a_refused_connection_is_reported_with_advice() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # bound but not listening, so that no other program takes the port
         port = silent.getsockname()[1]
@@ -201,7 +201,7 @@ def test_a_redirect_is_not_followed_with_our_token(platform: ScriptedPlatform, o
         orion.status()
 
 
-def test_what_can_never_be_accepted_is_not_sent(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_a_request_that_can_never_be_accepted_is_not_sent(platform: ScriptedPlatform, orion: Orion) -> None:
     with pytest.raises(errors.InvalidInput, match="ttl_s"):
         orion.rent(ttl_s=1)
     assert platform.calls == []
@@ -241,7 +241,7 @@ def test_among_ended_rentals_of_one_name_the_latest_is_found(platform: ScriptedP
 
 
 @pytest.mark.parametrize("name", ["../tokens", "a/b", "", "Box", "box?x=1"])
-def test_what_cannot_be_a_name_is_not_sent(platform: ScriptedPlatform, orion: Orion, name: str) -> None:
+def test_an_impossible_name_is_not_sent(platform: ScriptedPlatform, orion: Orion, name: str) -> None:
     with pytest.raises(errors.NotFound):
         orion.find_rental(name)
     assert platform.calls == []
@@ -264,7 +264,7 @@ def test_a_token_is_found_by_name_where_one_is_in_force(platform: ScriptedPlatfo
     assert orion.find_token("ada").id == "t1"
 
 
-def test_waiting_ends_in_the_state_that_was_wanted(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_waiting_ends_in_the_requested_state(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(state="queued"), rental(state="provisioning"), rental())
     seen: list[str] = []
     found = orion.wait_for("abcdefgh23", RentalState.ACTIVE, 60, lambda one: seen.append(one.state.value))
@@ -278,7 +278,7 @@ def test_waiting_ends_if_the_state_can_never_come(platform: ScriptedPlatform, or
     assert orion.wait_for("abcdefgh23", RentalState.ACTIVE, 60).state is RentalState.RELEASED
 
 
-def test_waiting_ends_in_time_without_asking_in_a_tight_loop(
+def test_waiting_ends_in_time_without_a_tight_loop_of_requests(
     platform: ScriptedPlatform, orion: Orion, clock: RetryClock
 ) -> None:
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(state="queued"))

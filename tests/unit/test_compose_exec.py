@@ -47,7 +47,7 @@ def test_an_option_with_a_value_is_not_taken_for_the_service(programs: Path) -> 
     assert done.stdout == "exec --index=4 -u root -e A=worker worker id\n"
 
 
-def test_where_none_runs_that_is_said(programs: Path) -> None:
+def test_a_service_without_a_running_container_is_reported(programs: Path) -> None:
     done = typed(programs, "exec", "-T", "worker", "hostname", numbers="")
     assert (done.stdout, done.returncode) == ("", 1)
     assert done.stderr == "orion: no container of worker runs in tried: make up starts the platform\n"

@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_holds_every_kind_and_is_the_same_each_time_that_it_is_listed(made: Path) -> None:
+def test_the_tree_has_every_kind_of_entry_and_each_listing_of_it_is_the_same(made: Path) -> None:
     listed = difficult_tree.describe(str(made))
     assert listed == difficult_tree.describe(str(made)), "listing changes nothing"
     text = "\n".join(listed)
@@ -54,7 +54,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_each_change_is_seen(what: str, tmp_path: Path) -> None:
+def test_each_change_of_the_tree_changes_its_listing(what: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     difficult_tree.LARGE_BYTES = 1 << 16
     difficult_tree.make(str(tree))
@@ -66,7 +66,7 @@ def test_each_change_is_seen(what: str, tmp_path: Path) -> None:
     assert difficult_tree.describe(str(tree)) != before
 
 
-def test_it_is_a_program_that_needs_nothing_else(tmp_path: Path) -> None:
+def test_the_tree_program_runs_without_other_files(tmp_path: Path) -> None:
     program = shutil.copy(str(difficult_tree.__file__), tmp_path)
     tree = str(tmp_path / "tree")
     subprocess.run([sys.executable, "-I", program, "make", tree, "1"], check=True)

@@ -24,32 +24,32 @@ def quiet(brake: Brake, seconds: float, seen: Observation = FINE, start: float =
     return brake
 
 
-def test_it_is_on_when_the_manager_starts() -> None:
+def test_the_brake_is_on_when_the_manager_starts() -> None:
     brake = Brake.at_start(START)
     assert brake.on
     assert brake.reason == "the manager has just started"
     assert brake.disturbed_at == START
 
 
-def test_it_ends_after_takeover_after_when_somebody_was_heard() -> None:
+def test_the_brake_ends_after_takeover_after_when_there_was_a_heartbeat() -> None:
     assert quiet(Brake.at_start(START), 89).on
     ended = quiet(Brake.at_start(START), 90)
     assert not ended.on
     assert ended.reason == ""
 
 
-def test_it_does_not_end_before_anybody_was_heard_since_the_disturbance() -> None:
+def test_the_brake_does_not_end_before_a_heartbeat_since_the_disturbance() -> None:
     brake = advance(Brake.at_start(START), replace(FINE, heard_at=START - 1), START + 200, CLOCKS)
     assert brake.on
     assert not advance(brake, replace(FINE, heard_at=START + 199), START + 201, CLOCKS).on
 
 
-def test_nobody_heard_at_all_does_not_hold_it_longer_than_brake_max() -> None:
+def test_without_any_heartbeat_the_brake_ends_at_brake_max() -> None:
     assert advance(Brake.at_start(START), FINE, START + 299.9, CLOCKS).on
     assert not advance(Brake.at_start(START), FINE, START + 300, CLOCKS).on
 
 
-def test_a_door_that_cannot_be_reached_puts_it_on_and_holds_it() -> None:
+def test_an_unreachable_proxy_turns_the_brake_on_and_keeps_it_on() -> None:
     brake = quiet(OFF, 200, SHUT)
     assert brake.on
     assert brake.since == START
@@ -57,7 +57,7 @@ def test_a_door_that_cannot_be_reached_puts_it_on_and_holds_it() -> None:
     assert "through the proxy" in brake.reason
 
 
-def test_the_door_must_have_been_open_for_the_whole_of_takeover_after() -> None:
+def test_the_proxy_must_have_been_reachable_for_the_whole_of_takeover_after() -> None:
     brake = quiet(OFF, 10, SHUT)
     brake = quiet(brake, 60, start=START + 11)
     brake = quiet(brake, 0, SHUT, start=START + 72)
@@ -65,7 +65,7 @@ def test_the_door_must_have_been_open_for_the_whole_of_takeover_after() -> None:
     assert not quiet(brake, 89, start=START + 73).on
 
 
-def test_a_late_round_puts_it_on_and_a_punctual_one_does_not() -> None:
+def test_a_late_round_turns_the_brake_on_and_a_punctual_one_does_not() -> None:
     assert not advance(OFF, replace(FINE, late_s=CLOCKS.door_answer_s), START, CLOCKS).on
     late = advance(OFF, replace(FINE, late_s=CLOCKS.door_answer_s + 0.1), START, CLOCKS)
     assert late.on
@@ -123,14 +123,14 @@ def test_a_manager_that_is_late_by_another_amount_each_round_does_not_brake_for_
         "three of six and one of old",
     ],
 )
-def test_it_goes_on_when_two_or_more_that_are_half_of_the_pool_fell_silent_within_a_lease(
+def test_the_brake_turns_on_when_half_of_the_pool_and_at_least_two_fall_silent_within_a_lease(
     silent_since: tuple[float, ...], pool: int, brakes: bool
 ) -> None:
     seen = replace(FINE, silent_since=silent_since, pool=pool)
     assert advance(OFF, seen, START, CLOCKS).on is brakes
 
 
-def test_the_same_silence_does_not_start_the_grace_again_but_one_more_does() -> None:
+def test_only_one_more_silent_worker_starts_the_grace_again() -> None:
     seen = replace(FINE, silent_since=(START - 20, START - 10), pool=4)
     first = advance(OFF, seen, START, CLOCKS)
     assert first.disturbed_at == START - 10
@@ -139,14 +139,14 @@ def test_the_same_silence_does_not_start_the_grace_again_but_one_more_does() -> 
     assert advance(first, third, START + 50, CLOCKS).disturbed_at == START + 40
 
 
-def test_half_of_the_pool_that_stays_silent_holds_it_for_one_grace_when_others_are_heard() -> None:
+def test_a_silent_half_of_the_pool_keeps_the_brake_on_for_one_grace_while_others_call() -> None:
     seen = replace(FINE, silent_since=(START - 1, START - 1), pool=4)
     assert quiet(OFF, 88, seen).on
     assert not quiet(OFF, 89, seen).on
     assert not quiet(OFF, 1000, seen).on
 
 
-def test_while_it_is_on_a_door_that_is_shut_again_counts_whatever_was_braked_for_before() -> None:
+def test_while_the_brake_is_on_an_unreachable_proxy_counts_again() -> None:
     spent = quiet(OFF, 400, SHUT)
     late = advance(spent, replace(FINE, late_s=9.0), START + 401, CLOCKS)
     assert not late.on, "another cause does not extend the brake beyond brake_max"

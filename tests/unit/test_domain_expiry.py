@@ -15,7 +15,7 @@ BELIEVED = WallClock(offset_s=WALL)
 LIVING = set(RentalState) - ENDED - {RentalState.RELEASING}
 
 
-def test_a_rental_ends_when_its_time_is_over_and_not_before() -> None:
+def test_a_rental_expires_when_its_time_is_over_and_not_before() -> None:
     rental = active_rental(expires_at=WALL)
     assert expire([rental], WALL - 0.001, BELIEVED) == []
     (step,) = expire([rental], WALL, BELIEVED)
@@ -26,22 +26,22 @@ def test_a_rental_ends_when_its_time_is_over_and_not_before() -> None:
     assert [e.kind for e in step.events] == ["rental.release_started"]
 
 
-def test_one_whose_time_has_not_begun_does_not_expire() -> None:
+def test_a_rental_whose_time_has_not_begun_does_not_expire() -> None:
     assert expire([new_rental()], WALL * 2, BELIEVED) == []
 
 
 @pytest.mark.parametrize("state", sorted(set(RentalState) - LIVING))
-def test_what_is_ending_or_has_ended_does_not_expire_again(state: RentalState) -> None:
+def test_a_rental_that_is_ending_or_has_ended_does_not_expire_again(state: RentalState) -> None:
     assert expire([active_rental(state=state, expires_at=WALL)], WALL + 1, BELIEVED) == []
 
 
 @pytest.mark.parametrize("state", sorted(LIVING))
-def test_one_that_was_active_expires_wherever_it_is(state: RentalState) -> None:
+def test_a_rental_that_was_once_active_expires_in_any_living_state(state: RentalState) -> None:
     assert len(expire([active_rental(state=state, expires_at=WALL)], WALL + 1, BELIEVED)) == 1
 
 
 @pytest.mark.parametrize("jump_s", [NEAR_S - 1, 1 - NEAR_S, 2.1, -2.1])
-def test_a_clock_that_jumped_expires_nobody_until_it_has_gone_evenly_for_a_while(jump_s: float) -> None:
+def test_after_a_jump_of_the_clock_no_rental_expires_until_the_clock_has_run_evenly(jump_s: float) -> None:
     rental = active_rental(expires_at=WALL)
     clock, now = WallClock(offset_s=WALL), 0.0
     while now < SETTLE_S:
@@ -62,7 +62,7 @@ def test_a_second_jump_starts_the_wait_again() -> None:
 
 
 @pytest.mark.parametrize("jump_s", [NEAR_S + 1, -NEAR_S - 1, 40 * 86_400.0, -3600.0])
-def test_a_clock_that_is_far_is_never_believed_by_itself(jump_s: float) -> None:
+def test_a_clock_that_is_far_off_is_never_trusted_without_an_operator(jump_s: float) -> None:
     rental = active_rental(expires_at=WALL)
     clock = WallClock(offset_s=WALL)
     for now in range(0, 100_000, 10):
@@ -73,7 +73,7 @@ def test_a_clock_that_is_far_is_never_believed_by_itself(jump_s: float) -> None:
     assert clock.confirmed().believed
 
 
-def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while() -> None:
+def test_a_clock_that_returns_to_the_trusted_time_is_trusted_after_it_has_run_evenly() -> None:
     clock = WallClock(offset_s=WALL).observe(WALL + 86_400, 0.0)
     clock = clock.observe(WALL + 1000, 1000.0)
     assert not clock.believed
@@ -82,7 +82,7 @@ def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while
 
 
 @pytest.mark.parametrize("jump_s", [-3600.0, 5.0, 40 * 86_400.0])
-def test_what_was_believed_goes_on_beside_a_clock_that_jumped(jump_s: float) -> None:
+def test_the_trusted_time_runs_on_after_a_jump_of_the_clock(jump_s: float) -> None:
     clock = (
         WallClock(offset_s=WALL)
         .observe(WALL + 10, 10.0)
@@ -127,7 +127,7 @@ MARK = Mark(WALL, 1000.0, 7)
         (WALL + 86_400 * 40, 20.0, 8, None, WALL, False),
     ],
 )
-def test_a_manager_that_begins_compares_its_clock_with_what_is_known(
+def test_a_starting_manager_compares_its_clock_with_the_last_known_time(
     wall: float, now: float, boot_id: int, mark: Mark | None, last_event_at: float | None, believed: bool
 ) -> None:
     clock = WallClock.at_start(wall, now, boot_id, mark, last_event_at)
@@ -141,7 +141,7 @@ def test_a_manager_that_begins_compares_its_clock_with_what_is_known(
     [(1000.0 + 86_400, 7, WALL + 86_400), (20.0, 8, WALL)],
     ids=["went on", "began anew"],
 )
-def test_a_manager_that_begins_with_a_wrong_clock_goes_on_from_what_was_known(
+def test_a_manager_that_starts_with_a_wrong_clock_continues_from_the_last_known_time(
     now: float, boot_id: int, believed: float
 ) -> None:
     """The time for which the machine was off is unknown, so the last known time is the least that is certain."""
@@ -150,7 +150,7 @@ def test_a_manager_that_begins_with_a_wrong_clock_goes_on_from_what_was_known(
     assert clock.as_believed(now) == believed
 
 
-def test_after_a_start_of_the_machine_a_clock_that_is_set_right_settles() -> None:
+def test_after_a_reboot_a_corrected_clock_is_trusted_again() -> None:
     """The clock is two hours ahead until NTP corrects it, because the machine keeps local time."""
     clock = WallClock.at_start(WALL + 7200, 20.0, 8, MARK, None)
     clock = clock.observe(WALL + 600, 40.0)
@@ -158,13 +158,13 @@ def test_after_a_start_of_the_machine_a_clock_that_is_set_right_settles() -> Non
     assert clock.observe(WALL + 600 + SETTLE_S, 40.0 + SETTLE_S).believed
 
 
-def test_one_that_is_ended_late_is_said_to_end_now_so_that_its_copies_are_kept_from_now() -> None:
+def test_a_late_expiry_is_dated_now_so_that_its_snapshots_are_kept_from_now() -> None:
     for late_s, ends_at in ((10.0, None), (86_400.0 * 3, WALL + 86_400.0 * 3)):
         (step,) = expire([active_rental(expires_at=WALL)], WALL + late_s, BELIEVED)
         assert step.writes[0].change.get("expires_at") == ends_at
 
 
-def test_a_clock_that_is_slewed_is_believed_all_the_way() -> None:
+def test_a_slewed_clock_stays_trusted() -> None:
     """NTP corrects by at most 500 ppm; here a hundred times as fast, over half an hour."""
     clock, now = WallClock(offset_s=WALL), 0.0
     for _ in range(1800):
@@ -175,7 +175,7 @@ def test_a_clock_that_is_slewed_is_believed_all_the_way() -> None:
 
 
 @given(st.lists(st.floats(-5000, 5000), min_size=1, max_size=30))
-def test_nobody_expires_within_settling_time_of_a_jump(jumps: list[float]) -> None:
+def test_no_rental_expires_within_the_settling_time_after_a_jump(jumps: list[float]) -> None:
     clock, offset, now, jumped_at = WallClock(offset_s=WALL), WALL, 0.0, None
     for jump in jumps:
         now += 30.0
@@ -192,11 +192,11 @@ def test_a_renewal_counts_again_from_now() -> None:
     assert [(e.kind, e.actor) for e in step.events] == [("rental.renewed", "alice")]
 
 
-def test_a_renewal_by_a_doubted_clock_is_not_counted_by_it() -> None:
+def test_a_renewal_under_a_doubted_clock_is_not_dated_by_that_clock() -> None:
     assert renew(active_rental(), 60, "alice", None).writes[0].change == {"ttl_s": 60, "expires_at": None}
 
 
-def test_a_renewal_of_one_that_was_never_active_does_not_begin_its_time() -> None:
+def test_a_renewal_does_not_begin_the_time_of_a_rental_that_was_never_active() -> None:
     assert renew(new_rental(), 60, "alice", WALL).writes[0].change == {"ttl_s": 60}
 
 

@@ -46,7 +46,7 @@ def test_each_state_has_its_rules() -> None:
     assert set(RULES) == set(Health)
 
 
-def test_a_ready_worker_that_is_heard_stays_as_it_is() -> None:
+def test_a_ready_worker_with_heartbeats_stays_ready() -> None:
     assert verdict(Health.READY) is None
 
 
@@ -57,11 +57,11 @@ def test_silence_makes_a_worker_suspect(health: Health, silent_s: float, to: Hea
     assert verdict(health, silent_s, **unverified) is to
 
 
-def test_a_brake_does_not_keep_anybody_from_becoming_suspect() -> None:
+def test_a_silent_worker_becomes_suspect_also_during_a_brake() -> None:
     assert verdict(Health.READY, 41, brake=ON) is Health.SUSPECT
 
 
-def test_grace_that_begins_anew_hides_nobody_s_silence() -> None:
+def test_a_new_grace_does_not_hide_the_silence_of_a_worker() -> None:
     just_disturbed = Brake(
         disturbed_at=NOW - 1, since=NOW - 1, reason="the manager cannot reach itself through the proxy"
     )
@@ -80,7 +80,7 @@ def test_a_ready_worker_is_suspect_before_it_is_down_however_long_the_silence_wa
     assert verdict(Health.READY, 5000) is Health.SUSPECT
 
 
-def test_the_end_of_a_brake_gives_everybody_the_whole_grace_again() -> None:
+def test_after_the_end_of_a_brake_each_worker_has_the_whole_grace_again() -> None:
     just_ended = Brake(disturbed_at=NOW - 90, since=None, reason="")
     assert verdict(Health.SUSPECT, 5000, brake=just_ended) is None
     assert verdict(Health.SUSPECT, 5000, brake=replace(just_ended, disturbed_at=NOW - 90.1)) is Health.DOWN
@@ -97,7 +97,7 @@ def test_a_shorter_lease_than_the_clocks_ask_for_takes_no_grace_away() -> None:
 
 
 @pytest.mark.parametrize("health", [Health.SUSPECT, Health.UNKNOWN])
-def test_a_verified_worker_that_is_heard_again_is_ready(health: Health) -> None:
+def test_a_verified_worker_is_ready_at_its_next_heartbeat(health: Health) -> None:
     assert verdict(health) is Health.READY
 
 
@@ -108,7 +108,7 @@ def test_a_worker_that_registered_again_is_checked_again(health: Health) -> None
     )
 
 
-def test_a_down_worker_stays_down_until_it_is_heard_in_a_session_that_is_not_over() -> None:
+def test_a_down_worker_stays_down_until_a_heartbeat_in_a_valid_session() -> None:
     down = new_worker(health=Health.DOWN)
     assert judge(Evidence(worker=down, lease=None, now=NOW, clocks=CLOCKS, brake=OFF, has_destination=True)) is None
     assert verdict(Health.DOWN, lease={"session_id": "another"}, worker={"verified_session": None}) is None
@@ -121,7 +121,7 @@ def test_the_manager_s_own_absence_makes_a_ready_worker_unknown_and_not_suspect(
 
 @pytest.mark.parametrize(("since_start_s", "to"), [(180.0, None), (180.1, Health.DOWN)])
 @pytest.mark.parametrize("health", [Health.UNKNOWN, Health.SUSPECT])
-def test_one_that_was_not_heard_since_the_manager_started_has_a_doubled_grace(
+def test_a_worker_without_a_heartbeat_since_the_manager_s_start_has_a_doubled_grace(
     health: Health, since_start_s: float, to: Health | None
 ) -> None:
     started = Brake(disturbed_at=NOW - since_start_s, since=None, reason="")
@@ -137,11 +137,11 @@ def test_a_goodbye_is_acted_on_late_with_a_destination_and_without_a_brake(healt
     assert verdict(health, **GOODBYE, brake=ON) is unchanged
 
 
-def test_when_everything_is_stopped_the_workers_that_said_goodbye_become_suspect_and_hold_what_they_have() -> None:
+def test_a_worker_that_said_goodbye_is_suspect_where_no_worker_can_take_its_rentals() -> None:
     assert verdict(Health.READY, 41, **GOODBYE, has_destination=False) is Health.SUSPECT
 
 
-def test_a_joining_worker_is_ready_when_it_is_heard_and_verified() -> None:
+def test_a_joining_worker_is_ready_when_it_is_verified_and_has_sent_a_heartbeat() -> None:
     assert verdict(Health.JOINING) is Health.READY
     assert verdict(Health.JOINING, **UNVERIFIED) is None
     assert verdict(Health.JOINING, worker={"session_id": "new"}) is None
@@ -177,7 +177,7 @@ def test_a_quarantined_worker_stays_so_until_an_operator_resumes_it() -> None:
     assert verdict(Health.QUARANTINED) is Health.JOINING
 
 
-def test_a_resumed_worker_that_is_not_heard_stays_where_it_is() -> None:
+def test_a_resumed_worker_without_heartbeats_stays_quarantined() -> None:
     assert verdict(Health.QUARANTINED, 41) is None
 
 
@@ -188,7 +188,7 @@ def test_a_quarantined_worker_is_not_ready_by_its_heartbeats() -> None:
     )
 
 
-def test_a_reason_tells_how_long_it_was_silent() -> None:
+def test_the_reason_of_a_verdict_says_how_long_the_worker_was_silent() -> None:
     assert judge(evidence(Health.SUSPECT, 91)).reason == "no heartbeat for 91 s"
 
 
@@ -226,29 +226,29 @@ def test_a_proof_of_death_counts_at_once_and_in_a_brake_too(health: Health, brak
 
 
 @pytest.mark.parametrize("health", COUNTED_ON)
-def test_who_was_heard_since_its_watch_was_closed_is_not_dead(health: Health) -> None:
+def test_a_worker_with_a_heartbeat_since_the_end_of_its_liveness_connection_is_not_dead(health: Health) -> None:
     assert verdict(health, 0.4, liveness=DEAD) is not Health.DOWN
     assert verdict(health, 0.5, liveness=DEAD) is Health.DOWN, "a heartbeat at the same instant counts as earlier"
 
 
-def test_a_manager_that_was_away_can_prove_a_death_before_it_heard_anybody() -> None:
+def test_a_manager_that_was_away_can_prove_a_death_before_any_heartbeat() -> None:
     assert verdict(Health.UNKNOWN, liveness=DEAD, **NOT_HEARD_YET) is Health.DOWN
 
 
-def test_who_said_goodbye_is_not_proved_dead_but_given_the_time_of_a_restart() -> None:
+def test_a_worker_that_said_goodbye_is_not_proved_dead_but_has_time_for_a_restart() -> None:
     exiting = {"lease": {"exiting_at": NOW - 1.0}}
     assert verdict(Health.READY, 3.0, liveness=DEAD, **exiting) is None
     assert verdict(Health.READY, 3.0, liveness=CLOSED, **exiting) is None
 
 
-def test_a_closed_watch_makes_a_worker_suspect_until_it_is_heard_or_held_again() -> None:
+def test_the_end_of_a_liveness_connection_makes_a_worker_suspect_until_a_heartbeat_or_a_new_one() -> None:
     assert judge(evidence(Health.READY, 3.0, liveness=CLOSED)) == Verdict(Health.SUSPECT, LIVENESS_ENDED)
     assert verdict(Health.SUSPECT, 3.0, liveness=CLOSED) is None
     assert verdict(Health.SUSPECT, 0.1, liveness=CLOSED) is Health.READY
     assert verdict(Health.SUSPECT, 3.0, liveness=LivenessReport()) is Health.READY
 
 
-def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() -> None:
+def test_suspicion_by_a_lost_liveness_connection_is_no_loss_but_its_consequences_are() -> None:
     ready, suspect = new_worker(health=Health.READY), new_worker(health=Health.SUSPECT)
     by_liveness, by_silence = replace(suspect, explanation=LIVENESS_ENDED), replace(suspect, explanation="no heartbeat")
     assert not Verdict(Health.SUSPECT, LIVENESS_ENDED).is_loss(ready)

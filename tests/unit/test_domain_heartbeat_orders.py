@@ -40,19 +40,19 @@ def test_only_the_very_epoch_that_is_placed_there_runs(epoch: int) -> None:
     assert found == [(item(epoch), "purge")]
 
 
-def test_what_has_no_placement_there_is_purged() -> None:
+def test_a_rental_without_a_placement_on_the_worker_is_purged() -> None:
     assert orders([item(rental_id="another")], [new_placement(RENTAL, WORKER, P.RUNNING)], down=False) == [
         (item(rental_id="another"), "purge")
     ]
 
 
-def test_nothing_is_said_of_what_the_worker_does_not_show() -> None:
+def test_there_is_no_order_for_a_rental_that_is_not_in_the_inventory() -> None:
     assert orders([], [new_placement(RENTAL, WORKER, P.RUNNING)], down=False) == []
 
 
 @pytest.mark.parametrize(
     ("state", "want"), [(P.RUNNING, "hold"), (P.PREPARING, None), (P.LOST, "purge"), (P.STOPPING, "purge")]
 )
-def test_a_worker_that_was_declared_down_runs_nothing_before_that_is_taken_back(state: P, want: str | None) -> None:
+def test_a_worker_that_is_declared_down_gets_no_order_to_run(state: P, want: str | None) -> None:
     found = orders([item()], [new_placement(RENTAL, WORKER, state)], down=True)
     assert found == ([(item(), want)] if want else [])

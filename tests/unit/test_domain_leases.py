@@ -34,7 +34,7 @@ def test_a_registration_opens_a_lease_with_its_inventory(leases: Leases) -> None
     assert leases.heard_at == 10.0
 
 
-def test_a_heartbeat_of_the_session_renews_it(leases: Leases) -> None:
+def test_a_heartbeat_of_the_session_renews_the_lease(leases: Leases) -> None:
     assert renew(leases, 7)
     assert leases.get(WORKER) == Lease(
         session_id="session-1", received_at=20.0, seq=7, inventory=(ITEM,), lease_s=LEASE_S
@@ -79,14 +79,14 @@ def test_a_revoked_session_is_not_renewed_any_more(leases: Leases) -> None:
     assert leases.inventories([WORKER]) == {}
 
 
-def test_one_that_was_heard_since_it_was_looked_at_is_not_revoked(leases: Leases) -> None:
+def test_a_session_with_a_heartbeat_since_the_observation_is_not_revoked(leases: Leases) -> None:
     seen = leases.get(WORKER)
     renew(leases, 1)
     assert not leases.revoke(WORKER, seen)
     assert renew(leases, 2)
 
 
-def test_one_that_registered_since_it_was_looked_at_is_not_revoked(leases: Leases) -> None:
+def test_a_session_that_began_since_the_observation_is_not_revoked(leases: Leases) -> None:
     assert leases.revoke(WORKER, leases.get(WORKER))
     leases.open(WORKER, "session-2", 30.0, [])
     assert not leases.revoke(WORKER, None)
@@ -108,14 +108,14 @@ def test_after_a_restart_any_number_of_a_known_session_is_taken(seq: int) -> Non
     assert renew(leases, seq)
 
 
-def test_a_restore_does_not_silence_one_that_registered_already(leases: Leases) -> None:
+def test_restored_sessions_do_not_replace_the_session_of_a_worker_that_has_registered(leases: Leases) -> None:
     leases.restore({WORKER: "session-0"}, 0.0)
     assert leases.get(WORKER) == Lease(
         session_id="session-1", received_at=10.0, seq=-1, inventory=(ITEM,), lease_s=LEASE_S
     )
 
 
-def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager_gave_until_it_tells() -> None:
+def test_until_a_worker_reports_its_lease_it_is_assumed_to_have_the_longest_one_ever_given() -> None:
     leases = Leases(LEASE_S)
     leases.restore({WORKER: "session-1"}, 10 * LEASE_S)
     assert leases.get(WORKER).lease_s == 10 * LEASE_S
@@ -127,7 +127,7 @@ def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager
     assert leases.get(WORKER).lease_s == LEASE_S
 
 
-def test_a_worker_that_tells_a_longer_lease_than_was_ever_given_gets_no_more_grace(leases: Leases) -> None:
+def test_a_worker_that_reports_a_longer_lease_than_was_ever_given_gets_no_more_grace(leases: Leases) -> None:
     assert leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(ITEM,), lease_s=86_400.0), 20.0)
     assert leases.get(WORKER).lease_s == LEASE_S
 
@@ -139,13 +139,13 @@ def test_a_goodbye_counts_from_when_it_was_first_said(leases: Leases) -> None:
     assert leases.get(WORKER).exiting_at == 20.0
 
 
-def test_a_heartbeat_after_the_goodbye_takes_it_back(leases: Leases) -> None:
+def test_a_heartbeat_after_the_goodbye_revokes_the_goodbye(leases: Leases) -> None:
     renew(leases, 1, exiting=True)
     renew(leases, 2, now=25.0)
     assert leases.exiting() == frozenset()
 
 
-def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(leases: Leases) -> None:
+def test_a_purged_rental_is_removed_from_the_known_inventory(leases: Leases) -> None:
     leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(ITEM, OTHER)), 20.0)
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch + 1)
     assert leases.inventories([WORKER]) == {WORKER: (ITEM, OTHER)}
@@ -154,7 +154,7 @@ def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(lease
     leases.cleaned("w-2", ITEM.rental_id, ITEM.epoch)
 
 
-def test_losses_of_ready_count_within_the_window_and_until_they_are_forgiven(leases: Leases) -> None:
+def test_losses_of_readiness_count_within_the_window_and_until_they_are_forgiven(leases: Leases) -> None:
     assert [leases.lost_ready(WORKER, at, 100.0) for at in (10.0, 50.0, 105.0)] == [1, 2, 3]
     assert leases.lost_ready(WORKER, 111.0, 100.0) == 3
     assert leases.losses(WORKER, 160.0, 100.0) == 2
@@ -170,7 +170,7 @@ def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(lea
     assert leases.lost_ready(WORKER, 50.0, 100.0) == 1
 
 
-def test_what_is_shown_again_is_kept_once(leases: Leases) -> None:
+def test_an_unchanged_inventory_is_kept_as_the_same_object(leases: Leases) -> None:
     shown = leases.get(WORKER).inventory
     again = Item(rental_id=ITEM.rental_id, username=ITEM.username, uid=ITEM.uid, epoch=ITEM.epoch)
     assert leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(again,)), 20.0)
@@ -185,7 +185,7 @@ def test_a_removed_worker_is_forgotten(leases: Leases) -> None:
     assert not renew(leases)
 
 
-def test_notes_for_people_are_taken_once_and_the_last_of_a_worker_counts(leases: Leases) -> None:
+def test_the_newest_note_of_a_worker_is_taken_once_oldest_heartbeat_first(leases: Leases) -> None:
     leases.note(WORKER, 1.0, {"cpu": 1})
     leases.note("w-2", 1.5, {})
     leases.note(WORKER, 2.0, {"cpu": 2})

@@ -54,7 +54,7 @@ def world(*placements: Placement) -> World:
     return new_world(SOURCE, TARGET, RENTAL, *placements)
 
 
-def test_the_words_are_the_contract_s() -> None:
+def test_the_explanation_of_a_failed_migration_is_the_api_s() -> None:
     assert migration.NOT_MOVED == wire.NOT_MOVED
 
 
@@ -87,7 +87,7 @@ def test_the_phase_of_a_migration_follows_from_the_rows(
     assert migration.is_quiesced(source) is (phase in QUIESCED)
 
 
-def test_a_target_is_one_until_the_cutover_or_until_it_ends() -> None:
+def test_a_placement_is_a_target_until_the_cutover_or_its_end() -> None:
     assert migration.as_target(TARGET_PLACEMENT) == TARGET_PLACEMENT
     ended = replace(TARGET_PLACEMENT, state=PlacementState.FAILED)
     assert [migration.as_target(p) for p in (None, ended, replace(TARGET_PLACEMENT, is_target=False))] == [
@@ -105,7 +105,7 @@ def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
         migration.quiesce(RENTAL, source, replace(TARGET_PLACEMENT, target_snapshot=""), "a test")
 
 
-def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
+def test_a_cutover_raises_the_epoch_and_ends_the_quiesced_source_in_one_step() -> None:
     after = world(QUIESCED_SOURCE, TARGET_PLACEMENT)
     step = migration.cut_over(RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, SOURCE_OF_MIGRATION, "1-9")
     assert step
@@ -129,13 +129,13 @@ def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
         (QUIESCED_SOURCE, replace(TARGET_PLACEMENT, is_target=False)),
     ],
 )
-def test_nothing_is_switched_that_is_not_held_for_this_very_move(
+def test_there_is_no_cutover_of_a_rental_that_is_not_quiesced_for_this_migration(
     placement: Placement, standby: Placement | None
 ) -> None:
     assert migration.cut_over(RENTAL, placement, standby, SOURCE_OF_MIGRATION, "1-9") is None
 
 
-def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
+def test_a_cutover_is_dropped_if_another_step_came_in_between() -> None:
     step = migration.cut_over(RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, SOURCE_OF_MIGRATION, "1-9")
     assert step
     for changed in (replace(QUIESCED_SOURCE, quiesced_for=0), replace(QUIESCED_SOURCE, quiesced_for=7)):
@@ -143,7 +143,7 @@ def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> No
     assert not world(QUIESCED_SOURCE, replace(TARGET_PLACEMENT, state=PlacementState.FAILED)).apply(step)
 
 
-def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
+def test_a_source_is_quiesced_only_for_a_target_that_has_a_snapshot() -> None:
     empty = replace(TARGET_PLACEMENT, target_snapshot="")
     (task,) = decide(world(RUNNING, empty), observations()).tasks
     assert task.kind is TaskKind.PRECOPY
@@ -161,7 +161,7 @@ def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
         replace(TARGET, fault="it flaps"),
     ],
 )
-def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_is_held_thawed(target: object) -> None:
+def test_a_target_on_an_ineligible_worker_is_given_up_and_the_quiesced_source_thawed(target: object) -> None:
     now = new_world(SOURCE, target, RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT)  # type: ignore[arg-type]
     decision = decide(now, observations())
     for step in decision.steps:
@@ -172,7 +172,7 @@ def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_
     assert (thaw.worker_id, thaw.source) == (SOURCE.id, SOURCE_OF_MIGRATION)
 
 
-def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_for_that() -> None:
+def test_a_quiesced_rental_without_a_target_is_parked_only_while_its_worker_evacuates() -> None:
     exiting = frozenset({SOURCE.id})
     assert [task.kind for task in decide(world(QUIESCED_SOURCE), observations(evacuating=exiting)).tasks] == [
         TaskKind.PARK
@@ -180,7 +180,7 @@ def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_fo
     assert [task.kind for task in decide(world(QUIESCED_SOURCE), observations()).tasks] == [TaskKind.THAW]
 
 
-def test_what_is_parked_is_placed_at_once_where_there_is_room_though_it_was_not_purged_yet() -> None:
+def test_a_parked_rental_is_placed_where_there_is_room_before_its_source_is_purged() -> None:
     parked = replace(QUIESCED_SOURCE, state=PlacementState.STOPPING)
     waiting = replace(RENTAL, state=RentalState.MIGRATING)
     now = new_world(SOURCE, TARGET, waiting, parked)
@@ -191,7 +191,7 @@ def test_what_is_parked_is_placed_at_once_where_there_is_room_though_it_was_not_
     assert (live.worker_id, live.epoch) == (TARGET.id, 5)
 
 
-def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
+def test_the_number_of_concurrent_migrations_is_limited() -> None:
     source, target = (
         replace(SOURCE, slots=20, intent=Intent.DRAINING),
         replace(TARGET, slots=20),
@@ -220,7 +220,7 @@ def crowd(*owners: str, intent: Intent = Intent.ACTIVE) -> tuple[World, list[Ren
     return new_world(source, target, *rentals, *placed), rentals
 
 
-def test_who_asks_for_moves_of_all_that_it_has_leaves_others_theirs() -> None:
+def test_an_owner_that_requests_many_migrations_leaves_places_for_others() -> None:
     now, rentals = crowd(*["greedy"] * migration.MAX_REQUESTED, "other")
     asked, known = list[str](), observations()
     for rental in rentals:
@@ -235,7 +235,7 @@ def test_who_asks_for_moves_of_all_that_it_has_leaves_others_theirs() -> None:
     assert asked == [*["greedy"] * (migration.MAX_REQUESTED // 2), "other"]
 
 
-def test_what_could_not_be_moved_has_one_place_of_its_owner_and_what_can_be_moved_the_others() -> None:
+def test_failed_migrations_share_one_place_of_their_owner() -> None:
     now, rentals = crowd(*["greedy"] * 5, intent=Intent.DRAINING)
     migration_failed = frozenset(rental.id for rental in rentals[:4])
     for step in decide(now, observations(migration_failed=migration_failed)).steps:
@@ -245,7 +245,7 @@ def test_what_could_not_be_moved_has_one_place_of_its_owner_and_what_can_be_move
     assert rentals[4].id in moving
 
 
-def test_what_could_not_be_moved_does_not_wait_for_its_turn_where_its_worker_is_about_to_end() -> None:
+def test_a_failed_migration_does_not_wait_for_its_turn_on_an_evacuating_worker() -> None:
     now, rentals = crowd(*["greedy"] * 4)
     more = {"migration_failed": frozenset(rental.id for rental in rentals), "evacuating": frozenset({SOURCE.id})}
     for step in decide(now, observations(**more)).steps:
@@ -253,7 +253,7 @@ def test_what_could_not_be_moved_does_not_wait_for_its_turn_where_its_worker_is_
     assert all(now.target_of(rental.id) for rental in rentals)
 
 
-def test_a_silent_worker_is_not_moved_away_from() -> None:
+def test_there_is_no_planned_migration_from_a_silent_worker() -> None:
     silent = replace(SOURCE, health=Health.SUSPECT)
     with pytest.raises(migration.NotMigrated) as refused:
         request_migration(new_world(silent, TARGET, RENTAL, RUNNING), RENTAL.id, "alice", observations())

@@ -35,21 +35,21 @@ def test_short_pauses_change_nothing() -> None:
     assert notices == []
 
 
-def test_one_long_pause_keeps_nobody_from_being_copied_who_writes_little_afterwards() -> None:
+def test_one_long_pause_does_not_delay_snapshots_of_a_renter_that_writes_little_afterwards() -> None:
     """A tree was unpacked during the snapshot: after a wait of 1,000 s all later files would have none."""
     made, notices = play([5.0, 0.02], 300)
     assert [at for at, _ in made] == [30.0 * number for number in range(10)]
     assert notices == []
 
 
-def test_what_is_written_in_a_burst_is_copied_soon_after_it() -> None:
+def test_files_written_in_a_burst_are_in_a_snapshot_soon_afterwards() -> None:
     made, notices = play([5.0, 2.0, 2.0, 0.02], 400)
     assert [at for at, _ in made][:4] == [0.0, 30 + 60 + 120, 240.0, 270.0]
     assert notices == [30.0, 210.0], "once that its snapshots are rarer, and once that they no longer are"
 
 
 @pytest.mark.parametrize("pause_s", [0.16, 0.3, 0.6, 2.0, 9.0])
-def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_told_once(pause_s: float) -> None:
+def test_a_renter_that_writes_much_is_paused_for_its_share_at_most_and_notified_once(pause_s: float) -> None:
     hours = 20 * 3600.0
     made, notices = play([pause_s], hours)
     assert sum(pause for _, pause in made) <= SHARE * hours + pause_s
@@ -57,18 +57,18 @@ def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_
     assert len(notices) == (pause_s / SHARE > WARN_FROM * USUAL_S)
 
 
-def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:
+def test_the_next_snapshot_waits_where_the_pause_is_paid_off_soon() -> None:
     made, notices = play([0.25], 160)
     assert [at for at, _ in made] == [0.0, 50.0, 100.0, 150.0], "no attempt in between fails"
     assert notices == [0.0]
 
 
-def test_what_no_pause_is_enough_for_is_tried_in_all_intervals_and_told_once() -> None:
+def test_a_home_for_which_no_pause_is_enough_is_tried_in_each_interval_and_reported_once() -> None:
     made, notices = play([LONGEST_PAUSE_S + 1], 5000)
     assert (made, notices) == ([], [0.0])
 
 
-def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -> None:
+def test_a_failed_pause_is_paid_off_and_a_predicted_one_costs_nothing() -> None:
     foreseen, in_vain = Pace(usual_s=USUAL_S, share=SHARE), Pace(usual_s=USUAL_S, share=SHARE)
     foreseen.too_long(0.0, 0.0)
     in_vain.too_long(0.0, LONGEST_PAUSE_S)
@@ -76,7 +76,7 @@ def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -
     assert (foreseen.wait_s, in_vain.wait_s) == (60.0, 60.0)
 
 
-def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_paid_off() -> None:
+def test_after_a_pause_beyond_the_limit_the_next_snapshot_waits_until_it_is_paid_off() -> None:
     """The worker did not predict the pause, and will not predict the next one."""
     pace, now = Pace(usual_s=USUAL_S, share=SHARE), 0.0
     stood = 0.0
@@ -89,7 +89,7 @@ def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_p
     assert pace.paid_at - now < LONGEST_PAUSE_S / SHARE + 1, "the debt of pauses is bounded"
 
 
-def test_in_a_debt_a_short_pause_is_allowed() -> None:
+def test_a_short_pause_is_allowed_during_a_debt() -> None:
     pace = Pace(usual_s=USUAL_S, share=SHARE)
     assert pace.allowed_s(0.0) == LONGEST_PAUSE_S
     pace.copied(0.0, 1.0)

@@ -64,19 +64,19 @@ DIRTY = {
 
 
 @pytest.mark.parametrize("what", AT_REST)
-def test_at_rest_is(what: str) -> None:
+def test_a_worker_without_work_for_the_reconciler_is_not_dirty(what: str) -> None:
     assert index_of(*AT_REST[what]).dirty_workers(9) == []
 
 
 @pytest.mark.parametrize("what", DIRTY)
-def test_not_at_rest_is(what: str) -> None:
+def test_a_worker_with_work_for_the_reconciler_is_dirty(what: str) -> None:
     pool_index = index_of(*DIRTY[what])
     assert pool_index.dirty_workers(9) == [WORKER.id]
     apply_rows(pool_index, None)
     assert pool_index.dirty_workers(9) == [], "nothing of the rental is left"
 
 
-def test_too_many_for_one_look_come_in_turn() -> None:
+def test_dirty_workers_beyond_the_limit_of_a_round_get_their_turn() -> None:
     pool_index = PoolIndex()
     joining = IndexedWorker.of(replace(WORKER, health=Health.JOINING, verified_session=None), "")
     pool_index.apply(Changes({f"w-{n}": (joining, ()) for n in range(5)}, {}), 0.0)
@@ -104,13 +104,13 @@ def test_too_many_for_one_look_come_in_turn() -> None:
         (None, [], [SHOWN], False),
     ],
 )
-def test_an_inventory_asks_for_a_decision_when_it_shows_what_is_not_placed_there(
+def test_an_inventory_with_an_unplaced_rental_makes_its_worker_dirty(
     worker: Worker | None, placements: list[Placement], shown: list[Item], disagrees: bool
 ) -> None:
     assert index_of(worker, *placements).disagrees(WORKER.id, shown) is disagrees
 
 
-def test_ages_count_from_when_a_state_was_first_told_and_a_resumed_clean_up_has_its_time_again() -> None:
+def test_ages_count_from_the_first_sight_of_a_state_and_anew_when_a_worker_s_fault_changes() -> None:
     stopping = in_state(PlacementState.STOPPING)
     faulty = replace(WORKER, fault="it was not cleaned up")
     pool_index = index_of(WORKER, RUNNING, now=10.0)

@@ -27,7 +27,7 @@ def observations() -> Observations:
     [{"health": Health.JOINING}, {"health": Health.DOWN}, {"intent": Intent.DRAINING}, {"slots": 1}],
     ids=str,
 )
-def test_a_place_is_reserved_only_on_a_worker_that_is_still_as_it_was_chosen(
+def test_a_slot_is_reserved_only_on_a_worker_that_is_unchanged_since_the_choice(
     rental: Rental, change: dict[str, Any]
 ) -> None:
     world = new_world(WORKER, rental)

@@ -36,7 +36,7 @@ def test_a_worker_that_is_not_ready_is_refused_with_its_health(health: Health) -
         ({"failed_here": True}, "failed to make it"),
     ],
 )
-def test_each_filter_says_why(change: dict[str, Any], reason: str) -> None:
+def test_each_filter_gives_its_reason(change: dict[str, Any], reason: str) -> None:
     refused = choose([candidate(**change)])
     assert isinstance(refused, NoWorker)
     assert f"1 {reason}." in refused.explanation

@@ -45,7 +45,7 @@ def copy_of(generation: SnapshotId) -> Snapshot:
 
 
 @given(GENERATIONS)
-def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_is(all_: list[SnapshotId]) -> None:
+def test_the_newest_snapshots_and_the_newest_of_the_former_epoch_are_always_kept(all_: list[SnapshotId]) -> None:
     staying = kept(map(copy_of, all_))
     latest = max(all_)
     assert latest in staying <= set(all_)
@@ -57,7 +57,7 @@ def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_i
 
 
 @given(GENERATIONS, st.sets(st.integers(1, 5)))
-def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[SnapshotId], salvaged: set[int]) -> None:
+def test_recovered_and_other_snapshots_do_not_displace_each_other(all_: list[SnapshotId], salvaged: set[int]) -> None:
     copies = [copy_of(each) for each in all_ if each.epoch not in salvaged]
     salvages = [replace(copy_of(each), recovered=True) for each in all_ if each.epoch in salvaged]
     newest_ones = sorted(copy.id for copy in salvages)[-RECOVERED_KEPT:]
@@ -67,7 +67,7 @@ def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[SnapshotId], sa
 @given(
     GENERATIONS, st.sets(st.integers(1, 5)), st.one_of(st.none(), st.builds(SnapshotId, st.integers(1, 5), st.just(1)))
 )
-def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spared_or_a_salvage(
+def test_for_lack_of_room_only_older_unspared_snapshots_that_are_not_recovered_are_removed(
     all_: list[SnapshotId], salvaged: set[int], spare: SnapshotId | None
 ) -> None:
     complete = [replace(copy_of(each), recovered=each.epoch in salvaged) for each in all_]
@@ -82,7 +82,7 @@ def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spar
     assert before == first & least
 
 
-def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at_no_later_epoch() -> None:
+def test_a_recovered_snapshot_is_restored_only_if_there_was_no_activation_at_a_later_epoch() -> None:
     copies = [copy_of(SnapshotId(1, 7)), copy_of(SnapshotId(2, 1))]
     salvage = replace(copy_of(SnapshotId(2, 2)), recovered=True)
     second, third = active_rental(activated_epoch=2), active_rental(activated_epoch=3)
@@ -92,7 +92,7 @@ def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at
     assert newest([*copies, salvage, copy_of(SnapshotId(3, 1))], second) == copy_of(SnapshotId(3, 1))
 
 
-def test_what_it_began_with_at_the_last_is_what_it_begins_with_again_until_there_is_a_copy_of_that() -> None:
+def test_until_there_is_a_newer_snapshot_a_rental_is_restored_from_the_same_one_again() -> None:
     copies = [copy_of(SnapshotId(1, 7)), copy_of(SnapshotId(2, 1)), replace(copy_of(SnapshotId(2, 2)), recovered=True)]
     for name, copy in (("2-2", copies[2]), ("1-7", copies[0]), ("1-6", copies[1]), ("", copies[1])):
         rental = active_rental(activated_epoch=3, began_with=name)
@@ -125,18 +125,18 @@ def lineage(*origins: Origin, **change: Any) -> Rental:
         ([FIRST, LATER, copy_of(SnapshotId(4, 1))], copy_of(SnapshotId(4, 1))),
     ],
 )
-def test_what_has_all_that_it_began_with_and_more_is_what_it_begins_with_again(
+def test_a_snapshot_that_contains_the_last_restored_one_is_preferred_to_it(
     there: list[Snapshot], begins: Snapshot
 ) -> None:
     assert newest(there, lineage(*CHAIN)) == begins
 
 
-def test_what_grew_out_of_what_grew_counts_too() -> None:
+def test_a_snapshot_that_descends_from_the_origin_over_several_epochs_counts_too() -> None:
     deeper = (*CHAIN[:2], Origin(3, "2-1", False), Origin(4, "1-3", False))
     assert newest([FIRST, OF_SECOND, OF_THIRD], lineage(*deeper)) == OF_THIRD
 
 
-def test_what_was_asked_for_gives_up_what_was_later_in_that_home_and_nothing_that_began_with_it() -> None:
+def test_a_requested_restore_gives_up_later_snapshots_of_that_home_but_none_that_began_with_it() -> None:
     asked = (Origin(1, "", False), Origin(2, "1-3", True))
     assert newest([FIRST, LATER], lineage(*asked)) == FIRST
     begun_again = lineage(*asked)
@@ -148,7 +148,7 @@ def test_what_was_asked_for_gives_up_what_was_later_in_that_home_and_nothing_tha
     assert not activated(begun_again, 5, "4-1")["lineage"][-1].requested
 
 
-def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empty() -> None:
+def test_a_recovered_snapshot_is_the_newest_for_an_empty_home_unless_the_owner_chose_empty() -> None:
     by_itself = lineage(Origin(1, "", False), Origin(2, "", False))
     assert newest([salvage_of(1, 1)], by_itself) == salvage_of(1, 1)
     asked = lineage(Origin(1, "", False), Origin(2, "", True))
@@ -156,18 +156,18 @@ def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empt
     assert activated(active_rental(restore_from=EMPTY), 2, "")["lineage"] == (Origin(2, "", True),)
 
 
-def test_a_lineage_that_leads_back_to_itself_ends() -> None:
+def test_a_lineage_with_a_cycle_is_followed_to_an_end() -> None:
     assert newest([FIRST, OF_SECOND], lineage(Origin(2, "2-1", False), Origin(3, "2-1", False))) == OF_SECOND
 
 
-def test_of_its_origins_the_latest_are_kept() -> None:
+def test_the_latest_origins_of_a_rental_are_kept() -> None:
     rental = active_rental()
     for epoch in range(1, 100):
         rental = replace(rental, **activated(rental, epoch, f"{epoch}-1"))
     assert [origin.epoch for origin in rental.lineage] == list(range(100 - MAX_ORIGINS, 100))
 
 
-def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
+def test_a_recovered_snapshot_is_shown_until_it_is_restored_or_for_a_week() -> None:
     there = [FIRST, LATER, OF_SECOND]
     runs = lineage(*CHAIN)
     assert waiting_recovered_snapshot(there, runs, wall=10.0) == OF_SECOND
@@ -182,7 +182,7 @@ def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
     assert waiting_recovered_snapshot(there, replace(runs, state=RentalState.RELEASED), wall=10.0) is None
 
 
-def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_it_was_not() -> None:
+def test_a_home_has_an_event_each_time_that_it_becomes_nearly_full() -> None:
     worker, rental = new_worker(1), active_rental(1)
     runs = new_placement(rental, worker, PlacementState.RUNNING)
     reasons: list[str] = []
@@ -196,7 +196,7 @@ def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_i
     assert "100 of 100 files" in reasons[-1]
 
 
-def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_and_does_not_hide_its_event() -> None:
+def test_the_warnings_of_rare_snapshots_and_of_a_nearly_full_home_do_not_hide_each_other() -> None:
     worker, rental = new_worker(1), active_rental(1)
     runs = new_placement(rental, worker, PlacementState.RUNNING)
     rarely, copy = slower_warning(120.0, 30.0), replace(copy_of(SnapshotId(1, 1)), bytes=900)
@@ -217,12 +217,12 @@ def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_an
 
 
 @given(GENERATIONS, st.integers(1, 5))
-def test_a_new_copy_comes_after_all_of_its_epoch(all_: list[SnapshotId], epoch: int) -> None:
+def test_a_new_snapshot_has_the_highest_number_of_its_epoch(all_: list[SnapshotId], epoch: int) -> None:
     new = SnapshotId(epoch, next_number(all_, epoch))
     assert all(new > each for each in all_ if each.epoch <= epoch)
 
 
-def test_a_name_is_read_as_it_is_written_and_nothing_else_is_one() -> None:
+def test_a_snapshot_id_is_parsed_as_it_is_formatted_and_no_other_text_is_one() -> None:
     assert SnapshotId.parse(str(SnapshotId(12, 345))) == SnapshotId(12, 345)
     for wrong in ("", "1", "1-", "-1", "0-1", "1-0", "01-1", "1-1\n", "../1-1", "incoming", "1-1-1", "1e3-1"):
         assert SnapshotId.parse(wrong) is None
@@ -254,7 +254,7 @@ RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
         {"unknown": 1},
     ],
 )
-def test_what_could_do_harm_is_not_understood(wrong: dict[str, Any]) -> None:
+def test_harmful_snapshot_requests_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         requests.parse_request(json.dumps(REQUEST | wrong).encode(), now=1000.0)
 
@@ -265,7 +265,7 @@ def test_a_passed_deadline_is_refused() -> None:
         requests.parse_request(json.dumps(REQUEST).encode(), now=2000.0)
 
 
-def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
+def test_only_a_home_of_this_epoch_that_was_never_activated_is_restored() -> None:
     check_receive(RECORD, 0, 3)
     for record, purged, epoch, code in (
         (RECORD, 0, 2, "stale_epoch"),

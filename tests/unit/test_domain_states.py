@@ -111,7 +111,7 @@ def test_each_placement_can_be_purged() -> None:
     assert reaches_the_end == set(PlacementState)
 
 
-def test_what_has_ended_stays_as_it_is() -> None:
+def test_only_ended_rentals_and_purged_placements_have_no_exits() -> None:
     assert {s for s in RentalState if not RENTAL_TABLE[s].exits} == ENDED
     assert [s for s in PlacementState if not PLACEMENT_TABLE[s].exits] == [PlacementState.PURGED]
     assert all(HEALTH_TABLE[s].exits for s in Health)

@@ -87,7 +87,7 @@ async def until_all_have_looked(store: Counted, readers: int) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(store: Counted) -> None:
+async def test_a_commit_is_read_once_for_all_streams_and_sent_to_the_permitted_ones(store: Counted) -> None:
     streams = EventStreams(store)
     await say(store, "before")
     alice = [Reader(streams, Filter("alice")) for _ in range(20)]
@@ -107,7 +107,7 @@ async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(s
     await streams.stop()
 
 
-async def test_nothing_is_lost_or_told_twice_where_a_stream_begins_amid_commits(store: Counted) -> None:
+async def test_a_stream_that_begins_during_commits_loses_and_repeats_no_event(store: Counted) -> None:
     streams = EventStreams(store)
     first = Reader(streams, Filter())
     async with reading(first):
@@ -127,7 +127,7 @@ async def test_nothing_is_lost_or_told_twice_where_a_stream_begins_amid_commits(
     await streams.stop()
 
 
-async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
+async def test_a_client_that_stops_reading_is_dropped_and_resumes_after_its_last_event(
     store: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_streams, "MAX_WAITING_EVENTS", 5)
@@ -152,7 +152,7 @@ async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
     await streams.stop()
 
 
-async def test_a_token_has_so_many_streams_and_gets_places_back(store: Counted) -> None:
+async def test_a_token_has_a_limited_number_of_streams_and_ended_streams_free_their_places(store: Counted) -> None:
     streams = EventStreams(store)
     places = [streams.counted("t-one") for _ in range(MAX_STREAMS_PER_TOKEN)]
     for place in places:

@@ -105,7 +105,7 @@ def fenced(tmp_path: Path, kernel: Kernel) -> FencedRentals:
     return FencedRentals(tmp_path, kernel, rentals, fence, right, log)
 
 
-def test_at_its_start_nobody_is_activated_before_there_is_a_lease(fenced: FencedRentals) -> None:
+def test_after_the_start_no_rental_is_activated_without_a_lease(fenced: FencedRentals) -> None:
     fenced.fence.look()
     assert fenced.shown == "locked", "a locked rental is not frozen either"
     with pytest.raises(RequestRefused, match="no lease"):
@@ -114,7 +114,7 @@ def test_at_its_start_nobody_is_activated_before_there_is_a_lease(fenced: Fenced
     assert fenced.shown == "running"
 
 
-def test_without_the_right_everything_stops_and_the_keys_go(fenced: FencedRentals) -> None:
+def test_without_the_right_to_run_all_processes_are_stopped_and_the_keys_set_aside(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.may_run(False)
     assert fenced.shown == "frozen"
@@ -123,7 +123,7 @@ def test_without_the_right_everything_stops_and_the_keys_go(fenced: FencedRental
     assert fenced.log == ["no right to run: 1 rentals frozen"]
 
 
-def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(fenced: FencedRentals) -> None:
+def test_the_fence_never_thaws_without_a_reply_and_a_lease(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.may_run(False)
     with pytest.raises(RequestRefused, match="no lease"):
@@ -137,7 +137,7 @@ def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(fenced: FencedRent
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
-def test_only_the_very_epoch_that_is_here_is_thawed(fenced: FencedRentals, epoch: int) -> None:
+def test_only_the_epoch_of_this_worker_is_thawed(fenced: FencedRentals, epoch: int) -> None:
     fenced.activate()
     fenced.may_run(False)
     fenced.may_run(True)
@@ -146,7 +146,7 @@ def test_only_the_very_epoch_that_is_here_is_thawed(fenced: FencedRentals, epoch
     assert fenced.shown == "frozen"
 
 
-def test_what_was_stopped_before_stays_so_over_two_freezes(fenced: FencedRentals) -> None:
+def test_a_process_that_was_stopped_before_stays_stopped_over_two_freezes(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.kernel.running.clear()
     fenced.kernel.suspended.add(UID)
@@ -158,7 +158,7 @@ def test_what_was_stopped_before_stays_so_over_two_freezes(fenced: FencedRentals
     assert (fenced.kernel.suspended, fenced.kernel.running) == ({UID}, set())
 
 
-def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
+def test_the_fence_stops_processes_even_where_it_cannot_write_marks_yet(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fenced.activate()
@@ -182,7 +182,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
     assert fenced.kernel.running == {UID}
 
 
-def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(fenced: FencedRentals) -> None:
+def test_a_rental_that_is_made_without_a_lease_is_frozen_too(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.may_run(False)
     fenced.rentals.records.save(RentalRecord("two", "r-two", UID + 1, 1, activated=True))
@@ -193,7 +193,7 @@ def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(fenced: Fence
     assert [item["state"] for item in fenced.rentals.inventory()] == ["frozen", "frozen"]
 
 
-def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(fenced: FencedRentals) -> None:
+def test_a_restore_is_ended_by_the_fence_and_its_rental_can_be_made_again(fenced: FencedRentals) -> None:
     fenced.may_run(True)
     fenced.kernel.running.add(UID)  # in place of rsync, which keeps the rental's lock while it is stopped
     fenced.may_run(False)
@@ -205,7 +205,7 @@ def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(fenced: Fen
     assert fenced.rentals.unlock(RentalOrder(rental_id="one", epoch=1))["state"] == "running"
 
 
-def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
+def test_a_reply_to_an_earlier_call_does_not_undo_an_order_to_freeze(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fenced.activate()
@@ -223,7 +223,7 @@ def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
     assert fenced.kernel.running == {UID}
 
 
-def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back(
+def test_a_lease_that_was_lost_and_regained_does_not_undo_an_order_to_freeze(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fenced.activate()
@@ -235,7 +235,7 @@ def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back
         fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=99.0)
 
 
-def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(fenced: FencedRentals) -> None:
+def test_an_order_of_an_older_epoch_freezes_nothing_and_an_absent_rental_is_no_failure(fenced: FencedRentals) -> None:
     fenced.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
     with pytest.raises(RequestRefused, match="older"):
         fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=2))
@@ -259,7 +259,7 @@ def test_the_mark_of_a_rental_that_was_purged_goes(fenced: FencedRentals) -> Non
     assert fenced.rentals.freezer.frozen() == []
 
 
-def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(fenced: FencedRentals) -> None:
+def test_no_order_of_an_earlier_migration_thaws_a_rental_that_a_later_one_froze(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=7))
     fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=5))
@@ -279,7 +279,7 @@ def pause(fenced: FencedRentals, seconds: float = 10.0) -> frozenset[stopper.Ker
     return fenced.rentals.freezer.pause(record, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)
 
 
-def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(fenced: FencedRentals) -> None:
+def test_the_end_of_a_pause_continues_only_processes_that_ran_before(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.kernel.suspended.add(UID)
     assert pause(fenced) == frozenset()
@@ -319,7 +319,7 @@ def test_a_frozen_rental_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenc
     assert fenced.kernel.running == {UID}, "processes that the pause stopped are not taken for stopped by their renter"
 
 
-def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of_it_later(
+def test_a_lease_lost_in_a_pause_freezes_the_rental_and_a_later_thaw_continues_all_of_it(
     fenced: FencedRentals,
 ) -> None:
     fenced.activate()
@@ -333,7 +333,7 @@ def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of
     assert fenced.kernel.running == {UID}
 
 
-def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
+def test_programs_that_resist_a_pause_go_on_and_the_snapshot_fails(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fenced.activate()
@@ -345,7 +345,7 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
     assert (refused.value.code, fenced.kernel.running) == ("restless", {UID})
 
 
-def test_whoever_is_thawed_while_the_fence_looks_stays_activated(
+def test_a_rental_that_is_thawed_during_a_round_of_the_fence_stays_activated(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise its renter is locked out until the next reply to a heartbeat, as a chaos run has shown."""
@@ -397,14 +397,14 @@ def test_a_retired_rental_is_neither_frozen_nor_activated(retired: FencedRentals
     assert retired.kernel.running == set()
 
 
-def test_the_fence_freezes_nothing_that_is_retired_and_ends_what_would_run_of_it(retired: FencedRentals) -> None:
+def test_the_fence_freezes_no_retired_rental_and_kills_its_processes(retired: FencedRentals) -> None:
     retired.kernel.running.add(UID)
     retired.may_run(False)
     assert (retired.rentals.freezer.frozen(), retired.shown) == ([], "locked")
     assert (retired.kernel.running, retired.kernel.stopped) == (set(), set())
 
 
-def test_a_mark_that_was_made_as_it_was_retired_goes(retired: FencedRentals) -> None:
+def test_a_freeze_mark_that_was_made_during_a_retirement_is_removed(retired: FencedRentals) -> None:
     (record,) = retired.rentals.records.all()
     retired.rentals.freezer.mark(record, frozenset())
     retired.fence._repeat_at = 0.0
@@ -412,7 +412,7 @@ def test_a_mark_that_was_made_as_it_was_retired_goes(retired: FencedRentals) -> 
     assert retired.rentals.freezer.frozen() == []
 
 
-def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvaged_again(retired: FencedRentals) -> None:
+def test_a_retired_rental_stays_retired_over_a_restart_and_can_be_recovered_again(retired: FencedRentals) -> None:
     again = Rentals(WorkerPaths(retired.root), lock_wait_s=0.0)
     with pytest.raises(RequestRefused, match="await their recovery"):
         again.freeze(RentalOrder(rental_id="one", epoch=1))
@@ -422,7 +422,7 @@ def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvage
         record_for("send", again.records, request)
 
 
-def test_what_is_made_again_after_going_back_to_a_backup_is_retired_no_more(
+def test_a_rental_that_is_made_again_after_a_restored_backup_is_not_retired(
     retired: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rentals = retired.rentals

@@ -90,12 +90,12 @@ def test_the_number_of_workers_stays(checkout: Path) -> None:
     assert now_set(checkout, "ORION_WORKERS") == "5"
 
 
-def test_what_is_kept_is_for_its_owner_alone(checkout: Path) -> None:
+def test_only_its_owner_can_read_the_file_of_kept_settings(checkout: Path) -> None:
     make_up(checkout, ORION_SLOTS="4")
     assert stat.S_IMODE((checkout / ".env").stat().st_mode) == 0o600
 
 
-def test_what_cannot_be_kept_is_refused(checkout: Path) -> None:
+def test_a_setting_that_cannot_be_kept_is_refused(checkout: Path) -> None:
     refused = shell(checkout, "load_settings; keep_settings", ORION_LABELS="a=it's")
     assert refused.returncode == 1
     assert "ORION_LABELS cannot be saved" in refused.stderr
@@ -108,7 +108,7 @@ def test_the_settings_of_another_platform_do_not_count(checkout: Path) -> None:
     assert now_set(checkout, "ORION_SLOTS") == "4"
 
 
-def test_another_clone_of_the_same_platform_goes_on_with_its_settings(checkout: Path, tmp_path: Path) -> None:
+def test_another_clone_of_the_same_platform_uses_its_settings(checkout: Path, tmp_path: Path) -> None:
     """For docker-compose 1.29 the directory is a part of a container's settings, so the first one is kept."""
     make_up(checkout, ORION_SLOTS="4")
     second = tmp_path / "second"
@@ -120,7 +120,7 @@ def test_another_clone_of_the_same_platform_goes_on_with_its_settings(checkout: 
     assert now_set(checkout, "FIRST_DIRECTORY", **engine) == ""
 
 
-def test_what_was_typed_is_shown_to_be_typed_again_without_a_password(checkout: Path) -> None:
+def test_the_typed_settings_are_shown_for_repetition_without_passwords(checkout: Path) -> None:
     given = {"WORKERS": "2", "ORION_LABELS": "a=b c", "ORION_DATABASE_URL": "postgresql://o:secret@db"}
     typed = shell(checkout, "typed_command", **given).stdout.strip()
     assert typed == r'WORKERS=2 ORION_DATABASE_URL="$ORION_DATABASE_URL" ORION_LABELS=a=b\ c make up'

@@ -58,7 +58,7 @@ def _job(host: Host, number: int) -> Job:
     return Job(action=Action.CREATE, host=host, order=order, owner=f"owner{number % 2}")
 
 
-async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up_no_other() -> None:
+async def test_a_few_homes_are_restored_at_a_time_and_a_hanging_worker_delays_no_other() -> None:
     world = FakeWorld()
     for host in (HANGS, WORKS):
         world.add(host)
@@ -74,7 +74,7 @@ async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up
     assert snapshot_service.most[HANGS.worker_id] == AT_ONCE
 
 
-async def test_an_owner_fills_half_of_the_homes_that_one_worker_fills_at_a_time() -> None:
+async def test_an_owner_has_half_of_the_concurrent_restores_of_one_worker() -> None:
     world = FakeWorld()
     world.add(HANGS)
     snapshot_service = Slow(world)
@@ -104,7 +104,7 @@ class Stops(FakeSnapshotService):
         return await super().restore(home, generation, deadline_s)
 
 
-async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rentals_whose_files_have_arrived_are_activated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore, "BATCH_WAIT_S", 3600.0)
     worker = (world := FakeWorld()).add(WORKS)
     few, late = [_job(WORKS, number) for number in range(BATCH - 1)], _job(WORKS, 100)
@@ -126,7 +126,7 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
     assert len(activated()) == BATCH + 1
 
 
-async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rental_that_is_restored_alone_is_activated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore, "BATCH_WAIT_S", 3600.0)
     world = FakeWorld()
     world.add(WORKS)
@@ -150,7 +150,7 @@ class Asked(FakeEngine):
         return await super().run(job)
 
 
-async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() -> None:
+async def test_the_restore_of_a_single_rental_begins_while_its_account_is_made() -> None:
     worker = (world := FakeWorld()).add(WORKS)
     snapshot_service = FakeSnapshotService(world, lambda: 0.0)
     restorer = Restorer(engine=Asked(world, snapshot_service), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() ->
     assert worker.accounts[_job(WORKS, 0).order.rental_id].unlocked
 
 
-async def test_of_many_only_one_is_sent_for_before_its_account_is_there() -> None:
+async def test_of_many_rentals_only_one_restore_begins_before_its_account_exists() -> None:
     world = FakeWorld()
     world.add(WORKS)
     snapshot_service = Slow(world)

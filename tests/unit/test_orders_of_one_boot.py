@@ -26,23 +26,23 @@ def ordered(job: Job) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", [AGENT_VERSION, "0.1.0+boot", "1.0+more.boot"])
-def test_a_worker_that_says_so_is_told_which_life_an_order_is_for(version: str) -> None:
+def test_a_worker_that_supports_boot_ids_gets_orders_with_one(version: str) -> None:
     assert new_worker(boot_id="boot-0002", agent_version=version).ordered_boot_id == "boot-0002"
 
 
 @pytest.mark.parametrize("version", ["", "0.1.0", "0.1.0-boot", "boot", "0.1.0+boots"])
-def test_a_worker_of_a_former_version_is_sent_no_field_that_it_would_refuse(version: str) -> None:
+def test_a_worker_of_a_former_version_gets_no_field_that_it_would_refuse(version: str) -> None:
     life = new_worker(boot_id="boot-0002", agent_version=version).ordered_boot_id
     assert life == ""
     assert "boot_id" not in ordered(new_job(replace(HOST, boot_id=life)))
 
 
 @pytest.mark.parametrize("action", list(Action))
-def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) -> None:
+def test_orders_that_depend_on_running_processes_name_a_boot(action: Action) -> None:
     order = ordered(replace(new_job(HOST), action=action))
     assert order.get("boot_id", "") == ("boot-0002" if action in OF_ONE_BOOT else "")
 
 
-def test_the_worker_s_program_understands_both() -> None:
+def test_the_worker_understands_orders_with_and_without_a_boot_id() -> None:
     assert order_from("create", ordered(new_job(HOST))).boot_id == "boot-0002"
     assert order_from("purge", ordered(deletion(new_job(HOST)))).boot_id == ""

@@ -42,7 +42,7 @@ def install(machine: Path, *packages: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_what_was_replaced_since_the_lists_were_read_or_was_interrupted_is_installed_then(machine: Path) -> None:
+def test_a_package_is_installed_after_outdated_lists_or_an_interrupted_installation(machine: Path) -> None:
     (machine / "failures").write_text("Failed to fetch chromium_1_amd64.deb  404  Not Found\n")
     done = install(machine, "chromium")
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def test_what_was_replaced_since_the_lists_were_read_or_was_interrupted_is_insta
     assert calls[calls.index(again) :] == [again, "dpkg --configure --pending", "update", again]
 
 
-def test_a_reason_that_is_not_apts_is_shown_too(machine: Path) -> None:
+def test_a_reason_that_is_not_from_apt_is_shown_too(machine: Path) -> None:
     (machine / "apt-get").write_text("#!/bin/sh\necho 'a password is required'\nexit 1\n")
     done = install(machine, "tmux")
     assert done.returncode == 1

@@ -51,7 +51,7 @@ def proxy(tmp_path: Path) -> Tls:
     return Tls(tmp_path)
 
 
-def test_a_client_whose_clock_is_late_takes_the_certificate_that_was_just_made(proxy: Tls) -> None:
+def test_a_client_whose_clock_is_late_accepts_a_new_certificate(proxy: Tls) -> None:
     proxy.see_to_it()
     made_at = (proxy.tls / "tls.crt").stat().st_mtime
     begins, ends = proxy.lasts()
@@ -62,7 +62,7 @@ def test_a_client_whose_clock_is_late_takes_the_certificate_that_was_just_made(p
     assert not proxy.verifies(made_at - 2 * DAY_S)
 
 
-def test_the_certificate_is_for_a_server_of_these_names_and_for_nothing_else(proxy: Tls) -> None:
+def test_the_certificate_is_only_for_servers_with_the_given_names(proxy: Tls) -> None:
     output = proxy.see_to_it(ORION_TLS_NAMES="lab.example,192.0.2.7", ORION_APPS_DOMAIN="apps.example")
     assert "DNS:lab.example" in output
     now = (proxy.tls / "tls.crt").stat().st_mtime
@@ -74,7 +74,7 @@ def test_the_certificate_is_for_a_server_of_these_names_and_for_nothing_else(pro
     assert not proxy.verifies(now, "-purpose", "sslclient")
 
 
-def test_a_certificate_is_made_once_and_nobody_else_reads_its_key(proxy: Tls) -> None:
+def test_a_certificate_is_made_once_and_only_its_owner_can_read_the_key(proxy: Tls) -> None:
     proxy.see_to_it()
     made = [(proxy.tls / name).read_bytes() for name in ("tls.crt", "tls.key")]
     assert proxy.see_to_it() == ""
@@ -86,7 +86,7 @@ def test_a_certificate_is_made_once_and_nobody_else_reads_its_key(proxy: Tls) ->
 
 
 @pytest.mark.parametrize("left", ["a key alone", "an empty key", "another key", "an empty certificate"])
-def test_a_pair_that_was_being_made_when_the_proxy_was_stopped_is_made_anew(proxy: Tls, left: str) -> None:
+def test_an_unfinished_certificate_of_a_stopped_proxy_is_made_anew(proxy: Tls, left: str) -> None:
     proxy.see_to_it()
     key, certificate = proxy.tls / "tls.key", proxy.tls / "tls.crt"
     if left == "a key alone":
@@ -100,7 +100,7 @@ def test_a_pair_that_was_being_made_when_the_proxy_was_stopped_is_made_anew(prox
     assert "made a certificate" not in proxy.see_to_it()
 
 
-def test_a_user_s_own_pair_in_the_place_of_ours_is_left_alone(proxy: Tls) -> None:
+def test_an_operator_s_own_certificate_is_not_replaced(proxy: Tls) -> None:
     proxy.see_to_it()
     key, certificate = proxy.tls / "tls.key", proxy.tls / "tls.crt"
     own = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "3", "-subj", "/CN=example.org"]

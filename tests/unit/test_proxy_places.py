@@ -49,7 +49,7 @@ def said(
     ("memory", "requests"),
     [(str(768 * MIB), 2157), (str(2048 * MIB), 6838), ("max", 2157), ("9223372036854771712", 2157)],
 )
-def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory: str, requests: int) -> None:
+def test_the_proxy_accepts_as_many_connections_as_fit_into_its_memory(place: Path, memory: str, requests: int) -> None:
     done = said(place, "write_limits", memory)
     assert done.returncode == 0, done.stderr
     assert f"room for {requests} requests at a time" in done.stdout
@@ -58,7 +58,7 @@ def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory
     assert (place / "run" / "orion-events.conf").read_text() == f"worker_connections {requests};\n"
 
 
-def test_there_are_no_more_places_than_nginx_may_open_files(place: Path) -> None:
+def test_the_proxy_accepts_no_more_connections_than_nginx_may_open_files(place: Path) -> None:
     assert "room for 1000 requests at a time" in said(place, "write_limits", str(768 * MIB), files="1100").stdout
     assert "room for 2157 requests at a time" in said(place, "write_limits", str(768 * MIB), files="20000").stdout
 
@@ -71,7 +71,7 @@ def test_too_little_memory_is_refused_with_what_would_be_enough(place: Path) -> 
     assert said(place, "write_limits", str(int(enough[1]) * MIB)).returncode == 0
 
 
-def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
+def test_the_memory_per_connection_covers_the_limits_of_nginx(place: Path) -> None:
     """The memory of a connection and of a request follows from the settings of Nginx."""
     sizes = {
         name: int(number or 1) * int(kib) for name, number, kib in re.findall(r"^(\w+) (?:(\d) )?(\d+)k;", LIMITS, re.M)
@@ -89,7 +89,7 @@ def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
     assert 80 + zones + 4 + 17 <= without, "Nginx itself, its zones, the zone of TLS, and the memory for files"
 
 
-def test_a_trusted_proxy_is_told_by_its_kind(place: Path) -> None:
+def test_trusted_outer_proxies_are_separated_into_ipv4_and_ipv6(place: Path) -> None:
     trusted = "192.0.2.7,2001:db8::/32,10.1.0.0/24"
     done = said(place, "trusted_addresses 4; echo; trusted_addresses 6", ORION_TRUSTED_PROXIES=trusted)
     assert done.stdout == ",192.0.2.7,10.1.0.0/24\n,2001:db8::/32"
@@ -101,7 +101,7 @@ def test_the_gateway_is_found_in_the_kernels_table(place: Path) -> None:
     assert said(place, "gateway_address").stdout == "255.255.255.255\n"
 
 
-def test_who_is_inside_is_the_subnet_without_its_gateway(place: Path) -> None:
+def test_peers_inside_are_the_subnet_without_its_gateway(place: Path) -> None:
     assert said(place, "write_limits", str(768 * MIB)).returncode == 0
     written = (place / "run" / "orion-internal.conf").read_text()
     assert written == (

@@ -32,7 +32,7 @@ def test_an_owner_has_half_of_the_places_and_the_others_the_rest() -> None:
     assert shares.free == 0
 
 
-def test_where_there_is_one_place_an_owner_may_have_it() -> None:
+def test_an_owner_may_have_the_only_place() -> None:
     shares = FairQueue(1)
     assert shares.take(ONE)
     assert not shares.take(TWO)
@@ -40,7 +40,7 @@ def test_where_there_is_one_place_an_owner_may_have_it() -> None:
     assert shares.take(TWO)
 
 
-def test_what_fails_shares_one_place_of_its_owner_and_half_of_all_places() -> None:
+def test_failing_calls_share_one_place_of_their_owner_and_half_of_all_places() -> None:
     shares = FairQueue(4)
     failing = [Claim(owner, fails=True) for owner in ("one", "two", "three")]
     assert shares.take(failing[0])
@@ -52,7 +52,7 @@ def test_what_fails_shares_one_place_of_its_owner_and_half_of_all_places() -> No
     assert shares.take(failing[2])
 
 
-async def test_whoever_waits_is_passed_by_others_only_while_it_may_have_no_place() -> None:
+async def test_a_waiting_call_is_overtaken_only_while_its_owner_may_have_no_place() -> None:
     shares, got, end = FairQueue(2), list[Claim](), asyncio.Event()
     assert shares.take(ONE)
     first, second = (asyncio.create_task(_wait_for(shares, each, got, end)) for each in (ONE, TWO))
@@ -66,7 +66,7 @@ async def test_whoever_waits_is_passed_by_others_only_while_it_may_have_no_place
     assert shares.free == 2
 
 
-async def test_whoever_gives_up_waiting_leaves_no_place_taken() -> None:
+async def test_a_cancelled_wait_takes_no_place() -> None:
     shares, got, end = FairQueue(1), list[Claim](), asyncio.Event()
     assert shares.take(ONE)
     early, late = (asyncio.create_task(_wait_for(shares, TWO, got, end)) for _ in range(2))
@@ -80,7 +80,7 @@ async def test_whoever_gives_up_waiting_leaves_no_place_taken() -> None:
     assert shares.take(ONE)
 
 
-async def test_whatever_comes_and_goes_no_owner_has_more_than_half_and_all_get_their_turn() -> None:
+async def test_in_any_history_no_owner_has_more_than_half_of_the_places_and_all_get_one() -> None:
     random, shares, got = Random(7), FairQueue(6), list[Claim]()  # noqa: S311 - nothing secret
     ends = [asyncio.Event() for _ in range(60)]
     claims = [Claim(random.choice("abc"), fails=random.random() < 0.2) for _ in ends]

@@ -67,9 +67,7 @@ def typed(
 
 
 @pytest.mark.parametrize("tried", [False, True])
-def test_the_proof_that_only_the_proxy_leads_in_says_nothing_where_nothing_was_tried(
-    tmp_path: Path, tried: bool
-) -> None:
+def test_the_proof_of_the_only_entrance_reports_nothing_where_it_tried_nothing(tmp_path: Path, tried: bool) -> None:
     """Nothing is tried where Compose does not know the command, or the platform is not up."""
     script = block_with("echo refused").replace("scripts/compose.sh", "compose")
     inside = 'shift 3; exec "$@"' if tried else "exit 1"
@@ -79,7 +77,7 @@ def test_the_proof_that_only_the_proxy_leads_in_says_nothing_where_nothing_was_t
     assert (done.returncode == 0) is tried
 
 
-def test_the_proof_that_only_the_proxy_leads_in_fails_where_the_manager_answers(tmp_path: Path) -> None:
+def test_the_proof_of_the_only_entrance_fails_where_the_manager_answers(tmp_path: Path) -> None:
     script = block_with("echo refused").replace("scripts/compose.sh", "compose")
     done = typed(script, tmp_path, compose='shift 3; exec "$@"', curl="printf ok")
     assert done.returncode
@@ -178,7 +176,7 @@ def test_every_environment_variable_is_known(page: Path) -> None:
     assert {name for name in named if not re.search(rf"\b{name}\b", known)} == set()
 
 
-def test_what_compose_hands_to_the_manager_is_a_setting_of_it() -> None:
+def test_each_variable_that_compose_passes_to_the_manager_is_a_setting() -> None:
     handed = {line.split("=")[0] for line in SERVICES["manager_app"]["environment"]}
     assert handed <= set(MANAGER_SETTINGS)
 

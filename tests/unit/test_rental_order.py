@@ -152,7 +152,7 @@ def test_a_wrong_field_is_named_and_its_value_is_not(name: str, value: Any) -> N
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 5, [["rental_id", "one"]]])
-def test_what_is_no_object_is_no_order(data: object) -> None:
+def test_an_order_has_to_be_an_object(data: object) -> None:
     with pytest.raises(ValueError, match="JSON object"):
         RentalOrder.from_json(data)
 
@@ -179,7 +179,7 @@ def test_a_command_needs_some_fields(command: str, name: str) -> None:
         RentalOrder.from_json(whole, command)
 
 
-def test_bounds_that_others_have_too_are_the_same() -> None:
+def test_bounds_that_are_also_elsewhere_are_equal() -> None:
     assert FIRST_UID == processes.FIRST_UID == rentals.FIRST_UID
     assert MAX_START == MAX_START_OF_A_RENT
 
@@ -235,7 +235,7 @@ print(json.dumps([*answer, sorted(name for name in sys.modules if name.split("."
 """
 
 
-def test_the_library_of_the_worker_s_image_is_all_that_an_order_needs(tmp_path: Path) -> None:
+def test_the_standard_library_of_the_worker_s_image_is_enough_for_an_order(tmp_path: Path) -> None:
     library, root = tmp_path / "usr/local/lib/orion", tmp_path / "root"
     for line in (ROOT / "worker/Dockerfile").read_text().splitlines():
         if line.startswith("COPY ") and "/usr/local/lib/orion" in line:

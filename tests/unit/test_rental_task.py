@@ -27,13 +27,13 @@ def said(*reports: Any, **besides: Any) -> bytes:
     return json.dumps({"rentals": reports, **besides}).encode()
 
 
-def test_a_report_is_the_result_and_of_one_rental_its_own_words_too(task: ModuleType) -> None:
+def test_a_report_is_the_result_and_for_a_single_rental_its_message_too(task: ModuleType) -> None:
     report = {"changed": True, "epoch": 3, "state": "running"}
     assert task.result_of(said(report), b"", 0, 1) == {**report, "rentals": [report]}
     assert task.result_of(said(report, report), b"", 0, 2) == {"changed": True, "rentals": [report, report]}
 
 
-def test_nothing_that_ansible_would_act_upon_is_taken_from_a_worker(task: ModuleType) -> None:
+def test_no_value_that_ansible_would_act_on_is_taken_from_a_worker(task: ModuleType) -> None:
     evil: dict[str, Any] = {
         "ansible_facts": {"ansible_connection": "local", "ansible_python_interpreter": "/bin/sh"},
         "add_host": {"host_name": "w-other", "host_vars": {"ansible_connection": "local"}},
@@ -51,13 +51,13 @@ def test_nothing_that_ansible_would_act_upon_is_taken_from_a_worker(task: Module
     assert result == {"changed": False, "rentals": [{"changed": False}]}
 
 
-def test_a_value_of_another_type_than_it_should_be_is_left_out(task: ModuleType) -> None:
+def test_a_value_of_a_wrong_type_is_left_out(task: ModuleType) -> None:
     report = {"changed": "yes", "epoch": True, "state": {"a": 1}, "left": "all", "killed": 1.5, "error": None}
     assert task.result_of(said(report), b"", 0, 1) == {"changed": False, "rentals": [{}]}
     assert task.result_of(said({"looked": [{"a": [1]}, 2]}), b"", 0, 1)["looked"] == ["{'a': [1]}", "2"]
 
 
-def test_the_first_error_is_the_task_s_and_each_rental_keeps_its_own(task: ModuleType) -> None:
+def test_the_task_fails_with_the_first_error_and_each_rental_keeps_its_own(task: ModuleType) -> None:
     bad = {"changed": False, "error": "too old", "code": "stale_epoch"}
     result = task.result_of(said({"changed": True}, bad), b"", 3, 2)
     assert (result["failed"], result["msg"], result["changed"]) == (True, "too old", True)
@@ -67,13 +67,13 @@ def test_the_first_error_is_the_task_s_and_each_rental_keeps_its_own(task: Modul
 @pytest.mark.parametrize(
     "output", [b"", b"[]", b"null", b"{", b'{"rentals": 5}', b'{"rentals": [5]}', b"[" * 100_000, said({}, {}), said()]
 )
-def test_what_is_no_report_for_each_rental_is_a_failure_with_the_program_s_last_words(
+def test_an_answer_that_is_no_report_is_a_failure_with_the_last_output_of_the_program(
     task: ModuleType, output: bytes
 ) -> None:
     with pytest.raises(AnsibleActionFail, match="orion-rental ended with 1: it broke"):
         task.result_of(output, b"a trace\nit broke\n", 1, 1)
 
 
-def test_more_than_a_report_can_be_is_a_failure(task: ModuleType) -> None:
+def test_an_answer_larger_than_any_report_is_a_failure(task: ModuleType) -> None:
     with pytest.raises(AnsibleActionFail):
         task.result_of(said({"state": "x" * (1 << 18)}), b"", 0, 1)

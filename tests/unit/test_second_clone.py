@@ -119,7 +119,7 @@ def has_compose() -> bool:
 
 
 @pytest.mark.skipif(not has_compose(), reason="needs Docker Compose, 1.29 or 2, but no engine: then it runs")
-def test_another_clone_of_the_same_commit_replaces_nothing_and_goes_on_with_its_settings(machine: CloneMachine) -> None:
+def test_make_up_of_another_clone_replaces_no_container_and_keeps_the_settings(machine: CloneMachine) -> None:
     """docker-compose 1.29 counts the directory as a setting, so that of the first clone is kept; Compose 2 does not."""
     first, second = machine.clone("first"), machine.clone("second")
     (first / ".env").write_text("ORION_SLOTS=4\n")

@@ -19,11 +19,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_without_a_word_from_the_operator_the_clocks_are_the_defaults() -> None:
+def test_without_settings_the_clocks_are_the_defaults() -> None:
     assert Settings().clocks == Clocks()
 
 
-def test_clocks_come_from_the_environment_and_an_empty_variable_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_come_from_the_environment_and_an_empty_variable_means_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("ORION_HEARTBEAT_S", "20")
     monkeypatch.setenv("ORION_TAKEOVER_AFTER_S", "")
     monkeypatch.setenv("ORION_CLOCK_SCALE", "0.1")
@@ -39,7 +41,7 @@ def test_unsafe_clocks_are_refused_with_a_message_that_says_what_to_do(monkeypat
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "11", "nan"])
-def test_a_scale_that_is_no_scale_is_refused(monkeypatch: pytest.MonkeyPatch, scale: str) -> None:
+def test_an_invalid_scale_is_refused(monkeypatch: pytest.MonkeyPatch, scale: str) -> None:
     monkeypatch.setenv("ORION_CLOCK_SCALE", scale)
     with pytest.raises(ValidationError):
         Settings()
@@ -83,7 +85,7 @@ def test_another_subnet_is_taken_with_its_addresses(monkeypatch: pytest.MonkeyPa
         ("172.20.128.1, 10.0.0.1", False),
     ],
 )
-def test_a_worker_is_inside_the_network_and_none_of_the_house(address: str, may: bool) -> None:
+def test_a_worker_s_address_is_in_the_subnet_and_not_one_of_the_platform_s_own(address: str, may: bool) -> None:
     assert Settings().may_be_a_worker(address) is may
 
 

@@ -78,7 +78,7 @@ async def _round(controller: SnapshotController) -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_session() -> None:
+async def test_a_new_rental_has_a_snapshot_at_its_activation_and_after_its_first_session() -> None:
     catalog = FakeCatalog()
     controller = new_controller(catalog, FakeSnapshotService(FakeWorld(), lambda: catalog.now))
 
@@ -106,7 +106,7 @@ async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_sessio
     await controller.stop()
 
 
-async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_restored() -> None:
+async def test_a_rental_that_was_just_restored_gets_no_snapshot_while_others_are_restored() -> None:
     catalog = FakeCatalog()
     controller = new_controller(catalog, FakeSnapshotService(FakeWorld(), lambda: catalog.now))
     soon = PLAN.interval_s * JITTER + STEP_S
@@ -168,7 +168,7 @@ async def four_of_one_owner_and_one_of_another(
     return catalog, snapshot_service, controller
 
 
-async def test_who_holds_up_its_own_copies_holds_half_of_the_places_and_then_one() -> None:
+async def test_an_owner_whose_snapshots_hang_takes_half_of_the_places_and_later_one() -> None:
     catalog, snapshot_service, controller = await four_of_one_owner_and_one_of_another("slow")
     for _ in range(8):
         await _round(controller)
@@ -192,7 +192,7 @@ async def test_who_holds_up_its_own_copies_holds_half_of_the_places_and_then_one
     await controller.stop()
 
 
-async def test_who_asks_for_copies_of_all_that_it_has_takes_half_of_the_places() -> None:
+async def test_an_owner_that_requests_snapshots_of_all_its_rentals_takes_half_of_the_places() -> None:
     catalog, snapshot_service, controller = await four_of_one_owner_and_one_of_another("asked")
     await _round(controller)
     requests = [asyncio.create_task(controller.take_now(f"asked{number}", None)) for number in range(4)]

@@ -10,7 +10,7 @@ import sys
 from orion.manager.snapshots.transfer import BRIDGE, _receive_pipe_ends
 
 
-def test_the_ends_of_its_connection_arrive_and_it_goes_when_it_is_told() -> None:
+def test_the_bridge_passes_its_two_pipes_and_ends_when_the_other_end_closes() -> None:
     mine, theirs = socket.socketpair()
     bridge = subprocess.Popen(
         [sys.executable, "-I", "-S", str(BRIDGE), str(theirs.fileno())],

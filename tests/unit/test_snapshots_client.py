@@ -54,7 +54,7 @@ def copies(client: SnapshotClient, owner: str, *names: str) -> list[asyncio.Task
     return [asyncio.create_task(client.take(home, SnapshotLimits())) for home in homes]
 
 
-async def test_an_owner_has_half_of_the_transfers_and_what_was_held_up_one(tmp_path: Path) -> None:
+async def test_an_owner_has_half_of_the_transfers_and_one_for_those_that_failed_last(tmp_path: Path) -> None:
     async with serving(tmp_path, 4) as (snapshot_service, client):
         first = copies(client, "one", "onea", "oneb", "onec")
         other = copies(client, "two", "twoa", "twob")
@@ -82,7 +82,7 @@ async def test_an_owner_has_half_of_the_transfers_and_what_was_held_up_one(tmp_p
         await asyncio.gather(*again, return_exceptions=True)
 
 
-async def test_on_another_worker_what_was_held_up_waits_for_nobody(tmp_path: Path) -> None:
+async def test_transfers_that_failed_on_one_worker_do_not_wait_on_another(tmp_path: Path) -> None:
     async with serving(tmp_path, 4) as (snapshot_service, client):
         failing = copies(client, "one", "onea", "oneb")
         await until(lambda: len(snapshot_service.jobs) == 2)

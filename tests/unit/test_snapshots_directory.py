@@ -56,7 +56,7 @@ def contents(folder: Path, generation: str) -> dict[str, str]:
     return {file.name: file.read_text() for file in (folder / generation / "home").iterdir()}
 
 
-def test_a_copy_begins_from_what_was_prepared_and_leaves_the_one_before_as_it_was(tmp_path: Path) -> None:
+def test_a_snapshot_begins_from_the_prepared_files_and_leaves_the_former_one_unchanged(tmp_path: Path) -> None:
     copy(tmp_path, one="1", two="2")
     for _ in range(2):
         prepare(tmp_path, "1-1")
@@ -69,7 +69,7 @@ def test_a_copy_begins_from_what_was_prepared_and_leaves_the_one_before_as_it_wa
     assert contents(tmp_path, "1-2") == {"one": "1", "two": "other"}
 
 
-def test_what_was_prepared_for_an_older_copy_or_was_broken_off_is_removed(tmp_path: Path) -> None:
+def test_files_prepared_for_an_older_snapshot_or_by_an_aborted_job_are_removed(tmp_path: Path) -> None:
     copy(tmp_path, one="1")
     prepare(tmp_path, "1-1")
     begin(tmp_path, 1, recovered=False)
@@ -83,7 +83,7 @@ def test_what_was_prepared_for_an_older_copy_or_was_broken_off_is_removed(tmp_pa
     assert names(tmp_path) == {"1-1", "1-2", "next-1-2"}
 
 
-def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp_path: Path) -> None:
+def test_in_haste_old_snapshots_are_only_renamed_and_removed_with_the_next(tmp_path: Path) -> None:
     for number in range(3):
         copy(tmp_path, one=str(number))
     copy(tmp_path, in_haste=True, one="last")
@@ -111,7 +111,9 @@ def furnish(home: Path) -> None:
         file.truncate(300_000)
 
 
-def test_both_ends_count_a_home_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_and_snapshot_service_count_the_size_of_a_home_in_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = brought(tmp_path, furnish)
     monkeypatch.chdir(tmp_path / "1-1/home")
     there = scan.scan(100, time.monotonic() + 20, strict=True)
@@ -119,13 +121,13 @@ def test_both_ends_count_a_home_in_the_same_way(tmp_path: Path, monkeypatch: pyt
     assert scan.BLOCK_BYTES == BLOCK_BYTES
 
 
-def test_an_entry_of_any_kind_counts_and_each_name_is_one_and_each_inode_takes_room_once(tmp_path: Path) -> None:
+def test_each_name_counts_as_a_file_and_each_inode_takes_room_once(tmp_path: Path) -> None:
     copied = brought(tmp_path, furnish)
     assert copied.files == 1 + 10 + 5
     assert copied.bytes == (1 + 10 + 3) * BLOCK_BYTES + 300_000, "the holes of the sparse file are counted"
 
 
-def test_a_file_that_takes_more_than_its_size_counts_for_what_it_takes(tmp_path: Path) -> None:
+def test_a_file_counts_with_its_allocated_blocks_if_they_exceed_its_size(tmp_path: Path) -> None:
     def reserve(home: Path) -> None:
         with (home / "file").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, 200_000)
@@ -162,14 +164,14 @@ def check_refusal(folder: Path, limits: tuple[int, int], is_refused: bool) -> No
     assert directory.found(folder) == []
 
 
-def test_what_two_copies_share_is_counted_once(tmp_path: Path) -> None:
+def test_inodes_that_two_snapshots_share_are_counted_once(tmp_path: Path) -> None:
     copy(tmp_path, one="1", two="2", three="3")
     assert choices(tmp_path, None) == [Usage(4, 4 * BLOCK_BYTES)]
     come(tmp_path, two="other")
     assert choices(tmp_path, None)[0] == Usage(4 + 2, 6 * BLOCK_BYTES), "the directory and the other file"
 
 
-def test_names_within_a_home_do_not_pass_for_what_is_shared_with_another_copy(tmp_path: Path) -> None:
+def test_hard_links_within_a_home_are_not_taken_for_inodes_shared_with_another_snapshot(tmp_path: Path) -> None:
     def twice(home: Path) -> None:
         for number in range(10):
             (home / f"{number}").write_text("x")
@@ -183,7 +185,7 @@ def test_names_within_a_home_do_not_pass_for_what_is_shared_with_another_copy(tm
     assert choices(tmp_path, None)[0] == Usage(2 + 1 + 10, 13 * BLOCK_BYTES)
 
 
-def test_a_copy_of_which_the_one_before_goes_counts_whole(tmp_path: Path) -> None:
+def test_a_snapshot_counts_whole_when_the_former_one_is_removed(tmp_path: Path) -> None:
     copy(tmp_path, same="x", one="first")
     for number in range(2):
         copy(tmp_path, one=str(number))
@@ -196,7 +198,7 @@ def test_a_copy_of_which_the_one_before_goes_counts_whole(tmp_path: Path) -> Non
     assert choices(tmp_path, None) == [all_of]
 
 
-def test_what_an_earlier_version_has_written_down_counts_whole(tmp_path: Path) -> None:
+def test_a_usage_file_of_an_earlier_version_counts_its_snapshots_whole(tmp_path: Path) -> None:
     for content in ("1", "2"):
         copy(tmp_path, one=content)
     for place in (tmp_path / "1-1", tmp_path / "1-2"):
@@ -207,7 +209,7 @@ def test_what_an_earlier_version_has_written_down_counts_whole(tmp_path: Path) -
     assert choices(tmp_path, None)[0] == Usage(4, 4 * BLOCK_BYTES)
 
 
-def test_what_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_aborted_snapshot_leaves_no_files(tmp_path: Path) -> None:
     copy(tmp_path, one="1")
     come(tmp_path, one="2")
     directory.remove(tmp_path, INCOMING)

@@ -27,7 +27,7 @@ def statvfs(blocks: int, free: int, for_all: int, files: int, files_free: int) -
     ],
     ids=["bytes", "inodes", "a file system that makes inodes as it needs them"],
 )
-def test_a_disk_is_as_full_as_that_of_which_least_is_left(
+def test_a_disk_is_as_full_as_its_scarcer_resource_bytes_or_inodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: os.statvfs_result, share: float, scarce: str
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: status)
@@ -35,7 +35,7 @@ def test_a_disk_is_as_full_as_that_of_which_least_is_left(
     assert disk_share(tmp_path) == pytest.approx(share)
 
 
-def test_a_share_is_of_bytes_and_of_inodes_where_there_are_any() -> None:
+def test_a_share_limits_bytes_and_inodes_where_the_file_system_has_them() -> None:
     disk = Disk(size=Usage(50, 1000), used=Usage(0, 0))
     assert disk.share(0.5) == Usage(25, 500)
     assert disk.share(0.001) == Usage(1, 1), "this does not mean that there is no limit"
@@ -50,7 +50,7 @@ def usages(tmp_path: Path) -> Usages:
 
 
 @pytest.mark.parametrize("large", [Usage(1, 600), Usage(60, 1)], ids=["bytes", "inodes"])
-def test_what_an_owner_has_in_all_is_limited_and_nobody_else_feels_it(usages: Usages, large: Usage) -> None:
+def test_the_total_of_an_owner_is_limited_and_other_owners_are_not_affected(usages: Usages, large: Usage) -> None:
     assert usages.choose("one", "ann", [large], MOST) == 0
     assert usages.choose("two", "ann", [large], MOST) is None
     assert usages.choose("three", "bob", [large], MOST) == 0
@@ -61,7 +61,7 @@ def test_what_an_owner_has_in_all_is_limited_and_nobody_else_feels_it(usages: Us
     assert usages.refused() == []
 
 
-def test_the_first_choice_that_fits_is_taken_and_the_last_while_another_of_its_owner_was_refused(
+def test_the_first_fitting_choice_is_taken_or_the_smallest_while_the_owner_is_short_of_room(
     usages: Usages,
 ) -> None:
     choices = [Usage(1, 1200), Usage(1, 800), Usage(1, 300)]
@@ -72,7 +72,7 @@ def test_the_first_choice_that_fits_is_taken_and_the_last_while_another_of_its_o
     assert usages.choose("one", "ann", [Usage(1, 500), Usage(1, 300)], MOST) == 0
 
 
-def test_where_the_others_have_all_nothing_need_come_and_that_is_a_refusal(usages: Usages) -> None:
+def test_a_rental_whose_owner_s_others_use_the_whole_share_is_refused_before_its_transfer(usages: Usages) -> None:
     usages.choose("one", "ann", [MOST], MOST)
     assert usages.is_room("one", "ann", MOST)
     assert usages.is_room("two", "bob", MOST)
@@ -81,20 +81,20 @@ def test_where_the_others_have_all_nothing_need_come_and_that_is_a_refusal(usage
     assert usages.refused() == ["ann"]
 
 
-def test_what_is_refused_is_counted_as_before(usages: Usages) -> None:
+def test_a_refused_snapshot_leaves_the_counted_use_unchanged(usages: Usages) -> None:
     usages.choose("one", "ann", [Usage(1, 600)], MOST)
     assert usages.choose("one", "ann", [Usage(1, 1100)], MOST) is None
     assert usages.choose("two", "ann", [Usage(1, 500)], MOST) is None
 
 
 @pytest.mark.parametrize("content", ["", '{"one": ["ann", [1, 6', "[]", '{"one": 5}', '{"one": ["ann", [1, "x"], 0]}'])
-def test_half_of_what_was_written_down_is_nothing(usages: Usages, tmp_path: Path, content: str) -> None:
+def test_a_half_written_usage_file_counts_as_none(usages: Usages, tmp_path: Path, content: str) -> None:
     (tmp_path / "usages").write_text(content)
     assert usages.refused() == []
     assert usages.choose("two", "ann", [Usage(1, 600)], MOST) == 0
     assert usages.choose("one", "ann", [Usage(1, 600)], MOST) is None
 
 
-def test_who_has_what_is_for_root_alone(usages: Usages, tmp_path: Path) -> None:
+def test_only_root_can_read_the_usage_file(usages: Usages, tmp_path: Path) -> None:
     usages.choose("one", "ann", [MOST], MOST)
     assert (tmp_path / "usages").stat().st_mode & 0o777 == 0o600

@@ -91,7 +91,7 @@ def snapshot_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobBench]:
 @pytest.mark.parametrize(
     ("used", "scarce"), [(Usage(100, 901 * BLOCK_BYTES), "bytes"), (Usage(901, 100 * BLOCK_BYTES), "inodes")]
 )
-def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
+def test_no_snapshot_is_begun_on_a_disk_with_hardly_any_free_bytes_or_inodes(
     snapshot_service: JobBench, used: Usage, scarce: str
 ) -> None:
     snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), used)
@@ -105,7 +105,7 @@ def room_for(snapshot_service: JobBench, copies: int) -> None:
     snapshot_service.has(Usage(2 * copies, 2 * copies * BLOCK_BYTES + 100), Usage(0, 0))
 
 
-def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_one(
+def test_an_owner_beyond_its_share_loses_older_snapshots_and_then_gets_no_new_one(
     snapshot_service: JobBench,
 ) -> None:
     room_for(snapshot_service, 3)
@@ -125,7 +125,7 @@ def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_o
     assert snapshot_service.take("two", 1).ok
 
 
-def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_service: JobBench) -> None:
+def test_an_owner_is_listed_as_short_of_room_until_a_rental_is_removed(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 1)
     snapshot_service.take("one", 1)
     with pytest.raises(SnapshotError):
@@ -137,7 +137,7 @@ def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_s
     assert snapshot_service.take("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == []
 
 
-def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_share(
+def test_no_snapshot_is_received_for_an_owner_whose_other_rentals_use_all_of_its_share(
     snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_for(snapshot_service, 1)
@@ -148,7 +148,7 @@ def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_sh
     assert refused.value.code == OVER_SHARE
 
 
-def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_service: JobBench) -> None:
+def test_the_snapshot_that_will_be_restored_is_not_removed_to_make_room(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 5):
         snapshot_service.take("one", epoch)
@@ -158,7 +158,7 @@ def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_servi
     assert snapshot_service.kept("one") == {"incoming", "2-1", "4-1"}
 
 
-def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: JobBench) -> None:
+def test_a_recovered_snapshot_equal_to_an_old_snapshot_keeps_that_one(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 4):
         snapshot_service.take("one", epoch)
@@ -171,9 +171,7 @@ def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: Job
 @pytest.mark.parametrize(
     ("after", "counted_s"), [("", 0.0), (', "after_s": 0.001', 0.001), (', "after_s": -1e300', 0.0)]
 )
-def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
-    snapshot_service: JobBench, after: str, counted_s: float
-) -> None:
+def test_no_snapshot_has_a_later_time_than_its_begin(snapshot_service: JobBench, after: str, counted_s: float) -> None:
     """The answer arrives later than it was sent, and files that were written meanwhile are not in the snapshot."""
     asked_at = time.time()
     done = snapshot_service.take("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
@@ -181,15 +179,13 @@ def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
     assert asked_at + counted_s <= done["at"] <= float(snapshot_service.begun.read_text()) + counted_s
 
 
-def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(snapshot_service: JobBench) -> None:
+def test_a_worker_that_reports_a_late_begin_makes_no_snapshot_of_a_future_time(snapshot_service: JobBench) -> None:
     done = snapshot_service.take("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
     assert done is not None
     assert done["at"] <= time.time()
 
 
-def test_of_a_copy_that_comes_to_nothing_nothing_is_left(
-    snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_snapshot_leaves_no_files(snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch) -> None:
     def receive(job: SnapshotJob, *_: object) -> None:
         (job._folder / "incoming/home/large").write_bytes(bytes(100_000))
         raise SnapshotError("stalled", "nothing comes any more")

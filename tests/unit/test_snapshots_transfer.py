@@ -62,7 +62,7 @@ def test_a_worker_that_was_reached_may_take_its_time_to_answer(
     assert set(waits[1:]) == {float("inf")}
 
 
-def test_an_answer_without_a_word_before_it_is_heard_too(lifetime: Lifetime) -> None:
+def test_an_answer_without_a_first_line_is_accepted(lifetime: Lifetime) -> None:
     assert answer_of("read -r request; echo '{\"ok\": true}'", lifetime) == {"ok": True}
 
 
@@ -118,7 +118,7 @@ def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "LOOK_EVERY_S", 0.02)
 
 
-def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_deadline(
+def test_a_transfer_without_progress_is_given_up_long_before_the_job_s_deadline(
     lifetime: Lifetime, looking_often: None
 ) -> None:
     with (
@@ -140,7 +140,7 @@ def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_dea
     ],
     ids=["this side works", "the worker says that it does"],
 )
-def test_a_transfer_in_which_one_side_works_goes_on_though_nothing_moves(
+def test_a_transfer_in_which_one_side_computes_goes_on_without_transferred_bytes(
     lifetime: Lifetime, looking_often: None, here: str, there: str
 ) -> None:
     with (
@@ -154,7 +154,7 @@ def test_a_transfer_in_which_one_side_works_goes_on_though_nothing_moves(
     assert refused.value.code == "timed_out", "by the deadline of the job"
 
 
-def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> None:
+def test_a_transfer_is_idle_when_no_side_works_while_this_process_runs() -> None:
     idle = StallClock(10.0)
     assert not any(idle.is_too_long(0, float(now)) for now in range(10))
     assert not idle.is_too_long(1, 10.0), "something was done in the last second"
@@ -162,14 +162,14 @@ def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> Non
     assert [idle.is_too_long(1, 500.0 + now) for now in range(1, 10)] == [*[False] * 8, True]
 
 
-def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(lifetime: Lifetime) -> None:
+def test_an_answer_of_the_largest_honest_length_is_accepted(lifetime: Lifetime) -> None:
     skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
     assert len(skipped) > 48_000
     answer = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
     assert len(list(answer_of(f"echo; read -r request; printf '{answer}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
 
 
-def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:
+def test_an_answer_that_is_nested_too_deeply_is_refused(lifetime: Lifetime) -> None:
     with pytest.raises(SnapshotError, match="its answer is not one"):
         answer_of("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", lifetime)
 
@@ -189,7 +189,7 @@ def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:
         (b"./x".hex(), None),
     ],
 )
-def test_modes_that_no_worker_would_take_back_are_no_part_of_a_copy(path: str, mode: float) -> None:
+def test_a_worker_s_answer_with_modes_that_no_worker_would_accept_is_refused(path: str, mode: float) -> None:
     """A restore of that snapshot would fail."""
     good = {b".".hex(): 0o300, b"./a\n\xff".hex(): 0o7300}
     assert SnapshotAnswer.of({"folders": good}).folders == good

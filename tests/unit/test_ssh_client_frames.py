@@ -20,7 +20,7 @@ def library() -> Library:
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=len)
-def test_the_library_takes_what_is_sent(content: bytes) -> None:
+def test_the_library_accepts_the_client_s_frames(content: bytes) -> None:
     server = library()
     server.receive_data(frames.frame(frames.BINARY, content))
     [received] = server.events_received()
@@ -32,7 +32,7 @@ def test_no_two_frames_have_the_same_mask() -> None:
     assert frames.frame(frames.BINARY, b"same") != frames.frame(frames.BINARY, b"same")
 
 
-def test_what_the_library_sends_arrives_in_whatever_pieces_it_comes() -> None:
+def test_frames_of_the_library_arrive_in_any_pieces() -> None:
     server = library()
     for content in CONTENTS:
         server.send_binary(content)

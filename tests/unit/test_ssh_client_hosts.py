@@ -60,7 +60,7 @@ def requests_until(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return now
 
 
-def test_a_certificate_is_requested_once_an_epoch_and_again_before_it_ends(
+def test_a_certificate_is_requested_once_for_an_epoch_and_again_before_it_ends(
     clocks: Clocks, requests_until: Callable[..., int]
 ) -> None:
     assert requests_until() == requests_until() == 1

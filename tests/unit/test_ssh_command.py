@@ -50,7 +50,7 @@ def test_of_several_host_keys_the_one_for_ed25519_is_pinned() -> None:
     assert "HostKeyAlgorithms=rsa-sha2-512,rsa-sha2-256" in pinned_host_arguments("w-one", ("ssh-rsa AAAA",))
 
 
-def test_a_host_without_a_key_is_no_host_to_go_to() -> None:
+def test_no_connection_is_made_to_a_host_without_a_key() -> None:
     with pytest.raises(ValueError, match="no host key is known for w-one"):
         pinned_host_arguments("w-one", ())
 

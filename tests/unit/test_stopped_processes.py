@@ -81,7 +81,7 @@ def number_from(pipe: int) -> int:
         return int(reading.readline())
 
 
-def test_a_child_that_is_stopped_and_all_that_it_has_started_is_ended_and_reaped() -> None:
+def test_a_stopped_child_and_its_descendants_are_killed_and_reaped() -> None:
     reading, writing = os.pipe()
     child = processes.begin_child(partial(stop_with_a_child, writing))
     os.close(writing)
@@ -94,7 +94,7 @@ def test_a_child_that_is_stopped_and_all_that_it_has_started_is_ended_and_reaped
         os.waitpid(child, os.WNOHANG)
 
 
-def test_a_child_that_ends_by_itself_is_waited_for_no_longer_than_that() -> None:
+def test_the_wait_for_a_child_ends_with_the_child() -> None:
     child = processes.begin_child(lambda: os._exit(3))
     assert processes.has_ended(child, 60.0)
     assert processes.kill_group(child) == 3
@@ -103,7 +103,7 @@ def test_a_child_that_ends_by_itself_is_waited_for_no_longer_than_that() -> None
     assert processes.kill_group(child) > processes.NOT_BEGUN
 
 
-def test_what_is_stopped_ends_with_the_process_that_has_begun_it() -> None:
+def test_a_stopped_child_ends_with_the_process_that_started_it() -> None:
     reading, writing = os.pipe()
 
     def begin_and_end() -> None:
@@ -121,7 +121,7 @@ def test_what_is_stopped_ends_with_the_process_that_has_begun_it() -> None:
     wait_until(lambda: not state(child), "its parent has ended")
 
 
-def test_a_process_with_an_end_is_killed_though_it_is_stopped_and_its_child_is_not() -> None:
+def test_a_process_with_a_deadline_is_killed_though_it_is_stopped_and_its_child_is_not() -> None:
     reading, writing = os.pipe()
 
     def work() -> None:
@@ -140,7 +140,7 @@ def test_a_process_with_an_end_is_killed_though_it_is_stopped_and_its_child_is_n
 
 
 @AS_ROOT
-def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
+def test_a_transfer_ends_at_its_deadline_though_the_renter_stops_all_its_processes(
     uid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "RSYNC", "/bin/sh")
@@ -152,9 +152,7 @@ def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
 
 
 @AS_ROOT
-def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
-    uid: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_rsync_ends_with_the_process_of_root_that_waits_for_it(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "RSYNC", "/bin/sh")
     monkeypatch.setattr(transfer, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
     parent = processes.begin_child(lambda: transfer.run_rsync("receive", uid, time.time() + 60, gently=False))
@@ -164,7 +162,7 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
     wait_until(lambda: not state(rsync), "rsync has ended too")
 
 
-def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for(
+def test_a_transfer_is_killed_soon_after_its_deadline_whatever_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     request = requests.TransferRequest("one", 1, time.time() + SHORT_S)
@@ -177,7 +175,7 @@ def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_looking_through_a_home_ends_at_its_deadline_whatever_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scan_of_a_home_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "FIND", ("/bin/sh", "-c", "kill -STOP $$"))
     with pytest.raises(RequestRefused) as refused:
         scan.scan(10, time.monotonic() + SHORT_S, strict=False)
@@ -187,7 +185,7 @@ def test_looking_through_a_home_ends_at_its_deadline_whatever_looks(monkeypatch:
 
 
 @AS_ROOT
-def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_said(
+def test_a_start_command_that_its_renter_stops_before_it_begins_is_killed_and_logged(
     uid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home/r-one").mkdir(parents=True)
@@ -239,7 +237,7 @@ def rentals(uid: int, tmp_path: Path) -> Rentals:
 
 
 @AS_ROOT
-def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_waits_for_it(
+def test_a_log_in_that_its_renter_stopped_is_killed_with_the_process_of_root_that_waits_for_it(
     rentals: Rentals, log_in: LogIn
 ) -> None:
     logged = list[str]()
@@ -255,7 +253,9 @@ def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_
 
 @AS_ROOT
 @pytest.mark.parametrize("why", ["it is frozen", "there is no lease"])
-def test_a_log_in_that_stands_still_with_its_rental_goes_on_with_it(rentals: Rentals, log_in: LogIn, why: str) -> None:
+def test_a_log_in_that_is_frozen_with_its_rental_goes_on_after_the_thaw(
+    rentals: Rentals, log_in: LogIn, why: str
+) -> None:
     looking = StoppedLogIns(rentals, pytest.fail)
     looking.look()
     (record,) = rentals.records.all()
@@ -274,7 +274,7 @@ def test_a_log_in_that_stands_still_with_its_rental_goes_on_with_it(rentals: Ren
 
 @AS_ROOT
 @pytest.mark.parametrize("log_in", ["while :; do kill -STOP $$; done"], indirect=True)
-def test_a_log_in_that_has_run_between_two_looks_is_counted_anew(rentals: Rentals, log_in: LogIn) -> None:
+def test_the_count_begins_anew_for_a_log_in_that_ran_between_two_checks(rentals: Rentals, log_in: LogIn) -> None:
     """One pause for a snapshot may follow another."""
     looking = StoppedLogIns(rentals, pytest.fail)
     for _ in range(2 * LOOKS):
@@ -292,7 +292,7 @@ def test_a_log_in_that_has_run_between_two_looks_is_counted_anew(rentals: Rental
 
 
 @AS_ROOT
-def test_what_a_renter_stops_of_its_own_programs_stays_as_it_is(uid: int, rentals: Rentals) -> None:
+def test_programs_that_a_renter_stops_stay_stopped(uid: int, rentals: Rentals) -> None:
     become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     own = subprocess.Popen([*become, "sh", "-c", "kill -STOP $$"])
     try:

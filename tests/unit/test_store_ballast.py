@@ -41,7 +41,7 @@ def size_of(file: Path) -> int:
     return file.stat().st_size
 
 
-async def test_a_commit_that_finds_the_disk_full_is_made_in_the_room_of_the_ballast(store: Store, file: Path) -> None:
+async def test_a_commit_on_a_full_disk_succeeds_in_the_room_of_the_ballast(store: Store, file: Path) -> None:
     tries = 0
 
     def write(_: Connection) -> str:

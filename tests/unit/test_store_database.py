@@ -104,7 +104,7 @@ def test_what_is_committed_survives_a_crash_of_the_machine(store: Store) -> None
     assert pragmas == ["wal", 2]
 
 
-async def test_a_transaction_that_raises_leaves_no_trace_and_no_news(store: Store) -> None:
+async def test_a_transaction_that_raises_writes_no_rows_and_publishes_no_news(store: Store) -> None:
     def half(connection: Connection) -> None:
         connection.execute(insert(rentals), a_rental())
         record(
@@ -121,7 +121,7 @@ async def test_a_transaction_that_raises_leaves_no_trace_and_no_news(store: Stor
     assert await store.read(events.last) == 0
 
 
-async def test_the_news_of_a_transaction_that_failed_do_not_come_with_the_next_one(store: Store) -> None:
+async def test_the_news_of_a_failed_transaction_are_not_published_with_the_next(store: Store) -> None:
     def failing(connection: Connection) -> None:
         record(
             connection,
@@ -164,7 +164,7 @@ async def test_writes_at_the_same_time_all_land(store: Store) -> None:
     assert await store.read(lambda c: c.execute(select(counters.c.value)).scalar()) == 50
 
 
-async def test_reading_goes_on_while_something_is_written(store: Store) -> None:
+async def test_reads_go_on_during_a_write(store: Store) -> None:
     reading, done = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -205,7 +205,7 @@ async def test_a_lost_or_purged_placement_gives_its_slot_up(store: Store, state:
     assert await number_of(store, placements) == 2
 
 
-async def test_an_epoch_of_a_rental_is_given_once(store: Store) -> None:
+async def test_an_epoch_of_a_rental_is_used_once(store: Store) -> None:
     await put(store, rentals, a_rental())
     await put(store, placements, a_placement(1, state="purged"))
     with pytest.raises(IntegrityError, match="epoch"):
@@ -223,7 +223,7 @@ async def test_a_number_or_account_that_is_not_a_rental_s_own_is_refused(
         await put(store, rentals, a_rental(2, **change))
 
 
-async def test_a_placement_belongs_to_a_rental_that_is_there(store: Store) -> None:
+async def test_a_placement_belongs_to_an_existing_rental(store: Store) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"):
         await put(store, placements, a_placement(1))
 

@@ -122,7 +122,7 @@ def test_a_manager_waits_for_a_database_that_it_understands_instead_of_ending(
 
 
 @each_release
-def test_a_released_migration_makes_the_same_schema_still(dump: Path, tmp_path: Path) -> None:
+def test_a_released_schema_migration_still_makes_the_same_schema(dump: Path, tmp_path: Path) -> None:
     """A migration that was changed after its release would leave two schemas with one version."""
     engine = create_engine(f"sqlite:///{tmp_path / 'made.db'}")
     made = config()

@@ -61,7 +61,7 @@ async def test_rents_at_the_same_time_get_different_uids(store: Store) -> None:
     assert len(set(made)) == len(uids) == 20
 
 
-async def test_a_request_that_comes_again_with_its_key_makes_nothing_new(store: Store) -> None:
+async def test_a_repeated_request_with_its_idempotency_key_makes_no_new_rental(store: Store) -> None:
     first = await store.write(rentals.create, KEYED)
     assert await store.write(rentals.create, KEYED) == first
     assert await store.read(lambda c: len(c.execute(select(table)).all())) == 1
@@ -79,12 +79,12 @@ async def test_another_request_with_the_same_key_is_refused(store: Store) -> Non
         await store.write(rentals.create, replace(KEYED, request_hash="hash-2"))
 
 
-async def test_a_key_is_its_owner_s_alone(store: Store) -> None:
+async def test_an_idempotency_key_belongs_to_its_owner(store: Store) -> None:
     first = await store.write(rentals.create, KEYED)
     assert await store.write(rentals.create, replace(KEYED, owner="bob", request_hash="hash-2")) != first
 
 
-async def test_a_key_is_forgotten_a_day_after_its_rent(store: Store) -> None:
+async def test_an_idempotency_key_is_forgotten_a_day_after_its_rent(store: Store) -> None:
     first = await store.write(rentals.create, replace(KEYED, key_begins_at=NOW))
     await store.write(rentals.forget_keys, NOW + KEY_LIFETIME_S)
     assert await store.write(rentals.create, KEYED) == first
@@ -92,7 +92,7 @@ async def test_a_key_is_forgotten_a_day_after_its_rent(store: Store) -> None:
     assert await store.write(rentals.create, replace(KEYED, request_hash="hash-2")) != first
 
 
-async def test_a_replay_brings_a_new_key_only_where_the_manager_made_it_and_the_rental_lives(store: Store) -> None:
+async def test_a_replay_returns_a_new_key_only_if_the_manager_made_it_and_the_rental_lives(store: Store) -> None:
     made = replace(KEYED, made_key=True)
     rental_id = await store.write(rentals.create, made)
     await store.write(rentals.create, replace(made, public_key=host_key(2)))
@@ -112,7 +112,7 @@ async def test_a_request_that_was_refused_has_not_used_its_key(store: Store) -> 
 
 
 @pytest.mark.parametrize("state", sorted(set(RentalState) - {"released", "expired", "failed"}))
-async def test_a_name_is_taken_while_its_rental_lives(store: Store, state: RentalState) -> None:
+async def test_the_name_of_a_living_rental_is_taken(store: Store, state: RentalState) -> None:
     await state_is(store, await store.write(rentals.create, replace(REQUEST, name="lab")), state)
     with pytest.raises(NameTaken):
         await store.write(rentals.create, replace(REQUEST, name="lab"))

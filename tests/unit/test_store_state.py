@@ -68,7 +68,7 @@ async def test_a_step_with_one_stale_guard_changes_nothing(store: Store, world: 
     assert await event_kinds(store) == []
 
 
-async def test_steps_before_a_stale_one_are_applied_and_those_after_it_are_not(store: Store, world: World) -> None:
+async def test_steps_before_a_stale_one_are_applied_and_later_ones_are_not(store: Store, world: World) -> None:
     first = renew(RENTAL, 60, "alice", 1000.0)
     stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
     after = release(RENTAL, "released", "alice", "asked for")

@@ -104,7 +104,7 @@ def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
     return Step((), (), replace(row, **change))
 
 
-async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(bench: StateStoreBench) -> None:
+async def test_a_loaded_world_has_living_rentals_and_unpurged_placements_of_ended_ones(bench: StateStoreBench) -> None:
     assert await bench.state_store.load() == new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, RUNNING, LEFT_OF_ENDED)
     assert await bench.state_store.workers([WORKER.id, "w-unknown"]) == {WORKER.id: WORKER}
 
@@ -224,7 +224,7 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: StateStoreBenc
     assert await bench.state_store.apply([reserved(1, QUEUED, WORKER)])
 
 
-async def test_a_success_of_a_task_that_is_not_wanted_any_more_changes_nothing(bench: StateStoreBench) -> None:
+async def test_the_success_of_an_obsolete_task_changes_nothing(bench: StateStoreBench) -> None:
     before = await bench.state_store.load()
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow
@@ -282,7 +282,7 @@ async def test_a_worker_without_placements_is_removed_when_a_new_one_has_its_add
 
 
 @pytest.mark.parametrize("health", Health)
-async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_once(
+async def test_a_worker_that_never_got_the_answer_to_its_registration_is_stored_once(
     bench: StateStoreBench, health: Health
 ) -> None:
     """The worker has another address since its network was cut: its host keys identify it."""
@@ -300,7 +300,9 @@ async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_o
 
 
 @pytest.mark.parametrize("keeps", ["a placement", "an intent"])
-async def test_a_worker_whose_address_a_new_one_has_is_kept_for(bench: StateStoreBench, keeps: str) -> None:
+async def test_a_worker_with_a_placement_or_an_intent_is_kept_when_a_new_one_has_its_address(
+    bench: StateStoreBench, keeps: str
+) -> None:
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
     if keeps == "an intent":
         purged = move_placement(LEFT_OF_ENDED, "reconciler", PlacementState.PURGED, "a", "why")

@@ -49,7 +49,7 @@ async def test_a_worker_s_token_is_valid_until_it_is_replaced_or_the_worker_is_r
     assert await principal_of(store, again.token) is None
 
 
-async def test_what_is_no_token_is_refused(store: Store) -> None:
+async def test_a_text_that_is_no_token_is_refused(store: Store) -> None:
     row, token = await store.write(tokens.create, *ALICE)
     other = make_token("client", row["id"])
     wrong = ["", "x", token[:-1], token + "a", token.upper(), f" {token}", token + "\n", other]

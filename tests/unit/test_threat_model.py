@@ -19,7 +19,7 @@ def functions_of(folder: Path) -> set[str]:
     return {name for file in folder.rglob("*.py") for name in re.findall(r"def (test_\w+)\(", file.read_text())}
 
 
-def test_each_test_that_is_named_exists() -> None:
+def test_each_test_that_the_threat_model_names_exists() -> None:
     named = set(re.findall(r"`(test_\w+)`", PAGE.read_text()))
     assert named - functions_of(ROOT / "tests") == set()
     assert len(named) > 80
@@ -39,7 +39,7 @@ def test_each_attacker_has_a_section_that_says_what_is_not_defended() -> None:
         assert "**Not defended.**" in found[title], title
 
 
-def test_each_attack_has_its_place_on_the_page() -> None:
+def test_each_attack_is_on_the_page_of_the_threat_model() -> None:
     """The attacks are the tests of tests/integration/test_attacks_*.py; variations of a named test need no place."""
     page = PAGE.read_text()
     for file in (ROOT / "tests/integration").glob("test_attacks_*.py"):
@@ -48,6 +48,6 @@ def test_each_attack_has_its_place_on_the_page() -> None:
         assert len(named) >= len(attacks) / 2, file.name
 
 
-def test_both_readmes_lead_to_it() -> None:
+def test_both_readmes_link_to_the_threat_model() -> None:
     for readme in READMES:
         assert "(docs/threat-model.md)" in readme.read_text()

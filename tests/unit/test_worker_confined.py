@@ -92,7 +92,7 @@ def test_the_command_cannot_lower_a_score_and_works_otherwise(
     assert written(tmp_path / "refused").count("Permission denied") >= 3
 
 
-def test_the_command_begins_with_its_score_and_what_starts_it_goes_back_to_its_own(
+def test_the_command_begins_with_its_score_and_its_starter_returns_to_its_own(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     kept = begun(f"cat /proc/self/oom_score_adj > {tmp_path}/score; exec sleep 60")
@@ -102,7 +102,7 @@ def test_the_command_begins_with_its_score_and_what_starts_it_goes_back_to_its_o
     assert int(starter.read_text()) == processes.own_score()
 
 
-def test_the_end_of_the_command_is_reported_once_and_it_can_be_started_again(
+def test_the_end_of_the_confined_command_is_reported_once_and_it_can_be_started_again(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     kept = begun(f"echo life >> {tmp_path}/lives; kill -9 $$")

@@ -50,7 +50,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LivenessBench:
     return LivenessBench(tmp_path)
 
 
-def test_the_manager_learns_which_boot_this_is(bench: LivenessBench) -> None:
+def test_the_manager_receives_the_boot_id(bench: LivenessBench) -> None:
     assert bench.connection().ours.recv(100) == b"boot-1\n"
     assert bench.place.stat().st_mode & 0o777 == 0o600
 
@@ -94,7 +94,7 @@ def test_each_of_two_connections_has_its_own_end(bench: LivenessBench) -> None:
     assert bench.ends == 2
 
 
-def test_the_program_in_between_lasts_as_long_as_the_connection_and_its_death_is_no_end_of_its_own(
+def test_the_handing_program_lasts_as_long_as_the_connection_and_its_death_is_no_end(
     bench: LivenessBench,
 ) -> None:
     connection = bench.connection()
@@ -116,7 +116,9 @@ def test_a_program_that_hands_over_nothing_is_no_connection(bench: LivenessBench
     assert bench.ends == 0
 
 
-def test_a_failed_look_counts_as_an_end(bench: LivenessBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_poll_counts_as_an_end_of_the_liveness_connection(
+    bench: LivenessBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Over(Exception): ...
 
     def out_of_descriptors(_: float | None) -> None:
@@ -132,7 +134,7 @@ def test_a_failed_look_counts_as_an_end(bench: LivenessBench, monkeypatch: pytes
     assert bench.ends == 1
 
 
-def test_nobody_but_root_may_connect(bench: LivenessBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_root_may_connect_to_the_liveness_socket(bench: LivenessBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orion_worker.rpc.liveness.ROOT", 100_001)
     connection = bench.connection()
     with pytest.raises(ConnectionResetError):

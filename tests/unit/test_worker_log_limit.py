@@ -22,14 +22,16 @@ def log(written: list[str]) -> LimitedLog:
     return made
 
 
-def test_lines_are_said_as_they_are_and_halves_when_they_are_whole(log: LimitedLog, written: list[str]) -> None:
+def test_complete_lines_are_logged_and_partial_ones_once_they_are_complete(log: LimitedLog, written: list[str]) -> None:
     log.take(b"one\r\ntwo\nth", 1000.0)
     assert written == ["one", "two"]
     log.take(b"ree \xff\n", 1000.0)
     assert written == ["one", "two", "three \N{REPLACEMENT CHARACTER}"]
 
 
-def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: LimitedLog, written: list[str]) -> None:
+def test_excess_lines_are_counted_and_the_count_is_logged_when_there_is_room(
+    log: LimitedLog, written: list[str]
+) -> None:
     log.take(b"x\n" * (BURST + 50), 1000.0)
     assert written == ["x"] * BURST
     log.take(b"", 1000.0 + 1.5 * LINE_EVERY_S)
@@ -40,7 +42,7 @@ def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: LimitedLog
     assert written[BURST + 1 :] == [LEFT_OUT.format(1), "z"]
 
 
-def test_a_flood_is_as_many_lines_as_the_time_allows(log: LimitedLog, written: list[str]) -> None:
+def test_a_flood_is_logged_with_as_many_lines_as_the_rate_allows(log: LimitedLog, written: list[str]) -> None:
     for number in range(1000):
         log.take(b"x\n" * 100, 1000.0 + number / 100)
     assert len(written) <= BURST + 10 / LINE_EVERY_S + 1
@@ -55,7 +57,7 @@ def test_a_line_without_an_end_is_cut(log: LimitedLog, written: list[str]) -> No
     assert written == ["x" * LONGEST_BYTES] * 3
 
 
-def test_who_writes_never_waits(log: LimitedLog) -> None:
+def test_a_writer_to_the_log_never_waits(log: LimitedLog) -> None:
     assert not os.get_blocking(log.input)
     os.write(log.input, b"x" * (1 << 20))
     with pytest.raises(BlockingIOError):

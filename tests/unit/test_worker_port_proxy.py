@@ -77,7 +77,9 @@ def test_a_socket_on_ipv6_is_reached_by_ipv6_and_a_dual_one_by_either() -> None:
         (("::1", 8000, ANOTHERS, 7), ("::", 8000, OURS, 8)),
     ],
 )
-def test_a_port_that_another_could_answer_on_is_not_the_rentals(lines: tuple[tuple[str, int, int, int], ...]) -> None:
+def test_a_port_on_which_another_renter_could_answer_is_not_the_rental_s(
+    lines: tuple[tuple[str, int, int, int], ...],
+) -> None:
     assert reached(*lines) is None
 
 
@@ -128,7 +130,7 @@ def test_a_token_of_the_session_is_accepted() -> None:
         (f"../../etc/x 3 8000 {'0' * 64}", SESSION),
     ],
 )
-def test_any_other_token_is_refused(tried: str, session: str) -> None:
+def test_any_other_token_of_a_port_is_refused(tried: str, session: str) -> None:
     with pytest.raises(PortRefusal) as refused:
         token_from(tried, session)
     assert refused.value.status == 403
@@ -264,7 +266,7 @@ async def serving(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
             renter.close()
 
 
-async def test_bytes_pass_unchanged_both_ways_without_the_token(tmp_path: Path) -> None:
+async def test_bytes_pass_unchanged_in_both_directions_without_the_token(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         reader, writer = await stage.ask(signed_token(stage.token), b"one\0")
         assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\n\r\nfirst one\0"
@@ -293,7 +295,7 @@ NO_ANSWERS = [
 
 
 @pytest.mark.parametrize(("says", "code"), NO_ANSWERS)
-async def test_an_answer_that_is_no_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
+async def test_an_answer_that_is_not_http_is_not_forwarded(tmp_path: Path, says: bytes, code: bytes) -> None:
     async with serving(tmp_path) as stage:
         stage.says = says
         reader, writer = await stage.ask(signed_token(stage.token), b"end")
@@ -375,7 +377,7 @@ async def test_the_manager_and_the_port_proxy_speak_the_same_protocol(
         assert await ended(reader) == b""
 
 
-async def test_a_token_that_was_on_its_way_when_its_grant_ended_is_refused(tmp_path: Path) -> None:
+async def test_a_token_that_was_in_transit_when_its_grant_ended_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         token = replace(stage.token, number=10)
         await stage.tell(f"abcd234567 {token.port} public", number=11)
@@ -430,7 +432,7 @@ async def test_an_earlier_epoch_and_a_foreign_token_reach_no_process(tmp_path: P
         assert stage.connections == 0
 
 
-async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_others_theirs(
+async def test_a_rental_may_use_the_share_of_its_slot_in_the_connections_of_the_port_proxy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(port_proxy, "ENOUGH", 4)

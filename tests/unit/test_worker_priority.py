@@ -42,7 +42,7 @@ def machine(tmp_path: Path) -> ProcessFiles:
     return ProcessFiles(tmp_path)
 
 
-def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: ProcessFiles) -> None:
+def test_only_a_renter_with_many_runnable_tasks_gets_the_lowest_priority(machine: ProcessFiles) -> None:
     for number in range(CROWD + 1):
         machine.runs(1000 + number, ONE, "R")
         machine.runs(2000 + number, ANOTHER, "R" if number else "S")
@@ -60,7 +60,7 @@ def test_threads_count_as_processes_do(machine: ProcessFiles) -> None:
     assert tasks_waiting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
 
 
-def test_what_ends_meanwhile_is_not_counted(machine: ProcessFiles) -> None:
+def test_processes_that_end_during_the_count_are_not_counted(machine: ProcessFiles) -> None:
     for number in range(CROWD + 2):
         machine.runs(1000 + number, ONE, "R")
     (machine.root / "1000/status").unlink()
@@ -85,7 +85,7 @@ class TestForReal:
             each.kill()
             each.wait()
 
-    def test_all_of_a_uid_come_last_and_root_keeps_its_turns(
+    def test_all_processes_of_the_uid_get_the_lowest_priority_and_root_s_do_not(
         self, uid: int, theirs: list[subprocess.Popen[bytes]]
     ) -> None:
         before = os.getpriority(os.PRIO_PROCESS, 0)

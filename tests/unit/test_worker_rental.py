@@ -49,7 +49,7 @@ def etc(tmp_path: Path) -> Path:
 # Epochs
 
 
-def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purged() -> None:
+def test_no_epoch_is_made_that_is_older_than_recorded_or_purged_or_half_purged() -> None:
     check_create(None, 0, 1)
     check_create(RECORD, 0, 3)
     check_create(RECORD, 0, 4)
@@ -65,7 +65,7 @@ def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purge
         assert refusal.value.code == code
 
 
-def test_only_the_epoch_that_is_here_is_unlocked() -> None:
+def test_only_the_recorded_epoch_is_unlocked() -> None:
     check_unlock(RECORD, 0, 3)
     for record, purged, epoch, code in (
         (RECORD, 0, 2, "stale_epoch"),
@@ -79,7 +79,7 @@ def test_only_the_epoch_that_is_here_is_unlocked() -> None:
         assert refusal.value.code == code
 
 
-def test_an_old_order_to_lock_or_purge_leaves_what_is_newer() -> None:
+def test_an_old_order_to_lock_or_purge_leaves_a_newer_epoch() -> None:
     check_not_newer(None, 1)
     check_not_newer(RECORD, 3)
     check_not_newer(RECORD, 9)
@@ -154,7 +154,7 @@ def test_a_request_is_read() -> None:
         {"unknown": 1},
     ],
 )
-def test_a_request_that_could_do_harm_is_not_understood(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_a_harmful_request_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
     status, report = answer_request("create", json.dumps(CREATE | wrong), Rentals(WorkerPaths(tmp_path)), now=0)
     assert (status, report["code"], report["changed"]) == (2, "invalid_request", False)
 
@@ -194,7 +194,7 @@ def test_an_order_for_this_boot_or_without_a_boot_id_is_done(named: dict[str, An
     assert answer_request("lock", json.dumps({"rental_id": "one", "epoch": 3} | named), rentals, now=0)[0] == 0
 
 
-def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
+def test_a_boot_id_that_is_no_text_is_refused(tmp_path: Path) -> None:
     request = {"rental_id": "one", "epoch": 3, "boot_id": 5}
     assert answer_request("lock", json.dumps(request), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
@@ -202,7 +202,7 @@ def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
 # Several rentals in one order
 
 
-def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_the_status(tmp_path: Path) -> None:
+def test_each_rental_of_an_order_succeeds_or_fails_alone_and_the_worst_is_the_exit_status(tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     request = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
@@ -214,17 +214,17 @@ def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_t
 
 
 @pytest.mark.parametrize("rentals", [[], {}, "one", None])
-def test_a_list_of_nothing_is_not_understood(rentals: Any, tmp_path: Path) -> None:
+def test_an_empty_list_of_rentals_is_refused(rentals: Any, tmp_path: Path) -> None:
     status, report = answer_request("lock", json.dumps({"rentals": rentals}), Rentals(WorkerPaths(tmp_path)), now=0)
     assert (status, report["code"]) == (2, "invalid_request")
 
 
-def test_a_list_stands_alone(tmp_path: Path) -> None:
+def test_a_list_of_rentals_has_no_other_fields_beside_it(tmp_path: Path) -> None:
     request = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
     assert answer_request("lock", json.dumps(request), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
-def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place(tmp_path: Path) -> None:
+def test_a_refused_rental_of_a_purge_of_several_is_reported_in_its_place(tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     old = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2}
@@ -385,14 +385,14 @@ SHARED_MEMORY = """\
 """
 
 
-def test_ipc_of_a_renter_is_what_it_owns_or_created_and_not_what_is_destroyed() -> None:
+def test_ipc_objects_of_a_renter_are_those_that_it_owns_or_created_and_not_destroyed_ones() -> None:
     assert residue.ipc_ids_of(SHARED_MEMORY, 100_001) == [8, 9]
 
 
 # Processes
 
 
-def test_a_process_belongs_to_all_four_of_its_uids_and_a_zombie_to_nobody() -> None:
+def test_a_process_belongs_to_all_four_of_its_uids_and_a_zombie_to_none() -> None:
     status = "Name:\tsh\nState:\tS (sleeping)\nUid:\t0\t100001\t0\t100002\nGid:\t0\t0\t0\t0\n"
     assert processes.owners(status) == {0, 100_001, 100_002}
     assert processes.owners(status.replace("S (sleeping)", "Z (zombie)")) == set()

@@ -119,7 +119,7 @@ def test_a_slow_order_delays_no_other(served: Served) -> None:
     assert served.answer() == {"id": 1, "status": 0, "report": {"gate": "open"}}
 
 
-def test_an_order_that_breaks_is_answered_and_the_next_one_too(served: Served) -> None:
+def test_an_order_that_raises_is_answered_and_so_is_the_next(served: Served) -> None:
     served.ask(1, "break")
     answer = served.answer()
     assert (answer["id"], answer["status"], answer["report"]["code"]) == (1, 1, "broken")
@@ -135,7 +135,7 @@ def test_an_order_whose_process_dies_is_answered_as_broken(served: Served) -> No
 
 
 @pytest.mark.parametrize("line", [b"", b"?", b"[]", b"{}", b'{"id": 1, "command": "rm", "request": {}}'])
-def test_a_line_that_is_no_order_is_answered_as_invalid(served: Served, line: bytes) -> None:
+def test_a_line_that_is_no_order_gets_an_answer_that_it_is_invalid(served: Served, line: bytes) -> None:
     os.write(served.to, line + b"\n")
     assert served.answer()["id"] is None
     served.ask(2, "say")
@@ -164,7 +164,7 @@ def _handed_over(place: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served) -> None:
+def test_transfers_run_in_parallel_each_with_its_own_descriptors(served: Served) -> None:
     place = served.folder / "transfers"
     with _handed_over(place) as first, _handed_over(place) as second:
         assert second.communicate(b"two", timeout=60)[0] == b"send: two"
@@ -175,7 +175,7 @@ def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served
     assert served.answer()["report"] == {"heard": "still here"}
 
 
-def test_nobody_but_root_hands_over_a_transfer(served: Served) -> None:
+def test_only_root_can_hand_over_a_transfer(served: Served) -> None:
     assert (served.folder / "transfers").stat().st_mode & 0o777 == 0o600
 
 

@@ -59,7 +59,7 @@ def machine(tmp_path: Path) -> MemoryFiles:
     return MemoryFiles(tmp_path)
 
 
-def test_the_rental_that_uses_the_most_goes_first_however_small_each_of_its_processes_is(machine: MemoryFiles) -> None:
+def test_the_rental_with_the_most_memory_is_killed_first_however_small_its_processes_are(machine: MemoryFiles) -> None:
     machine.runs(11, ANOTHER, 100)
     for pid in range(20, 34):
         machine.runs(pid, ONE, 36)
@@ -67,12 +67,12 @@ def test_the_rental_that_uses_the_most_goes_first_however_small_each_of_its_proc
     assert machine.shown() == {11: ABOVE_ROOT} | dict.fromkeys(range(20, 34), FIRST)
 
 
-def test_the_difference_outweighs_whatever_a_smaller_rental_can_hold() -> None:
+def test_the_difference_of_scores_outweighs_the_memory_of_any_smaller_rental() -> None:
     """Where a rental has more memory than another, the other has at most half of it all."""
     assert (FIRST - usual(0)) / 1000 * LIMIT_BYTES >= LIMIT_BYTES / 2
 
 
-def test_who_uses_the_most_is_found_anew_each_time_and_nobody_keeps_a_score(machine: MemoryFiles) -> None:
+def test_the_rental_with_the_most_memory_is_determined_anew_each_time(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10)
     machine.runs(12, ANOTHER, 20)
     machine.scores.look()
@@ -82,14 +82,14 @@ def test_who_uses_the_most_is_found_anew_each_time_and_nobody_keeps_a_score(mach
     assert machine.shown() == {11: FIRST, 12: ABOVE_ROOT, 13: FIRST}
 
 
-def test_what_a_renter_has_lowered_is_raised_again(machine: MemoryFiles) -> None:
+def test_a_score_that_a_renter_lowered_is_raised_again(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10, score=0)
     machine.runs(12, ANOTHER, 20, score=0)
     machine.scores.look()
     assert machine.shown() == {11: ABOVE_ROOT, 12: FIRST}
 
 
-def test_as_long_as_there_is_memory_nobody_is_looked_at_and_then_all_are_equal_again(machine: MemoryFiles) -> None:
+def test_scores_are_set_only_while_memory_is_short_and_reset_afterwards(machine: MemoryFiles) -> None:
     machine.used_mb = 256
     machine.runs(11, ONE, 10, score=7)
     machine.scores.look()
@@ -105,7 +105,7 @@ def test_as_long_as_there_is_memory_nobody_is_looked_at_and_then_all_are_equal_a
     assert machine.shown() == {11: ABOVE_ROOT, 12: 7}
 
 
-def test_what_is_roots_keeps_its_score_and_so_does_what_sends_files(machine: MemoryFiles) -> None:
+def test_processes_of_root_and_senders_of_files_keep_their_scores(machine: MemoryFiles) -> None:
     machine.runs(1, 0, 300)
     machine.runs(2, 0, 300, effective=ONE)
     machine.runs(3, FIRST_SENDER + ONE, 300)
@@ -124,7 +124,7 @@ def test_a_process_that_ends_meanwhile_does_not_keep_the_others_from_their_score
     assert machine.shown() == {11: FIRST, 13: 0}
 
 
-def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine: MemoryFiles) -> None:
+def test_memory_of_files_does_not_count_and_a_process_s_name_cannot_forge_a_line(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10)
     assert renter_memory_of((machine.root / "11/status").read_text()) == (ONE, (10 << 20) + (3 << 10))
     assert renter_memory_of("") is None
@@ -132,10 +132,10 @@ def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine
 
 
 @pytest.mark.parametrize(("used", "limit", "short"), [(9, 10, True), (5, 10, False), (9, 0, False), (0, 0, False)])
-def test_memory_is_short_when_more_than_half_of_what_there_is_is_used(used: int, limit: int, short: bool) -> None:
+def test_memory_is_short_when_more_than_half_of_it_is_used(used: int, limit: int, short: bool) -> None:
     assert is_short(CgroupUsage(0.0, used, limit, 0, 0)) is short
 
 
 @pytest.mark.parametrize(("of_root", "of_renters"), [(0, 500), (200, 700), (800, 1000), (-500, 0)])
-def test_renters_are_above_root_wherever_the_engine_puts_root(of_root: int, of_renters: int) -> None:
+def test_scores_of_renters_are_above_those_of_root_wherever_docker_puts_root(of_root: int, of_renters: int) -> None:
     assert usual(of_root) == of_renters

@@ -10,7 +10,7 @@ from orion_worker.rpc import server
 from orion_worker.snapshots import transfer
 
 
-def test_the_shim_and_the_server_mean_the_same() -> None:
+def test_the_shim_and_the_rpc_server_have_the_same_constants() -> None:
     assert (shim.SOCKET_PATH, shim.TRANSFERS, shim.TAKEN) == (server.SOCKET_PATH, server.TRANSFERS, server.TAKEN)
     assert shim.TRANSFERS == transfer.TRANSFERS
 

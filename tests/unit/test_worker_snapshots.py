@@ -201,7 +201,7 @@ def test_a_change_that_keeps_size_and_time_is_sent(bench: HomeBench) -> None:
     assert bench.sent == {"file": b"new"}
 
 
-def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it_is_found_by_its_content(
+def test_a_change_too_soon_after_the_scan_for_its_ctime_to_differ_is_found_by_content(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "RACY_S", 1e9)  # everything is that young
@@ -254,7 +254,7 @@ class Counter:
         self.number += 1
 
 
-def test_a_snapshot_is_a_state_that_existed(bench: HomeBench) -> None:
+def test_the_files_of_a_snapshot_existed_together(bench: HomeBench) -> None:
     """A snapshot keeps the order in which files were written, however many files change meanwhile."""
     counter = bench.operations.freezer.work = Counter(bench.home)
     for name in ("A", "zz_B"):
@@ -290,7 +290,7 @@ def test_a_process_that_ran_in_the_pause_is_noticed_and_the_pause_repeated(
     assert not bench.operations.freezer.paused
 
 
-def test_a_pause_ends_whatever_goes_wrong_in_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_ends_after_any_failure_in_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     (bench.home / "file").write_text("x")
 
     def full(*_: object) -> int:
@@ -320,7 +320,7 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
     assert (bench.operations.freezer.pauses, bench.operations.freezer.paused) == (1, False)
 
 
-def test_where_a_pause_will_be_too_long_nothing_is_stopped(bench: HomeBench) -> None:
+def test_no_process_is_stopped_where_the_pause_would_be_too_long(bench: HomeBench) -> None:
     for number in range(200):
         (bench.home / f"m{number}").write_text("x")
     with pytest.raises(RequestRefused) as refused:
@@ -331,7 +331,7 @@ def test_where_a_pause_will_be_too_long_nothing_is_stopped(bench: HomeBench) -> 
 
 
 @pytest.mark.parametrize("written", [0, 200])
-def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
+def test_the_length_of_a_pause_is_estimated_from_writes_during_the_transfer(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     """The snapshot of 200 files takes half a minute, and `written` of them are written again meanwhile."""
@@ -357,7 +357,7 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     assert bench.operations.freezer.pauses == (0 if written else 1)
 
 
-def test_a_frozen_home_is_neither_stopped_nor_resumed(bench: HomeBench) -> None:
+def test_a_snapshot_of_a_frozen_home_stops_and_resumes_no_process(bench: HomeBench) -> None:
     (bench.home / "file").write_text("x")
     bench.operations.freezer.mark(RECORD, frozenset())
     bench.snapshot(for_migration=True)
@@ -384,7 +384,7 @@ def test_a_frozen_home_is_scanned_once_whether_or_not_it_changed(
     assert scans == [True, True, True]
 
 
-def test_a_rental_that_is_thawed_as_its_snapshot_begins_is_tried_again_and_not_copied_whole_in_a_pause(
+def test_a_snapshot_during_whose_begin_the_rental_is_thawed_is_repeated_without_a_long_pause(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (bench.home / "file").write_text("x")
@@ -396,7 +396,7 @@ def test_a_rental_that_is_thawed_as_its_snapshot_begins_is_tried_again_and_not_c
     assert (bench.operations.freezer.pauses, bench.operations.freezer.paused) == (1, False)
 
 
-def test_a_purge_ends_the_transfer_that_stages_files_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+def test_a_purge_ends_the_transfer_that_stages_files_and_removes_the_staged_files(tmp_path: Path) -> None:
     places = tmp_path / "aside"
     (places / "one").mkdir(parents=True)
     child = os.fork()
@@ -491,7 +491,7 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(bench: HomeBenc
     os.close(home)
 
 
-def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_other_snapshots(
+def test_an_entry_that_no_snapshot_can_hold_refuses_a_migration_and_is_listed_by_snapshots(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (bench.home / "theirs").write_text("x")
@@ -513,7 +513,7 @@ def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_oth
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 5}, {"max_bytes": 49}])
-def test_a_home_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(
+def test_a_rental_whose_home_is_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(
     bench: HomeBench, limits: dict[str, int]
 ) -> None:
     for number in range(5):
@@ -544,7 +544,7 @@ def test_empty_directories_count_by_number_and_by_the_room_that_they_take(
     assert refused.value.code == "over_limit"
 
 
-def test_the_blocks_of_a_file_are_no_change_of_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newly_allocated_blocks_of_a_file_are_no_change(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system may allocate a file's blocks long after the file was written."""
     (bench.home / "file").write_text("x")
     aged(bench.home)
@@ -554,7 +554,7 @@ def test_the_blocks_of_a_file_are_no_change_of_it(bench: HomeBench, monkeypatch:
     assert bench.snapshot(base=BASE)["same"]
 
 
-def test_a_manifest_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written_and_half_of_one_is_refused(tmp_path: Path) -> None:
     manifests = Manifests(tmp_path)
     manifest = Manifest(Scan(frozenset({b"1 2 ./a\xff", b"3 4 ./b\n"}), 5.0), {b"./a\xff": "f00"}, {b"./c": "why"})
     for mark, stays in (("01", ""), ("02", "01"), ("03", "02")):
@@ -658,7 +658,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> WaitingClock:
     return WaitingClock(monkeypatch)
 
 
-def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: WaitingClock) -> None:
+def test_a_restore_waits_a_moment_for_the_account_of_its_home(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
     machine.happens_at.append((0.9 * transfer.ACCOUNT_WITHIN_S, lambda: records.save(RECORD)))
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
@@ -666,7 +666,7 @@ def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: 
     assert machine.now < transfer.ACCOUNT_WITHIN_S
 
 
-def test_filling_a_home_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: WaitingClock) -> None:
+def test_a_restore_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
     assert machine.now == pytest.approx(transfer.ACCOUNT_WITHIN_S, abs=0.01)

@@ -60,7 +60,7 @@ def _tell(state: mmap.mmap, program: str, arguments: tuple[str, ...], environmen
     os._exit(0)
 
 
-def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(
+def test_the_start_command_is_one_argument_of_a_shell_with_the_renter_s_uid(
     tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
     evil = "x'; $(reboot) `id` {{ 7 }} \\ --help"
@@ -217,7 +217,7 @@ def test_how_a_start_command_ended_is_reported_with_its_run(tmp_path: Path, comm
     assert 0.0 <= end["ago_s"] <= 100.0
 
 
-def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed_has(tmp_path: Path) -> None:
+def test_a_running_start_command_has_no_end_and_one_whose_supervisor_was_killed_has(tmp_path: Path) -> None:
     launcher, record, home = was_launched(tmp_path)
     command = f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 600"
     code = f"from orion_worker.start import program; program.run('2 1@boot', {command!r})"
@@ -257,7 +257,7 @@ def test_the_end_of_another_run_or_at_another_placement_is_not_reported(tmp_path
     "written",
     [b"", b"2 1@boot", b"\xff\n", b"2 1@boot\nstatus 1000 5.0\n", b"2 1@boot\nstatus 3 nan\n", b"2 1@boot\nrm -rf /\n"],
 )
-def test_a_forged_note_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> None:
+def test_a_forged_note_of_an_end_is_ignored(tmp_path: Path, written: bytes) -> None:
     launcher, record, home = was_launched(tmp_path)
     (home / ".orion").mkdir()
     (home / ".orion/start.run").write_bytes(written)
@@ -265,7 +265,7 @@ def test_a_forged_note_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> No
 
 
 @pytest.mark.parametrize("trick", ["a link", "a link for the folder", "a FIFO", "a folder", "another's"])
-def test_a_renter_cannot_have_the_agent_read_or_wait_for_anything_else(tmp_path: Path, trick: str) -> None:
+def test_a_renter_cannot_make_the_agent_read_or_wait_for_another_file(tmp_path: Path, trick: str) -> None:
     launcher, record, home = was_launched(tmp_path)
     note, elsewhere = home / ".orion/start.run", tmp_path / "elsewhere"
     elsewhere.mkdir()

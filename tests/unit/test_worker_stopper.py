@@ -22,17 +22,17 @@ def by_key(*tasks: KernelTask) -> dict[tuple[int, int, int], KernelTask]:
     return {task.key: task for task in tasks}
 
 
-def test_a_task_is_read_whatever_the_renter_called_it() -> None:
+def test_a_task_is_parsed_whatever_name_the_renter_gave_it() -> None:
     assert parse_task(42, STAT, STATUS) == replace(TASK, stopping=True)
 
 
-def test_all_stand_still_when_none_can_run_before_it_has_stopped() -> None:
+def test_all_are_stopped_when_no_task_can_run_before_it_stops() -> None:
     assert all_at_rest([TASK, replace(TASK, state="Z"), replace(TASK, state="D"), replace(TASK, state="t")])
     assert not all_at_rest([TASK, replace(TASK, state="S")])
     assert not all_at_rest([replace(TASK, state="R")])
 
 
-def test_who_goes_on_after_a_turn_is_restless_and_who_got_none_is_only_waiting() -> None:
+def test_a_task_that_runs_again_after_a_signal_resists_and_one_that_got_no_turn_waits() -> None:
     running = replace(TASK, state="R")
     assert any_resists(by_key(running), [replace(running, turns=(5, 7, 9))])
     assert not any_resists(by_key(running), [running])
@@ -43,7 +43,7 @@ def test_who_goes_on_after_a_turn_is_restless_and_who_got_none_is_only_waiting()
     assert not any_resists({}, [running]), "the process is new: the next check decides"
 
 
-def test_who_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again() -> None:
+def test_a_task_that_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again() -> None:
     assert any_woken(by_key(TASK), [replace(TASK, turns=(6, 6, 7))])
     assert any_woken(by_key(TASK), [replace(TASK, state="S", turns=(6, 6, 7))])
     assert not any_woken(by_key(TASK), [TASK])
@@ -65,7 +65,7 @@ def test_parents_are_stopped_before_their_children_and_the_oldest_first() -> Non
     assert parents([leaf]) == []
 
 
-def test_a_process_whose_first_thread_has_ended_is_still_one() -> None:
+def test_a_process_whose_first_thread_has_ended_still_counts() -> None:
     zombie = "State:\tZ (zombie)\nUid:\t100001\t100001\t100001\t100001\nThreads:\t{}\n"
     assert processes.owners(zombie.format(1)) == set()
     assert processes.owners(zombie.format(2)) == {100_001}
@@ -76,7 +76,9 @@ def test_the_parent_is_read_from_the_status() -> None:
     assert processes.parent_of("") == 0
 
 
-def test_a_strike_that_is_stopped_itself_goes_on_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopper_that_is_stopped_itself_continues_and_its_caller_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The fence's own strike does this while a frozen rental is purged."""
     kill = os.kill
 

@@ -82,14 +82,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TerminalFiles:
 
 
 @AS_ROOT
-def test_what_is_usual_changes_nothing(machine: TerminalFiles) -> None:
+def test_a_usual_number_of_terminals_changes_nothing(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.opens(ONE, MOST_HELD))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended, machine.said) == (True, [], [])
 
 
 @AS_ROOT
-def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: TerminalFiles) -> None:
+def test_a_renter_with_too_many_terminals_is_killed_and_the_others_still_get_some(machine: TerminalFiles) -> None:
     machine.opens(ANOTHER, MOST_SHOWN)
     machine.opens(0, MOST_SHOWN + 1)
     machine.terminals.look(machine.opens(ONE, MOST_HELD))
@@ -99,7 +99,7 @@ def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: Term
 
 
 @AS_ROOT
-def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_ended(machine: TerminalFiles) -> None:
+def test_while_hidden_terminals_are_held_no_new_ones_are_given_and_no_renter_is_killed(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.hides(MOST_HELD + 40))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended) == (False, [])
@@ -114,7 +114,7 @@ def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_end
 
 
 @AS_ROOT
-def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine: TerminalFiles) -> None:
+def test_all_renters_are_killed_when_hidden_terminals_endanger_the_machine(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.hides(MOST_HIDDEN - 1))
     assert machine.ended == []
     machine.hidden.add(MOST_HIDDEN)
@@ -124,7 +124,7 @@ def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine:
 
 
 @AS_ROOT
-def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: TerminalFiles) -> None:
+def test_while_no_terminals_are_given_each_check_kills_renters_with_many_visible_ones(machine: TerminalFiles) -> None:
     machine.hidden_ends = False
     machine.terminals.look(machine.hides(MOST_HELD + 1))
     machine.terminals.look(machine.opens(ONE, MOST_SHOWN + 1))
@@ -132,7 +132,7 @@ def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: TerminalFi
     assert not machine.is_open
 
 
-def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
+def test_each_new_terminal_is_reported_with_its_number(tmp_path: Path) -> None:
     watch = watch_directory(tmp_path)
     try:
         for name in ("7", "1203", "ptmx", "9a", "40"):
@@ -149,12 +149,12 @@ def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
     )
 
 
-def test_a_directory_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
+def test_a_missing_directory_cannot_be_watched(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         watch_directory(tmp_path / "none")
 
 
-def test_the_kernel_tells_of_a_real_terminal_by_its_number_and_the_lowest_is_given_again() -> None:
+def test_the_kernel_reports_a_real_terminal_by_its_number_and_reuses_the_lowest() -> None:
     watch = watch_directory(Path("/dev/pts"))
     try:
         opened = [os.openpty() for _ in range(3)]

@@ -91,13 +91,13 @@ class Ports:
     engine: Engine
     reach: Reach
     snapshot_service: SnapshotService
-    door: ProxyProbe | None
+    proxy_probe: ProxyProbe | None
     """The proxy probe; None: there is no proxy, as in some tests."""
-    copies_disk: Callable[[], float]
+    snapshots_disk: Callable[[], float]
     """The used share of the disk of the snapshots, by its bytes or its inodes: from 0 to 1."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
-    watch: Liveness | None = None
+    liveness: Liveness | None = None
     """The port that opens liveness connections; None: deaths are found by leases alone."""
     shells: Shells | None = None
     """The port that opens shells; None: the workers' sshd, with certificates of this manager's own authority."""
@@ -134,7 +134,7 @@ class Manager:
         self.port_connections = PortConnections(
             store=store, pool_index=self.pool_index, end_connections=ports.end_connections, wall=token_clock
         )
-        catalog, limits = SqlSnapshotCatalog(store), settings.copies.limits
+        catalog, limits = SqlSnapshotCatalog(store), settings.snapshots.limits
         restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog, limits=limits)
         migrator = Migrator(
             engine=engine, snapshot_service=snapshot_service, catalog=catalog, limits=limits, monotonic=monotonic
@@ -168,17 +168,17 @@ class Manager:
         )
         wake_reconciler = self.reconciler.loop.hint
         task_ended.subscribe(wake_reconciler)
-        self.copies = SnapshotController(
+        self.snapshots = SnapshotController(
             catalog=catalog,
             snapshot_service=snapshot_service,
-            plan=settings.copies,
-            disk_share=ports.copies_disk,
+            plan=settings.snapshots,
+            disk_share=ports.snapshots_disk,
             monotonic=monotonic,
             wall=self.clock.wall_of_removals,
         )
-        store.news.follow(self.copies.on_events)
-        probe = ports.door
-        self.watching = LivenessConnections(ports.watch, monotonic, liveness_changed) if ports.watch else None
+        store.news.follow(self.snapshots.on_events)
+        probe = ports.proxy_probe
+        self.liveness = LivenessConnections(ports.liveness, monotonic, liveness_changed) if ports.liveness else None
         self.health = HealthController(
             state_store=self.state_store,
             pool_index=self.pool_index,
@@ -187,7 +187,7 @@ class Manager:
             proxy_answers=lambda: probe is None or probe.answers,
             monotonic=monotonic,
             on_verdict=wake_reconciler,
-            liveness=self.watching,
+            liveness=self.liveness,
         )
         worker_changed.subscribe(self.health.loop.hint)
         self.readiness = Preconnector(self.state_store, self.pool_index, snapshot_service)
@@ -226,7 +226,7 @@ class Manager:
             clock=self.clock,
             monotonic=ports.monotonic,
             token_uses=self.token_uses,
-            why_old=self.copies.explain_age,
+            why_old=self.snapshots.explain_age,
         )
         call_home = CallHome(
             registry=self.state_store,
@@ -281,7 +281,7 @@ class Manager:
                 rentals=visible,
                 store=store,
                 token_uses=self.token_uses,
-                snapshot_now=self.copies.take_now,
+                snapshot_now=self.snapshots.take_now,
                 wake_reconciler=wake_reconciler,
             ),
             operations.OperationServices(
@@ -289,7 +289,7 @@ class Manager:
                 pool_index=self.pool_index,
                 clock=self.clock,
                 brake=self._brake,
-                snapshots_paused=lambda: self.copies.paused or None,
+                snapshots_paused=lambda: self.snapshots.paused or None,
                 overdue=self._overdue,
                 metrics=self.metrics,
                 event_streams=self.event_streams,
@@ -336,13 +336,13 @@ class Manager:
 
     @property
     def loops(self) -> list[Loop]:
-        deciding = (self.health, self.reconciler, self.expiry, self.copies)
-        probes = (self._ports.door,) if self._ports.door else ()
+        deciding = (self.health, self.reconciler, self.expiry, self.snapshots)
+        probes = (self._ports.proxy_probe,) if self._ports.proxy_probe else ()
         return [each.loop for each in (*deciding, self.engine_log, self.sessions, self.retention, *probes)]
 
     def _prepare_for_loss(self, worker_id: str) -> None:
         """Prepare for the loss of a worker if its liveness connection has ended."""
-        if self.watching and self.watching.is_closed(worker_id):
+        if self.liveness and self.liveness.is_closed(worker_id):
             self.readiness.prepare_for_loss_of(worker_id)
 
     def _brake(self) -> str | None:
@@ -372,14 +372,14 @@ class Manager:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            for each in (self.copies, self.task_runner, self.readiness, self.certificates):
+            for each in (self.snapshots, self.task_runner, self.readiness, self.certificates):
                 await each.stop()
             await self.engine_log.flush()
             await self.sessions.flush()
-            if self.watching:
-                await self.watching.stop()
-            if self._ports.door:
-                await self._ports.door.close()
+            if self.liveness:
+                await self.liveness.stop()
+            if self._ports.proxy_probe:
+                await self._ports.proxy_probe.close()
 
     async def restore(self) -> None:
         """Restore tokens, clock, pool index and leases from the secrets and the database."""

@@ -65,9 +65,11 @@ def _real_ports(settings: Settings, secrets: Secrets) -> Ports:
         engine=engine,
         reach=ReachedAndExpected(reach, engine),
         snapshot_service=SnapshotClient(Path(settings.vault_socket)),
-        door=ProxyProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
-        copies_disk=partial(disk_share, Path(settings.copies_directory)),
-        watch=SshLiveness(reach),
+        proxy_probe=ProxyProbe(
+            settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)
+        ),
+        snapshots_disk=partial(disk_share, Path(settings.copies_directory)),
+        liveness=SshLiveness(reach),
         end_connections=end_connections,
         boot_time=boot_time_s,
         boot_id=boot_id(),

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         return Clocks(**{name: getattr(self, name) for name in vars(Clocks())}).scaled(self.clock_scale)
 
     @property
-    def copies(self) -> SnapshotPlan:
+    def snapshots(self) -> SnapshotPlan:
         return SnapshotPlan(
             interval_s=self.snapshot_interval_s * self.clock_scale,
             at_once=self.copies_at_once,

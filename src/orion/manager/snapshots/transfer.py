@@ -41,7 +41,7 @@ OPTIONS = {
     "update": (*_ALWAYS, *_CHANGES),
 }
 """The options of rsync, by kind of transfer. orion_worker/snapshots/transfer.py has its own half of each kind, and
-`test_both_sides_mean_the_same` compares the two.
+`test_worker_and_snapshot_service_use_the_same_arguments_of_rsync` compares the two.
 
 All listed files are transferred, whatever their time and size (-I), because the worker knows what changed. Times are
 compared to the nanosecond (-1): otherwise a directory that changes twice within a second would keep the first time.
