@@ -11,7 +11,7 @@ from crash.environment import CRASH_POINTS, PROCESSES, VICTIMS
 ROOT = Path(__file__).parents[2]
 
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("src", "worker", "tests"))
-PROCESSES.set_forkserver_preload(["crash.manager", "support.house"])
+PROCESSES.set_forkserver_preload(["crash.manager", "support.harness"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -23,7 +23,7 @@ import httpx
 from crash import manager
 from crash.proxy import CrashingProxy
 from support.builders import AUTHORITIES, host_key
-from support.house import PROXY_SECRET, Agent
+from support.harness import PROXY_SECRET, Agent
 
 from orion.manager.ansible.port import Action, Job
 from orion.manager.api.proxy_guard import SECRET_HEADER

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import asyncssh
 from crash.environment import CHECK_S, NEVER_S, PAUSE_S, CrashEnvironment, eventually, is_true
 from support.builders import host_key
-from support.house import Agent
+from support.harness import Agent
 
 HOUR_S = 3600
 

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
-from support.house import PROXY_SECRET, House
+from support.harness import PROXY_SECRET, Harness
 
 from orion.manager.api.proxy_guard import SECRET_HEADER_BYTES
 from orion.manager.ssh.port import Host, Shell, ShellLogin
@@ -108,15 +108,15 @@ class PtyShells:
 
 
 @asynccontextmanager
-async def served(house: House, address: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PtyShells]:
-    """Serve the house behind the proxy, with shells of this machine in all of its rentals."""
+async def served(harness: Harness, address: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PtyShells]:
+    """Serve the harness behind the proxy, with shells of this machine in all of its rentals."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [pair for pair in scope["headers"] if pair[0] != SECRET_HEADER_BYTES]
-        await house.app({**scope, "headers": [*headers, (SECRET_HEADER_BYTES, PROXY_SECRET.encode())]}, receive, send)
+        await harness.app({**scope, "headers": [*headers, (SECRET_HEADER_BYTES, PROXY_SECRET.encode())]}, receive, send)
 
     shells = PtyShells()
-    monkeypatch.setattr(house.shells, "open", shells.open)
+    monkeypatch.setattr(harness.shells, "open", shells.open)
     options = {"log_config": None, "lifespan": "off", "ws": "websockets-sansio", "ws_per_message_deflate": False}
     server = uvicorn.Server(uvicorn.Config(app, host=address, port=5000, **options))  # type: ignore[arg-type]
     running = asyncio.create_task(server.serve())

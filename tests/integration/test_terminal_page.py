@@ -17,8 +17,8 @@ from page_support import PtyShell, PtyShells, Tmux, Window, chromium, eventually
 from playwright.async_api import Route, expect
 from proxy_support import Proxy, new_proxy, wait_until
 from support.browser import ticket
-from support.fixtures import database, house, migrated_database, statements, store  # noqa: F401
-from support.house import House
+from support.fixtures import database, harness, migrated_database, statements, store  # noqa: F401
+from support.harness import Harness
 
 from orion.manager.gateway.terminal import Terms
 
@@ -42,7 +42,9 @@ class Open(Protocol):
 class Site:
     """A platform with one rental, and a browser before it."""
 
-    def __init__(self, manager: House, proxy: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open) -> None:
+    def __init__(
+        self, manager: Harness, proxy: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open
+    ) -> None:
         self.manager, self.proxy, self.shells, self.rental, self.open = manager, proxy, shells, rental, open_one
 
     @property
@@ -56,11 +58,11 @@ class Site:
 
 
 @pytest.fixture
-async def site(house: House, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:  # noqa: F811
-    await house.join()
-    rental = await house.rent(name="desk")
-    house.manager.terminals.terms = replace(Terms(), again_after_s=0.05)
-    async with served(house, proxy.app_address, monkeypatch) as shells, chromium() as browser:
+async def site(harness: Harness, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:  # noqa: F811
+    await harness.join()
+    rental = await harness.rent(name="desk")
+    harness.manager.terminals.terms = replace(Terms(), again_after_s=0.05)
+    async with served(harness, proxy.app_address, monkeypatch) as shells, chromium() as browser:
 
         @asynccontextmanager
         async def open_one(size: tuple[int, int] = FIRST_SIZE, **how: Any) -> AsyncIterator[Window]:
@@ -73,7 +75,7 @@ async def site(house: House, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> A
             await context.close()
             assert window.complaints == [], "nothing that the policy of the page forbids was tried"
 
-        made = Site(house, proxy, shells, rental, open_one)
+        made = Site(harness, proxy, shells, rental, open_one)
         yield made
 
 

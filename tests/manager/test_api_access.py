@@ -14,7 +14,7 @@ import pytest_asyncio
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 from support.builders import host_key
-from support.house import PROXY_SECRET, House
+from support.harness import PROXY_SECRET, Harness
 
 from orion.manager.api.proxy_guard import SECRET_HEADER
 from orion.manager.store.database import Store
@@ -87,35 +87,39 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def house(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
-    """Give one house for all tests of this file: refused calls change nothing."""
+async def harness(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Harness]:
+    """Give one harness for all tests of this file: refused calls change nothing."""
     path = shutil.copy(migrated_database, tmp_path_factory.mktemp("access") / "orion.db")
     store = Store(f"sqlite:///{path}")
-    async with House(store) as house:
-        yield house
+    async with Harness(store) as harness:
+        yield harness
     store.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def tokens(house: House) -> dict[str, httpx.AsyncClient]:
-    agent = await house.join()
-    clients = {role: await house.new_client("carol", role) for role in ("client", "admin", "join")}
-    return clients | {"worker": house.client(agent.token or "")}
+async def tokens(harness: Harness) -> dict[str, httpx.AsyncClient]:
+    agent = await harness.join()
+    clients = {role: await harness.new_client("carol", role) for role in ("client", "admin", "join")}
+    return clients | {"worker": harness.client(agent.token or "")}
 
 
 @pytest.mark.parametrize(("method", "path", "body", "roles"), ROUTES, ids=NAMES)
 async def test_a_call_without_a_valid_token_is_refused(
-    house: House, method: str, path: str, body: dict[str, Any] | None, roles: set[str]
+    harness: Harness, method: str, path: str, body: dict[str, Any] | None, roles: set[str]
 ) -> None:
-    for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": f"Basic {house.secrets.admin_token}"}):
-        reply = await house.http.request(method, path, json=BODIES.get(path, body), headers=headers)
+    for headers in (
+        {},
+        {"Authorization": "Bearer nonsense"},
+        {"Authorization": f"Basic {harness.secrets.admin_token}"},
+    ):
+        reply = await harness.http.request(method, path, json=BODIES.get(path, body), headers=headers)
         is_problem(reply, 401, "unauthorized")
         assert reply.headers["www-authenticate"].startswith("Bearer")
 
 
 @pytest.mark.parametrize(("method", "path", "body", "roles"), ROUTES, ids=NAMES)
 async def test_a_call_allows_its_roles_and_no_other(
-    house: House,
+    harness: Harness,
     tokens: dict[str, httpx.AsyncClient],
     method: str,
     path: str,
@@ -131,8 +135,8 @@ async def test_a_call_allows_its_roles_and_no_other(
             assert role in is_problem(reply, 403, "forbidden")["detail"]
 
 
-async def test_each_route_of_the_api_is_in_the_access_list(house: House) -> None:
-    described = house.app.openapi()["paths"]
+async def test_each_route_of_the_api_is_in_the_access_list(harness: Harness) -> None:
+    described = harness.app.openapi()["paths"]
     found = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
     listed = {re.sub(r"/(x|8000)\b", "/{}", name) for name in NAMES} | {"GET /healthz"}
     assert {re.sub(r"\{\w+\}", "{}", name) for name in found} == listed
@@ -141,46 +145,46 @@ async def test_each_route_of_the_api_is_in_the_access_list(house: House) -> None
 @pytest.mark.parametrize("secret", [None, "", "another", PROXY_SECRET.upper(), PROXY_SECRET + "x"])
 @pytest.mark.parametrize("path", ["/api/status", "/api/openapi.json", "/nowhere", "/healthz/", "/HEALTHZ"])
 async def test_a_request_that_did_not_come_through_the_proxy_is_refused(
-    house: House, secret: str | None, path: str
+    harness: Harness, secret: str | None, path: str
 ) -> None:
-    headers = {"Authorization": f"Bearer {house.secrets.admin_token}"} | ({SECRET_HEADER: secret} if secret else {})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
+    headers = {"Authorization": f"Bearer {harness.secrets.admin_token}"} | ({SECRET_HEADER: secret} if secret else {})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(harness.app), base_url="http://manager") as outsider:
         is_problem(await outsider.get(path, headers=headers), 403, "not_through_the_door")
 
 
-async def test_the_health_check_needs_no_token_and_shows_nothing_else(house: House) -> None:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
+async def test_the_health_check_needs_no_token_and_shows_nothing_else(harness: Harness) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(harness.app), base_url="http://manager") as outsider:
         reply = await outsider.get("/healthz")
     assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
     assert reply.headers["x-request-id"]
 
 
-async def test_the_openapi_document_needs_only_the_proxy(house: House) -> None:
-    assert (await house.http.get("/api/openapi.json")).json()["info"]["title"] == "Orion-Sec"
+async def test_the_openapi_document_needs_only_the_proxy(harness: Harness) -> None:
+    assert (await harness.http.get("/api/openapi.json")).json()["info"]["title"] == "Orion-Sec"
 
 
-async def test_a_reply_carries_the_request_id_that_the_proxy_gave(house: House) -> None:
+async def test_a_reply_carries_the_request_id_that_the_proxy_gave(harness: Harness) -> None:
     given = "0123456789abcdef0123456789abcdef"
     for path in ("/healthz", "/api/status", "/nowhere"):
-        assert (await house.http.get(path, headers={"X-Request-ID": given})).headers["x-request-id"] == given
+        assert (await harness.http.get(path, headers={"X-Request-ID": given})).headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "short", "a" * 65, "with space", "<script>", "line%0abreak!"])
-async def test_an_invalid_request_id_is_replaced(house: House, given: str) -> None:
-    reply = await house.http.get("/healthz", headers={"X-Request-ID": given})
+async def test_an_invalid_request_id_is_replaced(harness: Harness, given: str) -> None:
+    reply = await harness.http.get("/healthz", headers={"X-Request-ID": given})
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
 
 
 async def test_an_error_of_the_manager_is_a_problem_and_logged_under_the_request_id(
-    house: House,
+    harness: Harness,
 ) -> None:
-    @house.app.get("/api/mistake", include_in_schema=False)
+    @harness.app.get("/api/mistake", include_in_schema=False)
     async def mistake() -> None:
         raise RuntimeError("a secret detail")
 
     given = "0123456789abcdef"
     with capture_logs(processors=[merge_contextvars]) as logs:
-        reply = await house.http.get("/api/mistake", headers={"X-Request-ID": given})
+        reply = await harness.http.get("/api/mistake", headers={"X-Request-ID": given})
     body = is_problem(reply, 500, "internal_error")
     assert reply.headers["x-request-id"] == given
     assert "a secret detail" not in str(body)
@@ -198,9 +202,9 @@ async def test_an_error_of_the_manager_is_a_problem_and_logged_under_the_request
     ],
 )
 async def test_an_unknown_path_or_method_is_a_problem(
-    house: House, method: str, path: str, status: int, code: str
+    harness: Harness, method: str, path: str, status: int, code: str
 ) -> None:
-    is_problem(await house.as_admin.request(method, path), status, code)
+    is_problem(await harness.as_admin.request(method, path), status, code)
 
 
 INVALID: list[tuple[str, str, Any, str]] = [
@@ -241,23 +245,23 @@ INVALID: list[tuple[str, str, Any, str]] = [
     ("method", "path", "body", "field"), INVALID, ids=[f"{p} {str(b)[:40]}" for _, p, b, _ in INVALID]
 )
 async def test_an_invalid_request_is_refused_with_the_name_of_its_field(
-    house: House, method: str, path: str, body: Any, field: str
+    harness: Harness, method: str, path: str, body: Any, field: str
 ) -> None:
-    problem = is_problem(await house.as_admin.request(method, path, json=body), 422, "invalid_request")
+    problem = is_problem(await harness.as_admin.request(method, path, json=body), 422, "invalid_request")
     assert field in problem["detail"]
     assert "should" not in problem["detail"], "the validator's raw words"
     assert problem["errors"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"null", b'{"wait_s": 1e999}', b'{"wait_s": NaN}'])
-async def test_a_body_that_is_not_a_json_object_of_the_api_is_refused(house: House, content: bytes) -> None:
-    reply = await house.as_admin.post("/api/rent", content=content, headers={"Content-Type": "application/json"})
+async def test_a_body_that_is_not_a_json_object_of_the_api_is_refused(harness: Harness, content: bytes) -> None:
+    reply = await harness.as_admin.post("/api/rent", content=content, headers={"Content-Type": "application/json"})
     assert reply.status_code in {400, 422}
     problem = is_problem(reply, reply.status_code, reply.json()["code"])
     assert "should" not in problem["detail"], "the validator's raw words"
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "with space", "ünïcode"])
-async def test_an_idempotency_key_has_a_form(house: House, key: str) -> None:
+async def test_an_idempotency_key_has_a_form(harness: Harness, key: str) -> None:
     headers = {"Idempotency-Key": key.encode()}
-    is_problem(await house.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers), 422, "invalid_request")
+    is_problem(await harness.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers), 422, "invalid_request")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support.house import Agent, House
+from support.harness import Agent, Harness
 from test_api_access import is_problem
 
 from orion import wire
@@ -118,15 +118,15 @@ def test_both_readers_of_heartbeats_agree_on_any_body(place: tuple[Any, ...], va
 
 
 @pytest.fixture
-async def agent(house: House) -> Agent:
-    agent = await house.join()
-    house.end_the_brake_of_the_start()
+async def agent(harness: Harness) -> Agent:
+    agent = await harness.join()
+    harness.end_the_brake_of_the_start()
     return agent
 
 
-async def post(house: House, agent: Agent, kind: str = "application/json", **request: Any) -> httpx.Response:
+async def post(harness: Harness, agent: Agent, kind: str = "application/json", **request: Any) -> httpx.Response:
     headers = {"Content-Type": kind, "X-Real-IP": agent.node.host.address}
-    return await house.client(agent.token or "").post("/api/heartbeat", headers=headers, **request)
+    return await harness.client(agent.token or "").post("/api/heartbeat", headers=headers, **request)
 
 
 def body_of(agent: Agent, **change: Any) -> str:
@@ -137,57 +137,57 @@ def body_of(agent: Agent, **change: Any) -> str:
 
 
 async def test_a_well_formed_heartbeat_reads_no_database(
-    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await house.rent()
+    await harness.rent()
 
     async def nobody(*_: Any, **__: Any) -> None:
         raise AssertionError("the database was asked")
 
-    monkeypatch.setattr(house.store, "read", nobody)
-    monkeypatch.setattr(house.store, "write", nobody)
-    reply = await post(house, agent, content=body_of(agent))
+    monkeypatch.setattr(harness.store, "read", nobody)
+    monkeypatch.setattr(harness.store, "write", nobody)
+    reply = await post(harness, agent, content=body_of(agent))
     assert reply.status_code == 200, reply.text
     parsed = wire.HeartbeatReply.model_validate(reply.json())
     assert [order.want for order in parsed.placements] == [wire.Want.RUN]
 
 
-async def test_the_fastapi_route_of_heartbeats_gives_the_same_answer(house: House, agent: Agent) -> None:
-    await house.rent()
-    fast = (await post(house, agent, content=body_of(agent))).json()
-    slow = (await post(house, agent, "application/json;charset=utf8", content=body_of(agent))).json()
+async def test_the_fastapi_route_of_heartbeats_gives_the_same_answer(harness: Harness, agent: Agent) -> None:
+    await harness.rent()
+    fast = (await post(harness, agent, content=body_of(agent))).json()
+    slow = (await post(harness, agent, "application/json;charset=utf8", content=body_of(agent))).json()
     assert fast["placements"] == slow["placements"] != []
     assert (fast["lease_s"], fast.keys()) == (slow["lease_s"], slow.keys())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"session_id": "session-0001"}'])
 async def test_an_invalid_heartbeat_is_refused_as_by_every_other_route(
-    house: House, agent: Agent, content: bytes
+    harness: Harness, agent: Agent, content: bytes
 ) -> None:
-    is_problem(await post(house, agent, content=content), 422, "invalid_request")
+    is_problem(await post(harness, agent, content=content), 422, "invalid_request")
 
 
-async def test_a_heartbeat_without_the_json_content_type_is_refused(house: House, agent: Agent) -> None:
-    reply = await post(house, agent, "text/plain", content=body_of(agent))
+async def test_a_heartbeat_without_the_json_content_type_is_refused(harness: Harness, agent: Agent) -> None:
+    reply = await post(harness, agent, "text/plain", content=body_of(agent))
     assert "Content-Type: application/json" in is_problem(reply, 422, "invalid_request")["detail"]
 
 
 @pytest.mark.parametrize("token", ["", "rubbish", "orion_worker_w-nobody_" + "x" * 43])
-async def test_an_unknown_worker_token_is_refused(house: House, token: str) -> None:
-    reply = await house.client(token).post("/api/heartbeat", json=WHOLE)
+async def test_an_unknown_worker_token_is_refused(harness: Harness, token: str) -> None:
+    reply = await harness.client(token).post("/api/heartbeat", json=WHOLE)
     is_problem(reply, 401, "unauthorized")
     assert reply.headers["www-authenticate"].startswith("Bearer")
 
 
-async def test_another_worker_s_secret_under_this_worker_s_name_is_refused(house: House, agent: Agent) -> None:
-    other = await house.join()
+async def test_another_worker_s_secret_under_this_worker_s_name_is_refused(harness: Harness, agent: Agent) -> None:
+    other = await harness.join()
     name, secret = (agent.token or "").rpartition("_")[0], (other.token or "").rpartition("_")[2]
     agent.token = f"{name}_{secret}"
     is_problem(await agent.beat(), 401, "unauthorized")
 
 
 async def test_a_token_is_void_as_soon_as_another_was_given_and_the_new_one_outlives_a_restart(
-    house: House, agent: Agent
+    harness: Harness, agent: Agent
 ) -> None:
     old, agent.token = agent.token, None
     await agent.register()
@@ -197,65 +197,65 @@ async def test_a_token_is_void_as_soon_as_another_was_given_and_the_new_one_outl
         assert (await agent.beat()).status_code == 200
         agent.token = old
         is_problem(await agent.beat(), 401, "unauthorized")
-        await house.restart()
+        await harness.restart()
 
 
-async def test_a_rolled_back_token_is_not_known(house: House, agent: Agent) -> None:
-    (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
+async def test_a_rolled_back_token_is_not_known(harness: Harness, agent: Agent) -> None:
+    (worker,) = (await harness.manager.state_store.workers([agent.worker_id])).values()
 
     def half(connection: Any) -> None:
         assert state.apply(connection, [move_worker(worker, Health.SUSPECT, "a test")])
         raise RuntimeError("a full disk")
 
     with pytest.raises(RuntimeError):
-        await house.store.write(half)
-    known = house.manager.pool_index.worker(agent.worker_id)
+        await harness.store.write(half)
+    known = harness.manager.pool_index.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.READY
-    await house.compare_pool_index()
+    await harness.compare_pool_index()
 
 
-async def test_a_task_that_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:
-    (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
-    assert await house.manager.state_store.apply([move_worker(worker, Health.SUSPECT, "a test")])
-    known = house.manager.pool_index.worker(agent.worker_id)
+async def test_a_task_that_waited_for_a_commit_finds_it_in_memory(harness: Harness, agent: Agent) -> None:
+    (worker,) = (await harness.manager.state_store.workers([agent.worker_id])).values()
+    assert await harness.manager.state_store.apply([move_worker(worker, Health.SUSPECT, "a test")])
+    known = harness.manager.pool_index.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.SUSPECT
 
 
 async def test_heartbeats_are_written_once_a_second_at_any_rate_of_rounds(
-    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[str]] = []
 
     async def record_heartbeats(notes: Any) -> None:
         written.append([worker_id for worker_id, _, _ in notes])
 
-    monkeypatch.setattr(house.manager.state_store, "record_heartbeats", record_heartbeats)
+    monkeypatch.setattr(harness.manager.state_store, "record_heartbeats", record_heartbeats)
     for _ in range(4):
         for _ in range(3):
             await agent.beat()
-            await house.manager.health.round()
-        house.clock.now += 0.5
+            await harness.manager.health.round()
+        harness.clock.now += 0.5
     assert written == [[agent.worker_id]] * 2
 
 
-async def test_a_worker_that_comes_back_with_another_address_registers_again(house: House, agent: Agent) -> None:
-    rental = await house.rent()
-    places, before = house.world.workers, agent.node.host
+async def test_a_worker_that_comes_back_with_another_address_registers_again(harness: Harness, agent: Agent) -> None:
+    rental = await harness.rent()
+    places, before = harness.world.workers, agent.node.host
     agent.node.host = replace(before, address="172.20.128.77")
     places["172.20.128.77", before.port] = places.pop((before.address, before.port))
-    house.clock.now += 5
+    harness.clock.now += 5
     refused = await agent.beat()
     assert (refused.status_code, refused.json()["code"]) == (409, "stale_session")
     assert "172.20.128.77" in refused.json()["detail"]
-    lease = house.manager.leases.get(agent.worker_id)
+    lease = harness.manager.leases.get(agent.worker_id)
     assert lease is not None
-    assert lease.received_at == agent.last_beat < house.clock.now, "nothing of a rolled back transaction counts"
+    assert lease.received_at == agent.last_beat < harness.clock.now, "nothing of a rolled back transaction counts"
     assert (await agent.register()).status_code == 201
-    await house.settle()
-    shown = await house.worker(agent)
+    await harness.settle()
+    shown = await harness.worker(agent)
     assert (shown["address"], shown["health"]) == ("172.20.128.77", "ready")
-    after = await house.rental(rental["id"])
+    after = await harness.rental(rental["id"])
     assert (after["state"], after["epoch"], after["worker_id"]) == ("active", 1, agent.worker_id)
     assert (await agent.beat()).status_code == 200

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.house import House
+from support.harness import Harness
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-async def figures(house: House) -> Figures:
-    reply = await house.as_admin.get("/metrics")
+async def figures(harness: Harness) -> Figures:
+    reply = await harness.as_admin.get("/metrics")
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/plain")
     families = list(text_string_to_metric_families(reply.text))
@@ -21,8 +21,8 @@ def of(found: Figures, name: str, **labels: str) -> float:
     return found[name, tuple(sorted(labels.items()))]
 
 
-async def test_an_empty_platform_has_counts_of_zero(house: House) -> None:
-    found = await figures(house)
+async def test_an_empty_platform_has_counts_of_zero(harness: Harness) -> None:
+    found = await figures(harness)
     for health in ("joining", "ready", "suspect", "unknown", "down", "quarantined"):
         assert of(found, "orion_workers", health=health) == 0
     for state in ("queued", "provisioning", "active", "migrating", "releasing"):
@@ -37,13 +37,13 @@ async def test_an_empty_platform_has_counts_of_zero(house: House) -> None:
     }
 
 
-async def test_metrics_follow_what_happens(house: House) -> None:
-    first = await house.join(slots=2)
-    await house.join()
-    house.end_the_brake_of_the_start()
-    rental = await house.rent()
+async def test_metrics_follow_what_happens(harness: Harness) -> None:
+    first = await harness.join(slots=2)
+    await harness.join()
+    harness.end_the_brake_of_the_start()
+    rental = await harness.rent()
     await first.beat()
-    found = await figures(house)
+    found = await figures(harness)
     assert of(found, "orion_workers", health="ready") == 2
     assert of(found, "orion_rentals", state="active") == 1
     assert (of(found, "orion_slots"), of(found, "orion_slots_free")) == (3, 2)
@@ -54,36 +54,36 @@ async def test_metrics_follow_what_happens(house: House) -> None:
     assert of(found, "orion_heartbeats_total", outcome="renewed") == 1
     assert of(found, "orion_migrations_total") == 0
     assert of(found, "orion_events_committed_total", kind="rental.activated") == 1
-    assert of(found, "orion_last_event_id") == max(event["id"] for event in await house.events())
-    dead = house.agent_of(rental)
+    assert of(found, "orion_last_event_id") == max(event["id"] for event in await harness.events())
+    dead = harness.agent_of(rental)
     dead.die()
-    await house.silence(dead, 95)
-    found = await figures(house)
+    await harness.silence(dead, 95)
+    found = await figures(harness)
     assert of(found, "orion_migrations_total") == 1
     assert of(found, "orion_workers", health="down") == 1
 
 
 @pytest.mark.parametrize("code", ["name_taken", "idempotency_conflict"])
-async def test_refusals_are_counted_by_code(house: House, code: str) -> None:
+async def test_refusals_are_counted_by_code(harness: Harness, code: str) -> None:
     for name in ("one", "one" if code == "name_taken" else "two"):
         headers = {"Idempotency-Key": "key"} if code == "idempotency_conflict" else {}
-        await house.as_admin.post("/api/rent", json={"wait_s": 0, "name": name}, headers=headers)
-    assert of(await figures(house), "orion_rents_refused_total", code=code) == 1
+        await harness.as_admin.post("/api/rent", json={"wait_s": 0, "name": name}, headers=headers)
+    assert of(await figures(harness), "orion_rents_refused_total", code=code) == 1
 
 
-async def test_a_job_that_fails_and_a_heartbeat_that_is_stale_are_told_apart(house: House) -> None:
-    agent = await house.join()
+async def test_a_job_that_fails_and_a_heartbeat_that_is_stale_are_told_apart(harness: Harness) -> None:
+    agent = await harness.join()
     agent.node.failure = "no space left"
-    await house.rent()
+    await harness.rent()
     await agent.beat(session_id="another-session")
-    found = await figures(house)
+    found = await figures(harness)
     assert of(found, "orion_engine_job_seconds_count", action="create", outcome="failed") >= 1
     assert of(found, "orion_heartbeats_total", outcome="stale") == 1
 
 
-async def test_metrics_contain_no_names(house: House) -> None:
-    agent = await house.join()
-    rental = await house.rent(name="secret-project")
-    text = (await house.as_admin.get("/metrics")).text
+async def test_metrics_contain_no_names(harness: Harness) -> None:
+    agent = await harness.join()
+    rental = await harness.rent(name="secret-project")
+    text = (await harness.as_admin.get("/metrics")).text
     for word in ("secret-project", rental["id"], agent.worker_id, agent.hostname, "admin"):
         assert word not in text

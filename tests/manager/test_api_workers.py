@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 from support.builders import host_key
-from support.house import Agent, House
+from support.harness import Agent, Harness
 from test_api_access import is_problem
 
 from orion import wire
 
 
 @pytest.fixture
-async def agent(house: House) -> Agent:
-    agent = await house.join()
-    house.end_the_brake_of_the_start()
+async def agent(harness: Harness) -> Agent:
+    agent = await harness.join()
+    harness.end_the_brake_of_the_start()
     return agent
 
 
@@ -24,71 +24,79 @@ def keys_become(agent: Agent, *keys: str) -> None:
     agent.node.host = replace(agent.node.host, host_keys=keys)
 
 
-async def test_a_registration_answers_with_all_that_the_agent_needs(house: House) -> None:
-    agent = house.new_agent()
+async def test_a_registration_answers_with_all_that_the_agent_needs(harness: Harness) -> None:
+    agent = harness.new_agent()
     answer = wire.RegisterReply.model_validate((await agent.register()).json())
     assert (answer.heartbeat_interval_s, answer.lease_s) == (30, 75)
-    assert answer.authorized_keys == [house.secrets.ssh_public_key]
+    assert answer.authorized_keys == [harness.secrets.ssh_public_key]
     assert answer.worker_token.startswith(f"orion_worker_{answer.worker_id}_")
     assert answer.placements == []
 
 
-async def test_a_worker_s_address_is_the_one_that_the_proxy_saw(house: House, agent: Agent) -> None:
-    shown = wire.Worker.model_validate(await house.worker(agent))
+async def test_a_worker_s_address_is_the_one_that_the_proxy_saw(harness: Harness, agent: Agent) -> None:
+    shown = wire.Worker.model_validate(await harness.worker(agent))
     assert (shown.address, shown.hostname) == (agent.node.host.address, agent.hostname)
     assert (shown.health, shown.intent, shown.slots, shown.slots_free) == ("ready", "active", 1, 1)
 
 
 @pytest.mark.parametrize("address", ["172.20.0.2", "172.20.0.3", "172.20.0.1", "203.0.113.5", "", "rubbish"])
-async def test_no_worker_registers_from_outside_the_subnet(house: House, address: str) -> None:
-    agent = house.new_agent()
+async def test_no_worker_registers_from_outside_the_subnet(harness: Harness, address: str) -> None:
+    agent = harness.new_agent()
     agent.node.host = replace(agent.node.host, address=address)
     is_problem(await agent.register(), 403, "address_not_in_pool")
-    assert (await house.as_admin.get("/api/workers")).json()["items"] == []
+    assert (await harness.as_admin.get("/api/workers")).json()["items"] == []
 
 
-async def test_a_worker_with_its_token_keeps_its_identity_at_another_address_too(house: House, agent: Agent) -> None:
+async def test_a_worker_with_its_token_keeps_its_identity_at_another_address_too(
+    harness: Harness, agent: Agent
+) -> None:
     before = agent.worker_id, agent.token, agent.session
     agent.node.host = replace(agent.node.host, address="172.20.128.99")
     reply = await agent.register()
     assert reply.status_code == 201
     assert (agent.worker_id, agent.token) == before[:2]
     assert agent.session != before[2]
-    assert (await house.worker(agent))["address"] == "172.20.128.99"
+    assert (await harness.worker(agent))["address"] == "172.20.128.99"
 
 
-async def test_a_duplicate_of_a_worker_s_volume_is_refused_while_the_worker_answers(house: House, agent: Agent) -> None:
-    rental = await house.rent()
-    copy = house.new_agent()
+async def test_a_duplicate_of_a_worker_s_volume_is_refused_while_the_worker_answers(
+    harness: Harness, agent: Agent
+) -> None:
+    rental = await harness.rent()
+    copy = harness.new_agent()
     copy.token, copy.node.boot_id = agent.token, "another-life"
     keys_become(copy, *agent.node.host.host_keys)
     problem = is_problem(await copy.register(), 409, "identity_in_use")
     assert f"still answers at {agent.node.host.address}" in problem["detail"]
     assert (await agent.beat()).status_code == 200
-    await house.settle()
-    assert (await house.rental(rental["id"]))["state"] == "active"
+    await harness.settle()
+    assert (await harness.rental(rental["id"]))["state"] == "active"
     assert agent.unlocked() == {rental["id"]: 1}
     agent.die()
     assert (await copy.register()).status_code == 201, "the worker has moved, with its volume"
     assert copy.worker_id == agent.worker_id
 
 
-async def test_a_worker_whose_reply_was_lost_is_the_same_worker_with_a_new_token(house: House, agent: Agent) -> None:
+async def test_a_worker_whose_reply_was_lost_is_the_same_worker_with_a_new_token(
+    harness: Harness, agent: Agent
+) -> None:
     before = agent.worker_id, agent.token
     agent.token = None
     assert (await agent.register()).status_code == 201
     assert agent.worker_id == before[0]
     assert agent.token != before[1]
-    assert len((await house.as_admin.get("/api/workers")).json()["items"]) == 1
+    assert len((await harness.as_admin.get("/api/workers")).json()["items"]) == 1
     is_problem(
-        await house.client(before[1] or "").post("/api/heartbeat", json={"session_id": agent.session, "seq": 1}),
+        await harness.client(before[1] or "").post("/api/heartbeat", json={"session_id": agent.session, "seq": 1}),
         401,
         "unauthorized",
     )
 
 
-async def test_an_address_is_refused_while_the_worker_that_holds_it_answers_there(house: House, agent: Agent) -> None:
-    intruder = house.new_agent()
+async def test_an_address_is_refused_while_the_worker_that_holds_it_answers_there(
+    harness: Harness, agent: Agent
+) -> None:
+    intruder = harness.new_agent()
     intruder.node.host = replace(intruder.node.host, address=agent.node.host.address)
     problem = is_problem(await intruder.register(), 409, "address_in_use")
     assert agent.worker_id in problem["detail"]
@@ -97,41 +105,43 @@ async def test_an_address_is_refused_while_the_worker_that_holds_it_answers_ther
 
 @pytest.mark.parametrize("what", ["dead", "impostor"])
 async def test_an_address_is_free_when_its_worker_no_longer_answers_there(
-    house: House, agent: Agent, what: str
+    harness: Harness, agent: Agent, what: str
 ) -> None:
-    newcomer = house.new_agent()
+    newcomer = harness.new_agent()
     newcomer.node.host = replace(newcomer.node.host, address=agent.node.host.address)
     if what == "dead":
         agent.node.die()
     else:
-        house.world.workers[agent.node.host.address, 22] = newcomer.node
+        harness.world.workers[agent.node.host.address, 22] = newcomer.node
     assert (await newcomer.register()).status_code == 201
     assert newcomer.worker_id != agent.worker_id
 
 
-async def test_many_registrations_from_one_address_leave_one_new_worker(house: House, agent: Agent) -> None:
+async def test_many_registrations_from_one_address_leave_one_new_worker(harness: Harness, agent: Agent) -> None:
     """An attacker with the join token ends the sshd of their own worker first."""
     agent.node.die()
     for _ in range(30):
-        newcomer = house.new_agent()
+        newcomer = harness.new_agent()
         newcomer.node.host = replace(newcomer.node.host, address=agent.node.host.address)
         newcomer.node.die()
         assert (await newcomer.register()).status_code == 201
-    known = [worker["id"] for worker in (await house.as_admin.get("/api/workers")).json()["items"]]
+    known = [worker["id"] for worker in (await harness.as_admin.get("/api/workers")).json()["items"]]
     assert sorted(known) == sorted([agent.worker_id, newcomer.worker_id])
-    assert [worker_id for worker_id in known if house.manager.leases.get(worker_id)] == known
+    assert [worker_id for worker_id in known if harness.manager.leases.get(worker_id)] == known
 
 
-async def test_a_worker_with_a_token_but_other_host_keys_is_not_taken_for_itself(house: House, agent: Agent) -> None:
+async def test_a_worker_with_a_token_but_other_host_keys_is_not_taken_for_itself(
+    harness: Harness, agent: Agent
+) -> None:
     keys_become(agent, host_key(777))
     is_problem(await agent.register(), 409, "host_key_changed")
 
 
 async def test_a_worker_with_a_token_and_its_own_keys_is_itself_though_another_row_has_the_same_keys(
-    house: House, agent: Agent
+    harness: Harness, agent: Agent
 ) -> None:
     """Two containers of an image that contains host keys get each other's address."""
-    twin = house.new_agent()
+    twin = harness.new_agent()
     keys_become(twin, *agent.node.host.host_keys)
     await twin.register()
     assert twin.worker_id != agent.worker_id
@@ -143,10 +153,10 @@ async def test_a_worker_with_a_token_and_its_own_keys_is_itself_though_another_r
     assert (await twin.beat()).status_code == 200
 
 
-async def test_a_removed_worker_s_token_is_worth_nothing(house: House, agent: Agent) -> None:
+async def test_a_removed_worker_s_token_is_worth_nothing(harness: Harness, agent: Agent) -> None:
     agent.die()
-    await house.silence(agent, 91)
-    assert (await house.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
+    await harness.silence(agent, 91)
+    assert (await harness.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
     agent.node.come_back()
     is_problem(await agent.register(), 401, "unauthorized")
     agent.token = None
@@ -168,15 +178,15 @@ async def test_a_removed_worker_s_token_is_worth_nothing(house: House, agent: Ag
     ],
     ids=lambda change: f"{next(iter(change))} {str(change)[-60:]}",
 )
-async def test_a_registration_out_of_the_contract_is_refused(house: House, change: dict[str, Any]) -> None:
+async def test_a_registration_out_of_the_contract_is_refused(harness: Harness, change: dict[str, Any]) -> None:
     body = {"hostname": "n", "ssh_host_keys": [host_key(5)], "boot_id": "boot-0001", "agent_version": "1"} | change
-    client = house.client(house.secrets.join_token)
+    client = harness.client(harness.secrets.join_token)
     reply = await client.post("/api/register", json=body, headers={"X-Real-IP": "172.20.128.50"})
     is_problem(reply, 422, "invalid_request")
 
 
 async def test_a_heartbeat_renews_the_lease_and_its_reply_sets_the_next_interval_with_jitter(
-    house: House, agent: Agent
+    harness: Harness, agent: Agent
 ) -> None:
     replies = [wire.HeartbeatReply.model_validate((await agent.beat()).json()) for _ in range(20)]
     assert {reply.lease_s for reply in replies} == {75.0}
@@ -184,50 +194,52 @@ async def test_a_heartbeat_renews_the_lease_and_its_reply_sets_the_next_interval
     assert len({reply.next_heartbeat_s for reply in replies}) > 1
 
 
-async def test_a_worker_that_reports_a_longer_lease_gets_a_short_interval(house: House, agent: Agent) -> None:
+async def test_a_worker_that_reports_a_longer_lease_gets_a_short_interval(harness: Harness, agent: Agent) -> None:
     reply = wire.HeartbeatReply.model_validate((await agent.beat(lease_s=80.0)).json())
     assert (reply.lease_s, reply.next_heartbeat_s) == (75.0, 0.5)
 
 
-async def test_a_heartbeat_s_load_and_time_are_shown(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_s_load_and_time_are_shown(harness: Harness, agent: Agent) -> None:
     load = {"cpu": 1.5, "memory_used_bytes": 10, "memory_limit_bytes": 20, "processes": 3}
     await agent.beat(load=load)
-    await house.settle()
-    shown = wire.Worker.model_validate(await house.worker(agent))
+    await harness.settle()
+    shown = wire.Worker.model_validate(await harness.worker(agent))
     assert shown.load.model_dump() == load
     assert shown.last_heartbeat_at is not None
-    assert shown.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
+    assert shown.last_heartbeat_at.timestamp() == pytest.approx(harness.clock.wall())
 
 
-async def test_a_heartbeat_is_shown_before_it_is_written(house: House, agent: Agent) -> None:
-    house.clock.now += 7.0
+async def test_a_heartbeat_is_shown_before_it_is_written(harness: Harness, agent: Agent) -> None:
+    harness.clock.now += 7.0
     await agent.beat(load={"processes": 3})
-    (listed,) = (await house.as_admin.get("/api/workers")).json()["items"]
-    for shown in (listed, await house.worker(agent)):
+    (listed,) = (await harness.as_admin.get("/api/workers")).json()["items"]
+    for shown in (listed, await harness.worker(agent)):
         worker = wire.Worker.model_validate(shown)
         assert worker.load.processes == 3
         assert worker.last_heartbeat_at is not None
-        assert worker.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
+        assert worker.last_heartbeat_at.timestamp() == pytest.approx(harness.clock.wall())
 
 
-async def test_a_heartbeat_of_another_session_or_an_old_number_is_told_to_register(house: House, agent: Agent) -> None:
+async def test_a_heartbeat_of_another_session_or_an_old_number_is_told_to_register(
+    harness: Harness, agent: Agent
+) -> None:
     agent.seq = 10
     assert (await agent.beat()).status_code == 200
     is_problem(await agent.beat(seq=3), 409, "stale_session")
     is_problem(await agent.beat(session_id="another-session"), 409, "stale_session")
 
 
-async def test_a_heartbeat_after_the_verdict_is_told_to_register(house: House, agent: Agent) -> None:
-    await house.silence(agent, 91)
-    assert await house.health(agent) == "down"
+async def test_a_heartbeat_after_the_verdict_is_told_to_register(harness: Harness, agent: Agent) -> None:
+    await harness.silence(agent, 91)
+    assert await harness.health(agent) == "down"
     is_problem(await agent.beat(), 409, "stale_session")
     assert (await agent.register()).status_code == 201
-    await house.settle()
-    assert await house.health(agent) == "ready"
+    await harness.settle()
+    assert await harness.health(agent) == "ready"
 
 
-async def test_a_heartbeat_s_reply_says_what_to_run_and_what_to_purge(house: House, agent: Agent) -> None:
-    rental = await house.rent()
+async def test_a_heartbeat_s_reply_says_what_to_run_and_what_to_purge(harness: Harness, agent: Agent) -> None:
+    rental = await harness.rent()
     stranger = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 1, "state": "locked"}
     reply = await agent.beat(inventory=[*agent.inventory(), stranger])
     assert reply.json()["placements"] == [
@@ -236,94 +248,94 @@ async def test_a_heartbeat_s_reply_says_what_to_run_and_what_to_purge(house: Hou
     ]
 
 
-async def test_workers_are_listed_in_pages(house: House) -> None:
-    made = {(await house.join()).worker_id for _ in range(5)}
-    first = (await house.as_admin.get("/api/workers?limit=3")).json()
-    second = (await house.as_admin.get(f"/api/workers?limit=3&after={first['next']}")).json()
+async def test_workers_are_listed_in_pages(harness: Harness) -> None:
+    made = {(await harness.join()).worker_id for _ in range(5)}
+    first = (await harness.as_admin.get("/api/workers?limit=3")).json()
+    second = (await harness.as_admin.get(f"/api/workers?limit=3&after={first['next']}")).json()
     assert [w["id"] for w in first["items"] + second["items"]] == sorted(made)
     assert second["next"] is None
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/drain"), ("POST", "/resume"), ("DELETE", "")])
-async def test_calls_for_an_unknown_worker_answer_not_found(house: House, method: str, path: str) -> None:
-    is_problem(await house.as_admin.request(method, f"/api/workers/w-never{path}"), 404, "not_found")
+async def test_calls_for_an_unknown_worker_answer_not_found(harness: Harness, method: str, path: str) -> None:
+    is_problem(await harness.as_admin.request(method, f"/api/workers/w-never{path}"), 404, "not_found")
 
 
-async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(house: House, agent: Agent) -> None:
+async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(harness: Harness, agent: Agent) -> None:
     for _ in range(2):
-        reply = await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
+        reply = await harness.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
         assert (reply.status_code, reply.json()["intent"]) == (200, "draining")
     for _ in range(2):
-        reply = await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+        reply = await harness.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
         assert (reply.status_code, reply.json()["intent"]) == (200, "active")
-    assert len(await house.events("worker.drain_started")) == len(await house.events("worker.resumed")) == 1
+    assert len(await harness.events("worker.drain_started")) == len(await harness.events("worker.resumed")) == 1
 
 
-async def test_no_rental_migrates_to_a_worker_that_is_drained_together_with_its_own(house: House) -> None:
+async def test_no_rental_migrates_to_a_worker_that_is_drained_together_with_its_own(harness: Harness) -> None:
     """Drained one after the other, the rental of the first would migrate to the roomy one, and then away again."""
-    first = await house.join(slots=1)
-    rental = await house.rent()
-    roomy, last = await house.join(slots=4), await house.join(slots=1)
+    first = await harness.join(slots=1)
+    rental = await harness.rent()
+    roomy, last = await harness.join(slots=4), await harness.join(slots=1)
     ids = [first.worker_id, roomy.worker_id]
-    reply = await house.as_admin.post("/api/workers/drain", json={"worker_ids": ids})
+    reply = await harness.as_admin.post("/api/workers/drain", json={"worker_ids": ids})
     assert [(one["id"], one["intent"]) for one in reply.json()["items"]] == [(each, "draining") for each in ids]
-    await house.settle()
-    moves = await house.events("rental.move_started")
+    await harness.settle()
+    moves = await harness.events("rental.move_started")
     assert [event["worker_id"] for event in moves] == [last.worker_id]
-    assert (await house.rental(rental["id"]))["worker_id"] == last.worker_id
+    assert (await harness.rental(rental["id"]))["worker_id"] == last.worker_id
 
 
-async def test_no_worker_is_drained_if_one_of_them_is_unknown(house: House, agent: Agent) -> None:
-    reply = await house.as_admin.post("/api/workers/drain", json={"worker_ids": [agent.worker_id, "w-never"]})
+async def test_no_worker_is_drained_if_one_of_them_is_unknown(harness: Harness, agent: Agent) -> None:
+    reply = await harness.as_admin.post("/api/workers/drain", json={"worker_ids": [agent.worker_id, "w-never"]})
     is_problem(reply, 404, "not_found")
-    assert (await house.worker(agent))["intent"] == "active"
+    assert (await harness.worker(agent))["intent"] == "active"
 
 
-async def test_a_drained_worker_that_is_drained_again_stays_drained(house: House, agent: Agent) -> None:
+async def test_a_drained_worker_that_is_drained_again_stays_drained(harness: Harness, agent: Agent) -> None:
     for _ in range(2):
-        await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
-        await house.settle()
-        assert (await house.worker(agent))["intent"] == "drained"
+        await harness.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
+        await harness.settle()
+        assert (await harness.worker(agent))["intent"] == "drained"
 
 
-async def test_a_worker_at_fault_can_be_resumed_before_it_is_quarantined(house: House, agent: Agent) -> None:
+async def test_a_worker_at_fault_can_be_resumed_before_it_is_quarantined(harness: Harness, agent: Agent) -> None:
     """A resume ends the fault, also before the health controller has quarantined the worker."""
     agent.die()
-    rental = await house.rent()
+    rental = await harness.rent()
     agent.node.alive, agent.node.failure = True, "stuck"
     agent.beating = True
     assert rental["state"] != "active"
-    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
-    await house.pass_time(140)
-    assert await house.health(agent) == "quarantined"
+    await harness.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await harness.pass_time(140)
+    assert await harness.health(agent) == "quarantined"
     agent.die()
-    await house.silence(agent, 91)
-    assert await house.health(agent) == "down"
+    await harness.silence(agent, 91)
+    assert await harness.health(agent) == "down"
     agent.node.failure = ""
-    await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+    await harness.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
     await agent.come_back()
-    await house.settle()
-    assert await house.health(agent) == "ready"
+    await harness.settle()
+    assert await harness.health(agent) == "ready"
 
 
-async def test_a_worker_in_use_is_not_removed_and_one_that_is_down_is(house: House, agent: Agent) -> None:
-    rental = await house.rent()
-    is_problem(await house.as_admin.delete(f"/api/workers/{agent.worker_id}"), 409, "worker_in_use")
+async def test_a_worker_in_use_is_not_removed_and_one_that_is_down_is(harness: Harness, agent: Agent) -> None:
+    rental = await harness.rent()
+    is_problem(await harness.as_admin.delete(f"/api/workers/{agent.worker_id}"), 409, "worker_in_use")
     agent.die()
-    await house.silence(agent, 91)
-    assert (await house.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
-    await house.settle()
-    waiting = await house.rental(rental["id"])
+    await harness.silence(agent, 91)
+    assert (await harness.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
+    await harness.settle()
+    waiting = await harness.rental(rental["id"])
     assert (waiting["state"], waiting["worker_id"]) == ("queued", None)
-    assert [p["state"] for p in await house.placements()] == ["purged"]
+    assert [p["state"] for p in await harness.placements()] == ["purged"]
 
 
-async def test_an_idle_worker_is_removed_and_calls_home_as_a_new_one(house: House, agent: Agent) -> None:
+async def test_an_idle_worker_is_removed_and_calls_home_as_a_new_one(harness: Harness, agent: Agent) -> None:
     before = agent.worker_id
-    assert (await house.as_admin.delete(f"/api/workers/{before}")).status_code == 204
+    assert (await harness.as_admin.delete(f"/api/workers/{before}")).status_code == 204
     is_problem(await agent.beat(), 401, "unauthorized")
     agent.token = None
     await agent.register()
-    await house.settle()
+    await harness.settle()
     assert agent.worker_id != before
-    assert await house.health(agent) == "ready"
+    assert await harness.health(agent) == "ready"

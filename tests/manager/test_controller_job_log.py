@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support.builders import host_key
-from support.house import House
+from support.harness import Harness
 from test_api_rentals import rent_and_wait
 
 from orion.manager.ansible.port import Action, Job, Outcome
@@ -34,11 +34,11 @@ JOB = Job(
 )
 
 
-async def test_only_the_owner_and_an_admin_can_read_the_job_log(house: House) -> None:
-    agent = await house.join()
-    alice, bob = await house.new_client("alice"), await house.new_client("bob")
-    rental = (await rent_and_wait(house, alice, name="lab")).json()
-    reads = [await client.get(f"/api/rentals/{rental['id']}/log") for client in (alice, house.as_admin)]
+async def test_only_the_owner_and_an_admin_can_read_the_job_log(harness: Harness) -> None:
+    agent = await harness.join()
+    alice, bob = await harness.new_client("alice"), await harness.new_client("bob")
+    rental = (await rent_and_wait(harness, alice, name="lab")).json()
+    reads = [await client.get(f"/api/rentals/{rental['id']}/log") for client in (alice, harness.as_admin)]
     for read in reads:
         (entry,) = read.json()["items"]
         assert (entry["action"], entry["worker_id"], entry["epoch"]) == ("create_user", agent.worker_id, 1)

@@ -10,7 +10,7 @@ import pytest
 from orion_worker.agent.decisions import LIVENESS_GRACE_S
 from orion_worker.agent.fence import AGAIN_EVERY_S, LOOK_EVERY_S
 from support.builders import new_worker
-from support.house import House
+from support.harness import Harness
 
 from orion.manager.domain.health import LivenessReport
 from orion.manager.domain.model import Worker
@@ -100,39 +100,39 @@ async def test_the_liveness_connection_of_a_removed_worker_is_closed(scene: Scen
 
 
 async def test_a_killed_worker_s_rental_is_taken_over_at_once_and_a_restarted_sshd_causes_no_takeover(
-    house: House,
+    harness: Harness,
 ) -> None:
-    await house.hold_liveness_connections()
-    first, second = await house.join(), await house.join()
-    house.end_the_brake_of_the_start()
-    await house.pass_time(5.0)
-    rental = await house.rent()
+    await harness.hold_liveness_connections()
+    first, second = await harness.join(), await harness.join()
+    harness.end_the_brake_of_the_start()
+    await harness.pass_time(5.0)
+    rental = await harness.rent()
     holder = next(a for a in (first, second) if a.worker_id == rental["worker_id"])
-    await _rest(house)
+    await _rest(harness)
 
     holder.node.close_connections()
-    await _rest(house)
-    assert await house.health(holder) == "ready"
-    assert (await house.rental(rental["id"]))["epoch"] == 1
+    await _rest(harness)
+    assert await harness.health(holder) == "ready"
+    assert (await harness.rental(rental["id"]))["epoch"] == 1
 
     holder.node.die()
     holder.beating = False
-    await _rest(house)
-    await house.settle()
-    assert await house.health(holder) == "down"
-    assert (await house.worker(holder))["explanation"] == PROOFS["gone"]
+    await _rest(harness)
+    await harness.settle()
+    assert await harness.health(holder) == "down"
+    assert (await harness.worker(holder))["explanation"] == PROOFS["gone"]
     other = second if holder is first else first
-    assert set(house.snapshot_service.connected) == {other.worker_id}, (
+    assert set(harness.snapshot_service.connected) == {other.worker_id}, (
         "the other worker was chosen before the death was proved"
     )
-    moved = await house.rental(rental["id"])
+    moved = await harness.rental(rental["id"])
     assert (moved["state"], moved["epoch"]) == ("active", 2)
-    assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1
+    assert harness.manager.leases.losses(holder.worker_id, harness.clock.now, 3600.0) == 1
 
 
-async def _rest(house: House) -> None:
+async def _rest(harness: Harness) -> None:
     for _ in range(5):
-        await house.settle()
+        await harness.settle()
         await asyncio.sleep(0)
 
 

@@ -10,7 +10,7 @@ import pytest
 from orion_worker.freezer import marks
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RentalRecord, RequestRefused
-from support.house import Agent, House
+from support.harness import Agent, Harness
 from test_controller_snapshots import copied
 from test_controller_snapshots import files as files_of
 
@@ -49,38 +49,38 @@ def test_a_freeze_mark_of_an_agent_without_limits_is_read(tmp_path: Path) -> Non
     assert freezer.thaw(RECORD, requested_at=6.0)
 
 
-async def test_the_owner_of_a_rental_over_its_limit_is_notified_and_can_thaw_it_to_make_room(house: House) -> None:
-    agent: Agent = await house.join()
-    rental = await house.rent(name="lab")
-    house.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
-    files_of(house, rental)["large"] = "x" * 20_000
-    shown = await copied(house, rental)
+async def test_the_owner_of_a_rental_over_its_limit_is_notified_and_can_thaw_it_to_make_room(harness: Harness) -> None:
+    agent: Agent = await harness.join()
+    rental = await harness.rent(name="lab")
+    harness.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000))
+    files_of(harness, rental)["large"] = "x" * 20_000
+    shown = await copied(harness, rental)
     assert "frozen" in shown["copy_problem"]
-    assert [e["reason"] for e in await house.events("rental.over_limit")] == [shown["copy_problem"]]
-    other = await house.new_client("bob")
+    assert [e["reason"] for e in await harness.events("rental.over_limit")] == [shown["copy_problem"]]
+    other = await harness.new_client("bob")
     assert (await other.post(f"/api/rentals/{rental['id']}/thaw")).status_code == 404
-    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
+    reply = await harness.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
     assert (reply.status_code, agent.node.over) == (200, set())
     assert "make room" in reply.json()["copy_problem"]
-    assert "spared" in (await copied(house, rental))["copy_problem"]
-    files_of(house, rental)["large"] = ""
-    assert (await copied(house, rental))["copy_problem"] == ""
-    assert len(await house.events("rental.thawed")) == 1
-    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")).status_code == 200
-    assert len(await house.events("rental.thawed")) == 1, "the rental was not frozen"
-    house.agent_of(rental).die()
-    await house.silence(agent, 91)
-    refused = await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
+    assert "spared" in (await copied(harness, rental))["copy_problem"]
+    files_of(harness, rental)["large"] = ""
+    assert (await copied(harness, rental))["copy_problem"] == ""
+    assert len(await harness.events("rental.thawed")) == 1
+    assert (await harness.as_admin.post(f"/api/rentals/{rental['id']}/thaw")).status_code == 200
+    assert len(await harness.events("rental.thawed")) == 1, "the rental was not frozen"
+    harness.agent_of(rental).die()
+    await harness.silence(agent, 91)
+    refused = await harness.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
     assert (refused.status_code, refused.json()["code"]) == (409, "not_thawed")
 
 
-async def test_an_owner_is_warned_before_a_home_is_too_large(house: House) -> None:
-    await house.join()
-    rental = await house.rent(name="lab")
-    house.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
+async def test_an_owner_is_warned_before_a_home_is_too_large(harness: Harness) -> None:
+    await harness.join()
+    rental = await harness.rent(name="lab")
+    harness.manager.snapshots.plan = SnapshotPlan(limits=SnapshotLimits(max_files=100, max_bytes=10_000_000))
     for size, warned in ((7_900_000, False), (8_000_000, True), (9_000_000, True), (100, False), (8_500_000, True)):
-        files_of(house, rental)["large"] = "x" * size
-        shown = await copied(house, rental)
+        files_of(harness, rental)["large"] = "x" * size
+        shown = await copied(harness, rental)
         assert (("of 10.0 MB" in shown["home_warning"]), shown["copy_problem"]) == (warned, "")
-    reasons = [event["reason"] for event in await house.events("rental.home_nearly_full")]
+    reasons = [event["reason"] for event in await harness.events("rental.home_nearly_full")]
     assert ["8.0 MB" in reasons[0], "8.5 MB" in reasons[1], len(reasons)] == [True, True, 2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.house import House
+from support.harness import Harness
 from test_controller_snapshots import copied, snapshot_round
 from test_controller_snapshots import files as files_of
 
@@ -21,100 +21,100 @@ A_COPY_BYTES = LARGE_BYTES + BLOCK_BYTES
 
 
 @pytest.fixture
-async def house(store: Store) -> AsyncIterator[House]:
-    """Return a house whose disk has room for two and a half snapshots of each owner."""
-    async with House(store, Settings(database_url=store.url, uncopied_wait_s=0, owner_disk_share=0.25)) as house:
-        house.snapshot_service.disk_bytes = 10 * A_COPY_BYTES
+async def harness(store: Store) -> AsyncIterator[Harness]:
+    """Return a harness whose disk has room for two and a half snapshots of each owner."""
+    async with Harness(store, Settings(database_url=store.url, uncopied_wait_s=0, owner_disk_share=0.25)) as harness:
+        harness.snapshot_service.disk_bytes = 10 * A_COPY_BYTES
         for _ in range(2):
-            await house.join(slots=4)
-        yield house
+            await harness.join(slots=4)
+        yield harness
 
 
 @pytest.fixture
-async def ann(house: House) -> httpx.AsyncClient:
-    return await house.new_client("ann")
+async def ann(harness: Harness) -> httpx.AsyncClient:
+    return await harness.new_client("ann")
 
 
-async def rent(house: House, owner: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
+async def rent(harness: Harness, owner: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
     """Return a rental whose home is large."""
     reply = await owner.post("/api/rent", json={"wait_s": 0} | more)
-    await house.settle()
-    rental = await house.rental(reply.json()["id"])
-    files_of(house, rental)["large"] = "x" * LARGE_BYTES
+    await harness.settle()
+    rental = await harness.rental(reply.json()["id"])
+    files_of(harness, rental)["large"] = "x" * LARGE_BYTES
     return rental
 
 
-async def generations(house: House, rental: dict[str, Any]) -> list[str]:
-    return [str(copy.id) for copy in await house.snapshot_service.snapshots(rental["id"], 0)]
+async def generations(harness: Harness, rental: dict[str, Any]) -> list[str]:
+    return [str(copy.id) for copy in await harness.snapshot_service.snapshots(rental["id"], 0)]
 
 
 async def test_an_owner_beyond_its_share_sees_the_reason_and_gets_snapshots_again_when_there_is_room(
-    house: House, ann: httpx.AsyncClient
+    harness: Harness, ann: httpx.AsyncClient
 ) -> None:
-    rentals = [await rent(house, ann) for _ in range(3)]
-    other = await rent(house, await house.new_client("bob"))
+    rentals = [await rent(harness, ann) for _ in range(3)]
+    other = await rent(harness, await harness.new_client("bob"))
     for _ in range(6):
-        await copied(house, other)
-    shown = [await house.rental(rental["id"]) for rental in (*rentals, other)]
+        await copied(harness, other)
+    shown = [await harness.rental(rental["id"]) for rental in (*rentals, other)]
     (short,) = [rental for rental in shown if not rental["last_safe_copy_at"]]
     assert "more than its share" in short["copy_problem"]
     assert [rental["copy_problem"] for rental in shown if rental is not short] == ["", "", ""]
-    assert [event["rental_id"] for event in await house.events("rental.copy_failed")] == [short["id"]]
+    assert [event["rental_id"] for event in await harness.events("rental.copy_failed")] == [short["id"]]
     first = next(rental for rental in rentals if rental["id"] != short["id"])
     await ann.delete(f"/api/rentals/{first['id']}")
-    await house.settle()
+    await harness.settle()
     for _ in range(3):
-        shown_again = await copied(house, short)
-    assert (shown_again["copy_problem"], await generations(house, short)) == ("", ["1-1"])
+        shown_again = await copied(harness, short)
+    assert (shown_again["copy_problem"], await generations(harness, short)) == ("", ["1-1"])
 
 
 async def test_other_rentals_of_an_owner_short_of_room_keep_only_their_last_snapshot(
-    house: House, ann: httpx.AsyncClient
+    harness: Harness, ann: httpx.AsyncClient
 ) -> None:
-    first = await rent(house, ann)
-    await copied(house, first)
-    files_of(house, first)["large"] = "y" * LARGE_BYTES
-    await copied(house, first)
-    assert await generations(house, first) == ["1-1", "1-2"]
-    second = await rent(house, ann)
+    first = await rent(harness, ann)
+    await copied(harness, first)
+    files_of(harness, first)["large"] = "y" * LARGE_BYTES
+    await copied(harness, first)
+    assert await generations(harness, first) == ["1-1", "1-2"]
+    second = await rent(harness, ann)
     for _ in range(3):
-        await copied(house, second)
-    assert [await generations(house, rental) for rental in (first, second)] == [["1-2"], ["1-1"]]
-    assert (await house.rental(first["id"]))["copy_problem"] == ""
+        await copied(harness, second)
+    assert [await generations(harness, rental) for rental in (first, second)] == [["1-2"], ["1-1"]]
+    assert (await harness.rental(first["id"]))["copy_problem"] == ""
 
 
 async def test_snapshots_of_expired_rentals_are_removed_first_to_make_room(
-    house: House, ann: httpx.AsyncClient
+    harness: Harness, ann: httpx.AsyncClient
 ) -> None:
-    ended = [await rent(house, ann, ttl_s=120) for _ in range(2)]
-    await copied(house, ended[0])
-    house.clock.now += 120
-    for agent in house.agents:
+    ended = [await rent(harness, ann, ttl_s=120) for _ in range(2)]
+    await copied(harness, ended[0])
+    harness.clock.now += 120
+    for agent in harness.agents:
         await agent.beat()
-    await house.manager.expiry.round()
-    await house.settle()
-    await house.pass_time(61)
-    await snapshot_round(house)
-    assert {rental["id"] for rental in ended} == set(house.snapshot_service.stored), (
+    await harness.manager.expiry.round()
+    await harness.settle()
+    await harness.pass_time(61)
+    await snapshot_round(harness)
+    assert {rental["id"] for rental in ended} == set(harness.snapshot_service.stored), (
         "snapshots of an expired rental are kept for a day"
     )
-    living = await rent(house, ann)
+    living = await rent(harness, ann)
     for _ in range(4):
-        shown = await copied(house, living)
-    assert (shown["copy_problem"], set(house.snapshot_service.stored)) == ("", {living["id"]})
+        shown = await copied(harness, living)
+    assert (shown["copy_problem"], set(harness.snapshot_service.stored)) == ("", {living["id"]})
 
 
 async def test_a_planned_migration_beyond_the_owner_s_share_is_refused_and_its_rental_goes_on(
-    house: House, ann: httpx.AsyncClient
+    harness: Harness, ann: httpx.AsyncClient
 ) -> None:
-    rentals = [await rent(house, ann) for _ in range(3)]
+    rentals = [await rent(harness, ann) for _ in range(3)]
     for _ in range(3):
-        await copied(house, rentals[0])
-    (short,) = [rental for rental in rentals if not (await house.rental(rental["id"]))["last_safe_copy_at"]]
+        await copied(harness, rentals[0])
+    (short,) = [rental for rental in rentals if not (await harness.rental(rental["id"]))["last_safe_copy_at"]]
     assert (await ann.post(f"/api/rentals/{short['id']}/migrate")).status_code == 202
-    await house.settle()
-    await house.pass_time(5)
-    stays = await house.rental(short["id"])
+    await harness.settle()
+    await harness.pass_time(5)
+    stays = await harness.rental(short["id"])
     assert (stays["state"], stays["worker_id"], stays["epoch"]) == ("active", short["worker_id"], 1)
     assert stays["explanation"].startswith(wire.NOT_MOVED)
     assert "more than its share" in stays["explanation"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from support.builders import active_rental, new_placement, new_worker, new_world
-from support.house import Agent, House
+from support.harness import Agent, Harness
 
 from orion import wire
 from orion.manager.ansible.port import Job
@@ -23,15 +23,15 @@ SERVE = "exec ./serve --name \"$HOSTNAME\" {{ 7*7 }} '; rm -rf / #' $(id) é"
 
 
 @pytest.fixture
-async def pool(house: House) -> list[Agent]:
-    agents = [await house.join() for _ in range(2)]
-    house.end_the_brake_of_the_start()
+async def pool(harness: Harness) -> list[Agent]:
+    agents = [await harness.join() for _ in range(2)]
+    harness.end_the_brake_of_the_start()
     return agents
 
 
-def runs(house: House, rental: dict[str, Any]) -> list[str]:
+def runs(harness: Harness, rental: dict[str, Any]) -> list[str]:
     """Return the states of the runs of a rental's start command on its worker."""
-    return house.agent_of(rental).node.started.get(rental["id"], [])
+    return harness.agent_of(rental).node.started.get(rental["id"], [])
 
 
 async def restart(agent: Agent, number: int) -> None:
@@ -41,14 +41,14 @@ async def restart(agent: Agent, number: int) -> None:
     await agent.come_back()
 
 
-async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
+async def lose(harness: Harness, rental: dict[str, Any]) -> dict[str, Any]:
     """Let the rental's worker die, the rental be taken over, and the worker come back; return the rental."""
-    dead = house.agent_of(rental)
+    dead = harness.agent_of(rental)
     dead.die()
-    await house.silence(dead, 91)
+    await harness.silence(dead, 91)
     await dead.come_back()
-    await house.pass_time(4)
-    return await house.rental(rental["id"])
+    await harness.pass_time(4)
+    return await harness.rental(rental["id"])
 
 
 @pytest.mark.parametrize("given", [SERVE, "x" * wire.MAX_START, "true"])
@@ -80,68 +80,72 @@ def test_an_invalid_start_command_is_refused_with_the_rule(given: Any) -> None:
     assert error["loc"] == ("start",)
 
 
-async def test_a_start_command_runs_once_on_the_rental_s_worker_and_is_shown(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
+async def test_a_start_command_runs_once_on_the_rental_s_worker_and_is_shown(
+    harness: Harness, pool: list[Agent]
+) -> None:
+    rental = await harness.rent(start=SERVE)
     assert (rental["start"], rental["start_problem"]) == (SERVE, "")
-    assert runs(house, rental) == ["1@boot-0001"]
-    await house.pass_time(120)
-    assert runs(house, rental) == ["1@boot-0001"]
-    assert [e["kind"] for e in await house.events("rental.start")] == ["rental.started"]
-    without = await house.rent()
-    assert (without["start"], runs(house, without)) == (None, [])
+    assert runs(harness, rental) == ["1@boot-0001"]
+    await harness.pass_time(120)
+    assert runs(harness, rental) == ["1@boot-0001"]
+    assert [e["kind"] for e in await harness.events("rental.start")] == ["rental.started"]
+    without = await harness.rent()
+    assert (without["start"], runs(harness, without)) == (None, [])
 
 
 async def test_a_start_command_runs_again_after_a_takeover_and_after_a_restart_of_the_container(
-    house: House, pool: list[Agent]
+    harness: Harness, pool: list[Agent]
 ) -> None:
-    rental = await house.rent(start=SERVE)
-    moved = await lose(house, rental)
-    assert (moved["epoch"], runs(house, moved)) == (2, ["1@boot-0001"])
-    await restart(house.agent_of(moved), 2)
-    await house.pass_time(4)
-    assert runs(house, moved) == ["1@boot-0002"]
-    assert (await house.rental(rental["id"]))["start_problem"] == ""
+    rental = await harness.rent(start=SERVE)
+    moved = await lose(harness, rental)
+    assert (moved["epoch"], runs(harness, moved)) == (2, ["1@boot-0001"])
+    await restart(harness.agent_of(moved), 2)
+    await harness.pass_time(4)
+    assert runs(harness, moved) == ["1@boot-0002"]
+    assert (await harness.rental(rental["id"]))["start_problem"] == ""
 
 
 async def test_a_start_command_that_keeps_losing_workers_runs_again_only_on_request(
-    house: House, pool: list[Agent]
+    harness: Harness, pool: list[Agent]
 ) -> None:
-    rental = await house.rent(start=SERVE, name="lab")
+    rental = await harness.rent(start=SERVE, name="lab")
     for _ in range(2):
-        rental = await lose(house, rental)
+        rental = await lose(harness, rental)
         assert rental["start_problem"] == ""
-    rental = await lose(house, rental)
+    rental = await lose(harness, rental)
     assert rental["state"] == "active"
     assert "orion start lab" in rental["start_problem"]
-    assert runs(house, rental) == []
-    assert len(await house.events("rental.start_stopped")) == 1
-    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
+    assert runs(harness, rental) == []
+    assert len(await harness.events("rental.start_stopped")) == 1
+    reply = await harness.as_admin.post(f"/api/rentals/{rental['id']}/start")
     assert (reply.status_code, reply.json()["start_problem"]) == (202, "")
-    await house.settle()
-    assert runs(house, rental) == ["2@boot-0001"]
-    rental = await lose(house, rental)
-    assert (rental["start_problem"], runs(house, rental)) == ("", ["2@boot-0001"]), "the count of losses begins anew"
+    await harness.settle()
+    assert runs(harness, rental) == ["2@boot-0001"]
+    rental = await lose(harness, rental)
+    assert (rental["start_problem"], runs(harness, rental)) == ("", ["2@boot-0001"]), "the count of losses begins anew"
 
 
-async def test_restarts_of_the_container_count_as_losses_of_a_start_command(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
+async def test_restarts_of_the_container_count_as_losses_of_a_start_command(
+    harness: Harness, pool: list[Agent]
+) -> None:
+    rental = await harness.rent(start=SERVE)
     for number in (2, 3, 4):
-        assert runs(house, rental)
-        await restart(house.agent_of(rental), number)
-        await house.pass_time(8)
-    assert runs(house, rental) == []
-    assert "orion start" in (await house.rental(rental["id"]))["start_problem"]
+        assert runs(harness, rental)
+        await restart(harness.agent_of(rental), number)
+        await harness.pass_time(8)
+    assert runs(harness, rental) == []
+    assert "orion start" in (await harness.rental(rental["id"]))["start_problem"]
 
 
-async def test_losses_that_are_far_apart_do_not_stop_a_start_command(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
+async def test_losses_that_are_far_apart_do_not_stop_a_start_command(harness: Harness, pool: list[Agent]) -> None:
+    rental = await harness.rent(start=SERVE)
     for _ in range(3):
-        rental = await lose(house, rental)
-        house.clock.now += TAKEOVERS_WITHIN_S / 2  # there was no work in between
-        house.end_the_brake_of_the_start()
+        rental = await lose(harness, rental)
+        harness.clock.now += TAKEOVERS_WITHIN_S / 2  # there was no work in between
+        harness.end_the_brake_of_the_start()
         for agent in pool:
             await agent.beat()
-        assert (rental["start_problem"], len(runs(house, rental))) == ("", 1)
+        assert (rental["start_problem"], len(runs(harness, rental))) == ("", 1)
 
 
 @pytest.mark.parametrize("state", [RentalState.PROVISIONING, RentalState.MIGRATING])
@@ -184,7 +188,7 @@ def test_a_start_command_that_may_run_is_ended_before_it_runs_elsewhere(
 
 
 async def test_a_given_up_placement_is_purged_before_the_start_command_runs_again(
-    house: House, pool: list[Agent]
+    harness: Harness, pool: list[Agent]
 ) -> None:
     nodes = [agent.node for agent in pool]
     whole, purged = [(node.create, node.purge) for node in nodes], list[int]()
@@ -204,41 +208,41 @@ async def test_a_given_up_placement_is_purged_before_the_start_command_runs_agai
     for number, node in enumerate(nodes):
         node.create = partial(run_and_say_nothing, number)  # type: ignore[method-assign]
         node.purge = partial(note_and_purge, number)  # type: ignore[method-assign]
-    rental = await house.rent(start=SERVE)
-    await house.pass_time(24)
+    rental = await harness.rent(start=SERVE)
+    await harness.pass_time(24)
     assert purged == [1, 1, 1], "the command ran there and nowhere else"
-    assert (await house.rental(rental["id"]))["state"] == "active"
+    assert (await harness.rental(rental["id"]))["state"] == "active"
     assert sum(len(node.started) for node in nodes) == 1
 
 
-async def test_only_a_living_rental_with_a_start_command_can_be_started(house: House, pool: list[Agent]) -> None:
-    plain, serving = await house.rent(), await house.rent(start=SERVE)
-    refused = await house.as_admin.post(f"/api/rentals/{plain['id']}/start")
+async def test_only_a_living_rental_with_a_start_command_can_be_started(harness: Harness, pool: list[Agent]) -> None:
+    plain, serving = await harness.rent(), await harness.rent(start=SERVE)
+    refused = await harness.as_admin.post(f"/api/rentals/{plain['id']}/start")
     assert (refused.status_code, refused.json()["code"]) == (409, "no_start")
-    await house.as_admin.delete(f"/api/rentals/{serving['id']}")
-    await house.settle()
-    ended = await house.as_admin.post(f"/api/rentals/{serving['id']}/start")
+    await harness.as_admin.delete(f"/api/rentals/{serving['id']}")
+    await harness.settle()
+    ended = await harness.as_admin.post(f"/api/rentals/{serving['id']}/start")
     assert (ended.status_code, ended.json()["code"]) == (409, "ended")
-    other = await house.new_client("bob")
+    other = await harness.new_client("bob")
     assert (await other.post(f"/api/rentals/{plain['id']}/start")).status_code == 404
 
 
-async def test_a_start_command_that_could_not_run_shows_its_reason(house: House, pool: list[Agent]) -> None:
+async def test_a_start_command_that_could_not_run_shows_its_reason(harness: Harness, pool: list[Agent]) -> None:
     for agent in pool:
         agent.node.start_problem = "its start command cannot be run: it ended with 1"
-    rental = await house.rent(start=SERVE)
+    rental = await harness.rent(start=SERVE)
     assert rental["state"] == "active"
-    (event,) = await house.events("rental.start_failed")
+    (event,) = await harness.events("rental.start_failed")
     assert event["reason"] == "its start command cannot be run: it ended with 1"
 
 
 async def test_a_repeated_request_without_a_start_command_is_the_same_and_with_one_is_another(
-    house: House, pool: list[Agent]
+    harness: Harness, pool: list[Agent]
 ) -> None:
     headers = {"Idempotency-Key": "one"}
     for body, status in (({}, 201), ({}, 201), ({"start": "true"}, 409)):
-        reply = await house.as_admin.post("/api/rent", json={"wait_s": 0} | body, headers=headers)
-        await house.settle()
+        reply = await harness.as_admin.post("/api/rent", json={"wait_s": 0} | body, headers=headers)
+        await harness.settle()
         assert reply.status_code in {status, 202}
         assert (reply.status_code == 409) == (status == 409)
 
@@ -247,73 +251,73 @@ def an_end(rental: dict[str, Any], run: str = "1@boot-0001", how: str = "status 
     return {"rental_id": rental["id"], "epoch": rental["epoch"], "run": run, "how": how, "ago_s": 10.0} | change
 
 
-async def tell(house: House, agent: Agent, *ends: dict[str, Any]) -> None:
+async def tell(harness: Harness, agent: Agent, *ends: dict[str, Any]) -> None:
     """Send the ends in a heartbeat, and in all later ones."""
     agent.start_ends = list(ends)
     assert (await agent.beat()).status_code == 200
-    await house.settle()
+    await harness.settle()
 
 
-async def shown_end(house: House, rental: dict[str, Any]) -> str:
-    end: str = (await house.rental(rental["id"]))["start_end"]
+async def shown_end(harness: Harness, rental: dict[str, Any]) -> str:
+    end: str = (await harness.rental(rental["id"]))["start_end"]
     return end
 
 
-async def test_the_end_of_a_start_command_is_shown_and_has_one_event(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
+async def test_the_end_of_a_start_command_is_shown_and_has_one_event(harness: Harness, pool: list[Agent]) -> None:
+    rental = await harness.rent(start=SERVE)
     assert (rental["start_end"], rental["start_ended_at"]) == ("", None)
-    at = house.clock.wall() - 10.0
-    await tell(house, house.agent_of(rental), an_end(rental))
-    found = await house.rental(rental["id"])
+    at = harness.clock.wall() - 10.0
+    await tell(harness, harness.agent_of(rental), an_end(rental))
+    found = await harness.rental(rental["id"])
     assert found["start_end"] == "status 3"
     assert abs(datetime.fromisoformat(found["start_ended_at"]).timestamp() - at) < 5.0
-    await house.pass_time(120)
-    (event,) = await house.events("rental.start_ended")
+    await harness.pass_time(120)
+    (event,) = await harness.events("rental.start_ended")
     assert event["reason"] == "its start command ended with status 3: orion logs shows what it said"
     assert (event["owner"], event["details"]) == (rental["owner"], {"run": "1", "how": "status 3"})
-    assert runs(house, rental) == ["1@boot-0001"], "a command that ended is not run again"
-    assert (await house.rental(rental["id"]))["start_ended_at"] == found["start_ended_at"]
+    assert runs(harness, rental) == ["1@boot-0001"], "a command that ended is not run again"
+    assert (await harness.rental(rental["id"]))["start_ended_at"] == found["start_ended_at"]
 
 
-async def test_the_end_of_a_run_is_forgotten_with_the_next_one(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
-    await tell(house, house.agent_of(rental), an_end(rental))
-    await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
-    await house.settle()
-    assert runs(house, rental) == ["1@boot-0001", "2@boot-0001"]
-    assert await shown_end(house, rental) == "", "the worker still reports the end of the former run"
-    await tell(house, house.agent_of(rental), an_end(rental, "2@boot-0001", "signal 9"))
-    assert await shown_end(house, rental) == "signal 9"
-    await restart(house.agent_of(rental), 2)
-    await house.pass_time(8)
-    assert (runs(house, rental), await shown_end(house, rental)) == (["2@boot-0002"], "")
-    moved = await lose(house, rental)
+async def test_the_end_of_a_run_is_forgotten_with_the_next_one(harness: Harness, pool: list[Agent]) -> None:
+    rental = await harness.rent(start=SERVE)
+    await tell(harness, harness.agent_of(rental), an_end(rental))
+    await harness.as_admin.post(f"/api/rentals/{rental['id']}/start")
+    await harness.settle()
+    assert runs(harness, rental) == ["1@boot-0001", "2@boot-0001"]
+    assert await shown_end(harness, rental) == "", "the worker still reports the end of the former run"
+    await tell(harness, harness.agent_of(rental), an_end(rental, "2@boot-0001", "signal 9"))
+    assert await shown_end(harness, rental) == "signal 9"
+    await restart(harness.agent_of(rental), 2)
+    await harness.pass_time(8)
+    assert (runs(harness, rental), await shown_end(harness, rental)) == (["2@boot-0002"], "")
+    moved = await lose(harness, rental)
     assert moved["start_end"] == ""
 
 
 async def test_a_worker_s_report_counts_once_for_each_run_and_only_for_its_own_rentals(
-    house: House, pool: list[Agent]
+    harness: Harness, pool: list[Agent]
 ) -> None:
-    rental = await house.rent(start=SERVE)
-    here = house.agent_of(rental)
+    rental = await harness.rent(start=SERVE)
+    here = harness.agent_of(rental)
     there = next(agent for agent in pool if agent is not here)
-    await tell(house, there, an_end(rental))
+    await tell(harness, there, an_end(rental))
     wrong = ({"epoch": 2}, {"run": "2@boot-0001"}, {"run": "1@boot-0002"}, {"rental_id": "another"})
-    await tell(house, here, *(an_end(rental, **change) for change in wrong))
-    assert await shown_end(house, rental) == ""
+    await tell(harness, here, *(an_end(rental, **change) for change in wrong))
+    assert await shown_end(harness, rental) == ""
     for number in range(4):
-        await tell(house, here, an_end(rental, how=f"status {number}"))
-    assert await shown_end(house, rental) == "status 0"
-    assert len(await house.events("rental.start_ended")) == 1
+        await tell(harness, here, an_end(rental, how=f"status {number}"))
+    assert await shown_end(harness, rental) == "status 0"
+    assert len(await harness.events("rental.start_ended")) == 1
 
 
-async def test_a_restarted_manager_writes_no_second_event_of_the_same_end(house: House, pool: list[Agent]) -> None:
-    rental = await house.rent(start=SERVE)
-    await tell(house, house.agent_of(rental), an_end(rental))
-    await house.restart()
-    await house.pass_time(60)
-    assert await shown_end(house, rental) == "status 3"
-    assert len(await house.events("rental.start_ended")) == 1
+async def test_a_restarted_manager_writes_no_second_event_of_the_same_end(harness: Harness, pool: list[Agent]) -> None:
+    rental = await harness.rent(start=SERVE)
+    await tell(harness, harness.agent_of(rental), an_end(rental))
+    await harness.restart()
+    await harness.pass_time(60)
+    assert await shown_end(harness, rental) == "status 3"
+    assert len(await harness.events("rental.start_ended")) == 1
 
 
 @pytest.mark.parametrize(
@@ -331,12 +335,12 @@ async def test_a_restarted_manager_writes_no_second_event_of_the_same_end(house:
     ],
 )
 async def test_an_invalid_end_of_a_start_command_is_refused(
-    house: House, pool: list[Agent], wrong: dict[str, Any]
+    harness: Harness, pool: list[Agent], wrong: dict[str, Any]
 ) -> None:
-    rental = await house.rent(start=SERVE)
-    reply = await house.agent_of(rental).beat(start_ends=[an_end(rental) | wrong])
+    rental = await harness.rent(start=SERVE)
+    reply = await harness.agent_of(rental).beat(start_ends=[an_end(rental) | wrong])
     assert (reply.status_code, reply.json()["code"]) == (422, "invalid_request")
 
 
-async def test_replies_say_which_fields_the_next_heartbeat_may_have(house: House, pool: list[Agent]) -> None:
+async def test_replies_say_which_fields_the_next_heartbeat_may_have(harness: Harness, pool: list[Agent]) -> None:
     assert (await pool[0].beat()).json()["takes"] == ["start_ends"]

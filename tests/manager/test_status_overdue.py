@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.builders import active_rental, new_placement, new_rental, new_worker, new_world
-from support.house import House
+from support.harness import Harness
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
@@ -243,14 +243,14 @@ def test_an_overdue_state_is_listed_with_its_reason_and_remedy(kind: str, state:
     assert "{" not in notice.what_to_do
 
 
-async def test_the_status_shows_overdue_states_to_an_admin_and_not_to_clients(house: House) -> None:
-    rental = await house.rent()
-    await house.pass_time(600.0)
-    client = await house.new_client("alice")
+async def test_the_status_shows_overdue_states_to_an_admin_and_not_to_clients(harness: Harness) -> None:
+    rental = await harness.rent()
+    await harness.pass_time(600.0)
+    client = await harness.new_client("alice")
     assert (await client.get("/api/status")).json()["overdue"] == []
-    (notice,) = (await house.as_admin.get("/api/status")).json()["overdue"]
+    (notice,) = (await harness.as_admin.get("/api/status")).json()["overdue"]
     assert (notice["kind"], notice["id"], notice["state"]) == ("rental", rental["id"], "queued")
     assert notice["since_s"] == pytest.approx(600.0, abs=10.0)
     assert "no worker" in notice["why"]
-    await house.join()
-    assert (await house.as_admin.get("/api/status")).json()["overdue"] == []
+    await harness.join()
+    assert (await harness.as_admin.get("/api/status")).json()["overdue"] == []

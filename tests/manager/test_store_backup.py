@@ -16,7 +16,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 from support.builders import host_key
-from support.house import House
+from support.harness import Harness
 
 from orion.manager.api.admin import AdminServices
 from orion.manager.settings import Settings
@@ -348,26 +348,26 @@ def test_a_broken_database_can_be_replaced(accepted: Backups) -> None:
 
 
 async def test_an_administrator_takes_a_backup_and_restores_it(store: Store, database: Path) -> None:
-    async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
+    async with Harness(store, Settings(database_url=f"sqlite:///{database}")) as harness:
         restarts: list[bool] = []
-        house.change_services(AdminServices, restart=lambda: restarts.append(True))
+        harness.change_services(AdminServices, restart=lambda: restarts.append(True))
         client, _ = await store.write(tokens.create, "admin", "alice", "client", None)
-        await house.join()
-        rental = await house.rent(ssh_public_key=host_key(9001))
-        reply = await house.as_admin.get("/api/admin/backup")
+        await harness.join()
+        rental = await harness.rent(ssh_public_key=host_key(9001))
+        reply = await harness.as_admin.get("/api/admin/backup")
         assert reply.status_code == 200
         assert reply.headers["content-type"] == "application/vnd.sqlite3"
         assert int(reply.headers["content-length"]) == len(reply.content)
         assert names(database) == ["orion.db", "orion.db-shm", "orion.db-wal"], "no other file is left"
         await store.write(tokens.revoke, "admin", client["id"])
 
-        refused = await house.as_admin.post("/api/admin/restore", content=b"something else")
+        refused = await harness.as_admin.post("/api/admin/restore", content=b"something else")
         assert (refused.status_code, refused.json()["code"]) == (422, "not_a_backup")
-        plan = await house.as_admin.post("/api/admin/restore", content=reply.content)
+        plan = await harness.as_admin.post("/api/admin/restore", content=reply.content)
         assert (plan.status_code, plan.json()["rentals"]) == (200, 1)
         assert restarts == []
-        assert (await house.as_admin.post("/api/admin/restore/else")).status_code == 404
-        done = await house.as_admin.post(f"/api/admin/restore/{plan.json()['id']}")
+        assert (await harness.as_admin.post("/api/admin/restore/else")).status_code == 404
+        done = await harness.as_admin.post(f"/api/admin/restore/{plan.json()['id']}")
         assert (done.status_code, done.json()) == (202, {"kept_as": "orion.db.before-restore"})
         assert restarts == [True]
     store.close()
@@ -377,8 +377,8 @@ async def test_an_administrator_takes_a_backup_and_restores_it(store: Store, dat
 
 
 async def test_for_postgresql_its_own_tools_are_named(store: Store) -> None:
-    async with House(store, Settings(database_url="postgresql://somewhere/orion")) as house:
-        reply: httpx.Response = await house.as_admin.get("/api/admin/backup")
+    async with Harness(store, Settings(database_url="postgresql://somewhere/orion")) as harness:
+        reply: httpx.Response = await harness.as_admin.get("/api/admin/backup")
     assert (reply.status_code, reply.json()["code"]) == (409, "not_sqlite")
     assert "pg_dump" in reply.json()["detail"]
 
@@ -393,8 +393,8 @@ async def test_an_upload_that_is_no_backup_is_not_read_to_its_end(store: Store, 
             given += 1
             yield b"\x1f\x8b" + bytes(1 << 16)
 
-    async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
-        reply = await house.as_admin.post("/api/admin/restore", content=endless())
+    async with Harness(store, Settings(database_url=f"sqlite:///{database}")) as harness:
+        reply = await harness.as_admin.post("/api/admin/restore", content=endless())
     assert (reply.status_code, reply.json()["code"]) == (422, "not_a_backup")
     assert given < 10
     assert not list(database.parent.glob("*upload*"))

@@ -115,7 +115,7 @@ def test_a_part_of_the_world_leads_to_the_same_decision_as_the_whole(seed: int) 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_pool_index_that_followed_each_step_equals_a_new_one(seed: int) -> None:
-    """Check the pool index of the state store in memory; House compares that of the database when it is at rest."""
+    """Check the pool index of the state store in memory; Harness compares that of the database when it is at rest."""
     random = Random(f"followed {seed}")  # noqa: S311
     platform = PoolHistory()
     platform.a_pool([1, 2])

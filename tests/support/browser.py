@@ -1,4 +1,4 @@
-"""The page of a browser terminal in the house, with scripted shells in place of workers."""
+"""The page of a browser terminal in the harness, with scripted shells in place of workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from support.house import House
+from support.harness import Harness
 from support.way_in import Client, connecting
 
 from orion.manager.fakes.shell import FakeShell
@@ -61,10 +61,10 @@ class Page:
 
 
 @asynccontextmanager
-async def opening(house: House, rental_id: str, by: str, query: str = "", **headers: str) -> AsyncIterator[Page]:
+async def opening(harness: Harness, rental_id: str, by: str, query: str = "", **headers: str) -> AsyncIterator[Page]:
     """Open a WebSocket by a ticket or a resume key."""
     path = f"/api/rentals/{rental_id}/terminal"
-    async with connecting(house, path, headers, ("orion.terminal", by), query) as client:
+    async with connecting(harness, path, headers, ("orion.terminal", by), query) as client:
         yield Page(client)
 
 
@@ -78,14 +78,14 @@ async def is_connected(page: Page) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def terminal(house: House, rental_id: str) -> AsyncIterator[tuple[Page, FakeShell]]:
+async def terminal(harness: Harness, rental_id: str) -> AsyncIterator[tuple[Page, FakeShell]]:
     """Open a terminal of the admin, and give it with its first shell."""
-    async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
+    async with opening(harness, rental_id, await ticket(harness.as_admin, rental_id)) as page:
         accepted = await page.client.hears()
         assert (accepted["type"], accepted["subprotocol"]) == ("websocket.accept", "orion.terminal")
         await page.sees("connecting")
         await page.sees("connected")
-        yield page, house.shells.opened[-1]
+        yield page, harness.shells.opened[-1]
 
 
 async def turns(until: Callable[[], Any], what: str) -> None:

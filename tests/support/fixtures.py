@@ -1,4 +1,4 @@
-"""Fixtures: a store on a real SQLite file for each test, copied from one with the newest schema, and the house."""
+"""Fixtures: a store on a real SQLite file for each test, copied from one with the newest schema, and the harness."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 from sqlalchemy import Engine, create_engine
-from support.house import House
+from support.harness import Harness
 from support.way_in import Sshds
 
 from orion.manager.gateway import ssh_sessions
@@ -53,10 +53,10 @@ def store(database: Path, statements: Engine) -> Iterator[Store]:
 
 
 @pytest.fixture
-async def house(store: Store) -> AsyncIterator[House]:
+async def harness(store: Store) -> AsyncIterator[Harness]:
     """Give the whole manager on virtual time, its rounds driven by the test, with a fake world of workers."""
-    async with House(store) as house:
-        yield house
+    async with Harness(store) as harness:
+        yield harness
 
 
 @pytest.fixture

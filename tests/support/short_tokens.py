@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.house import House
+from support.harness import Harness
 
 from orion.manager.store import tokens
 
@@ -13,8 +13,8 @@ SOON_S = 0.3
 class Short:
     """A token, and the way in which it ends."""
 
-    def __init__(self, house: House, ends_by_itself: bool) -> None:
-        self._house = house
+    def __init__(self, harness: Harness, ends_by_itself: bool) -> None:
+        self._harness = harness
         self.ends_by_itself = ends_by_itself
         self.token = ""
 
@@ -26,12 +26,12 @@ class Short:
         return "the token by which it was opened has been revoked"
 
     async def begins(self, name: str = "short", role: str = "admin") -> str:
-        ends_at = self._house.clock.wall() + SOON_S if self.ends_by_itself else None
-        _, self.token = await self._house.store.write(tokens.create, "admin", name, role, ends_at)
+        ends_at = self._harness.clock.wall() + SOON_S if self.ends_by_itself else None
+        _, self.token = await self._harness.store.write(tokens.create, "admin", name, role, ends_at)
         return self.token
 
     async def ends(self, name: str = "short") -> None:
         if self.ends_by_itself:
-            self._house.clock.now += SOON_S
+            self._harness.clock.now += SOON_S
         else:
-            await self._house.revoke(name)
+            await self._harness.revoke(name)

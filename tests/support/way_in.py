@@ -1,4 +1,4 @@
-"""A renter's connection to a rental of the house: the real route, with sockets in place of a worker's sshd."""
+"""A renter's connection to a rental of the harness: the real route, with sockets in place of a worker's sshd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.house import PROXY_SECRET, House
+from support.harness import PROXY_SECRET, Harness
 
 from orion.manager.gateway.relay import SshStream
 from orion.manager.ssh.port import Host
@@ -65,15 +65,15 @@ class Client:
         await asyncio.wait_for(asyncio.shield(self.serving), 20)
 
 
-def coming_in(house: House, rental_id: str, token: str, query: str = "") -> AbstractAsyncContextManager[Client]:
-    return connecting(house, f"/api/rentals/{rental_id}/ssh", {"authorization": f"Bearer {token}"}, query=query)
+def coming_in(harness: Harness, rental_id: str, token: str, query: str = "") -> AbstractAsyncContextManager[Client]:
+    return connecting(harness, f"/api/rentals/{rental_id}/ssh", {"authorization": f"Bearer {token}"}, query=query)
 
 
 @asynccontextmanager
 async def connecting(
-    house: House, path: str, headers: dict[str, str], subprotocols: Sequence[str] = (), query: str = ""
+    harness: Harness, path: str, headers: dict[str, str], subprotocols: Sequence[str] = (), query: str = ""
 ) -> AsyncIterator[Client]:
-    """Open a WebSocket of the house as through the proxy."""
+    """Open a WebSocket of the harness as through the proxy."""
     client = Client()
     client.said.put_nowait({"type": "websocket.connect"})
     headers = {"x-orion-proxy-secret": PROXY_SECRET, "x-real-ip": "198.51.100.7"} | headers
@@ -91,7 +91,7 @@ async def connecting(
     async def send(message: dict[str, Any]) -> None:
         client.heard.put_nowait(message)
 
-    client.serving = asyncio.create_task(house.app(scope, client.said.get, send))  # type: ignore[arg-type]
+    client.serving = asyncio.create_task(harness.app(scope, client.said.get, send))  # type: ignore[arg-type]
     try:
         yield client
     finally:

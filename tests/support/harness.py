@@ -74,7 +74,7 @@ async def _nothing() -> None: ...
 class Agent:
     """A worker's agent by the contract of the API: it registers, sends heartbeats, and obeys their replies."""
 
-    house: House
+    harness: Harness
     node: FakeWorker
     hostname: str
     slots: int = 1
@@ -100,12 +100,12 @@ class Agent:
             "agent_version": self.agent_version,
             "inventory": self.inventory(),
         }
-        reply = await self._post("/api/register", body, self.token or self.house.secrets.join_token)
+        reply = await self._post("/api/register", body, self.token or self.harness.secrets.join_token)
         if reply.status_code == 201:
             answer = reply.json()
             self.token, self.worker_id, self.session = answer["worker_token"], answer["worker_id"], answer["session_id"]
             self.node.host = replace(self.node.host, worker_id=self.worker_id)
-            self.seq, self.last_beat, self.last_reply = 0, self.house.clock.now, answer
+            self.seq, self.last_beat, self.last_reply = 0, self.harness.clock.now, answer
             self._obey(answer["placements"])
         return reply
 
@@ -116,7 +116,7 @@ class Agent:
         body |= {"start_ends": self.start_ends} if self.start_ends else {}
         reply = await self._post("/api/heartbeat", body, self.token or "")
         if reply.status_code == 200:
-            self.last_beat, self.last_reply = self.house.clock.now, reply.json()
+            self.last_beat, self.last_reply = self.harness.clock.now, reply.json()
             self._obey(self.last_reply["placements"])
         return reply
 
@@ -154,7 +154,7 @@ class Agent:
 
     async def _post(self, path: str, body: dict[str, Any], token: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {token}", "X-Real-IP": self.node.host.address}
-        return await self.house.http.post(path, json=body, headers=headers)
+        return await self.harness.http.post(path, json=body, headers=headers)
 
     def _obey(self, orders: list[dict[str, Any]]) -> None:
         for order in orders:
@@ -184,7 +184,7 @@ class ImmediateExecutor(ThreadPoolExecutor):
         return done
 
 
-class House:
+class Harness:
     """The manager and its fake workers on virtual time."""
 
     def __init__(self, store: Store, settings: Settings | None = None) -> None:
