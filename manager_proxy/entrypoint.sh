@@ -84,7 +84,8 @@ write_trusted_proxies() {
 
 # Compute the limits from the memory: `connections` fit even if each needs the most that one can, connections to the
 # manager and to workers included. At most half of them carry a request at a time (`requests`). One visitor may have a
-# quarter of the requests and all visitors together seven eighths (`visitors`): the rest is reserved for the workers.
+# quarter as many connections and a fifth of the requests, all visitors together seven eighths (`visitors`): the rest is
+# reserved for the workers.
 compute_limits() {
     kib=$(memory_limit_kib)
     connections=$(((kib - kib_base) / kib_per_connection))
@@ -100,7 +101,7 @@ compute_limits() {
         echo "ORION_PROXY_MEMORY is too small: $((kib / 1024))m, and manager_proxy needs $(((kib_base + 512 * kib_per_connection) / 1024 + 1))m or more" >&2
         exit 1
     fi
-    echo "room for $requests requests at a time in $((kib / 1024)) MiB, at most a quarter of them from one visitor"
+    echo "room for $requests requests at a time in $((kib / 1024)) MiB, at most a fifth of them from one visitor"
 }
 
 # Print the container's memory limit in KiB; where it has none, the default limit of docker-compose.yml.

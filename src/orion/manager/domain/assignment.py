@@ -75,7 +75,7 @@ class Assignments:
             target, new_id = self._world.workers[choice.worker_id], next(self._new_ids)
             return migration.reserve(rental, placement, target, choice.slot, new_id, actor, "asked for")
         why = choice.counted if choice else "the pool is changing: try again"
-        raise migration.NotMigrated("nowhere_to_go", f"no other worker can take it, so it goes on where it is: {why}")
+        raise migration.NotMigrated("nowhere_to_go", f"no other worker can take it, so it stays where it is: {why}")
 
 
 def request_migration(world: World, rental_id: str, actor: str, observations: Observations) -> Step | None:

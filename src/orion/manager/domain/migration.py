@@ -15,9 +15,6 @@ copied a last time, and queued as after a takeover.
 There are never two live copies: the target is not activated before the cutover; the cutover is guarded by the same
 migration number as the freeze that was confirmed before it; and the worker refuses a thaw by an order of an earlier
 migration than the one that froze the rental, and by a reply to a call from before that.
-
-Columns have their released names: `standby` marks a target before its cutover, `held` is the number of the migration
-for which a source is quiesced, `filled` the snapshot that precopy put into the target.
 """
 
 from __future__ import annotations

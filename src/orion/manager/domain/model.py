@@ -1,6 +1,6 @@
 """Frozen records of the rows that decisions read, and of the items of inventories.
 
-Fields have the names of the columns: the glossary maps those that are older than its words.
+store/schema.py says which column has another name than its field.
 """
 
 from __future__ import annotations

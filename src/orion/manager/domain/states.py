@@ -146,13 +146,13 @@ M = MigrationPhase
 MIGRATION_TABLE: Mapping[MigrationPhase, Row] = {
     M.NONE: _row({M.RESERVED, M.PARK}, "renter"),
     M.RESERVED: _row({M.PRECOPY, M.NONE}, "reconciler", 60.0, "precopy by the next round"),
-    M.PRECOPY: _row({M.QUIESCE, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it goes on where it is"),
-    M.QUIESCE: _row({M.FINAL_SYNC, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it goes on where it is"),
+    M.PRECOPY: _row({M.QUIESCE, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it runs on"),
+    M.QUIESCE: _row({M.FINAL_SYNC, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it runs on"),
     # Without its target the source is parked if its worker is about to end, and goes on otherwise.
-    M.FINAL_SYNC: _row({M.CUTOVER, M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
-    M.PARK: _row({M.CUTOVER, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
+    M.FINAL_SYNC: _row({M.CUTOVER, M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it runs on"),
+    M.PARK: _row({M.CUTOVER, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it runs on"),
     M.CUTOVER: _row({M.NONE}, "reconciler", PROVISIONING_DEADLINE_S, "none: it is queued"),
-    M.STALE: _row({M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
+    M.STALE: _row({M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it runs on"),
 }
 
 TABLES: Mapping[str, Mapping[str, Row]] = {"worker": HEALTH_TABLE, "placement": PLACEMENT_TABLE, "rental": RENTAL_TABLE}

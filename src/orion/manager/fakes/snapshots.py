@@ -67,7 +67,7 @@ class FakeSnapshotService:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
         if home.rental_id in worker.set_aside:
-            raise SnapshotError("laid_down", "it is laid down to be salvaged")
+            raise SnapshotError("laid_down", "it is laid down to be recovered")
         try:
             files, snapshot = self._read(home, worker, began_at, limits)
         except SnapshotError as error:

@@ -161,7 +161,7 @@ class FakeWorker:
         if account is None or account.epoch != job.order.epoch:
             raise RefusedOrder(f"epoch {job.order.epoch} is not here")
         if job.order.rental_id in self.set_aside:
-            raise RefusedOrder("it is laid down to be salvaged")
+            raise RefusedOrder("it is laid down to be recovered")
         return account
 
     def certify(self, job: Job) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The port between the manager's controllers and the snapshot service.
 
 `SnapshotClient` (client.py) is the real one, `FakeSnapshotService` (fakes/snapshots.py) the shipped fake;
-tests/snapshot_service_contract.py is the contract of both. Released words stay in names that other processes or the
-database know: `copy` and `generation` for a snapshot and its id, `salvage` for a recovered one.
+tests/snapshot_service_contract.py is the contract of both.
 """
 
 from __future__ import annotations

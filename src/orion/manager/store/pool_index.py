@@ -115,7 +115,7 @@ def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, In
 def _add_placements(
     connection: Connection, query: Select[Any], placed: dict[str, list[IndexedPlacement]], same: dict[str, str]
 ) -> None:
-    for worker_id, identity, rental_id, epoch, state, *flags, standby, quiesced_for in connection.execute(query):
+    for worker_id, identity, rental_id, epoch, state, *flags, is_target, quiesced_for in connection.execute(query):
         keyed, blank, start_due, ended = map(bool, flags)
         found = IndexedPlacement(
             id=identity,
@@ -125,7 +125,7 @@ def _add_placements(
             keyed=keyed,
             blank=blank,
             start_due=start_due,
-            is_target=standby,
+            is_target=is_target,
             quiesced_for=quiesced_for,
             start_ended=ended,
         )

@@ -1,6 +1,7 @@
 """The tables. Partial unique indexes and checks enforce the invariants in the database as well.
 
-Tables and columns keep their released names; docs/glossary.md says what the words are now.
+Tables and columns keep their released names. A column with a `key` has that name in statements and in the records of
+domain/model.py; rows that are read have the released names, as the API has.
 """
 
 from __future__ import annotations

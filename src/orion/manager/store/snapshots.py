@@ -1,7 +1,7 @@
 """The snapshot catalog: the rows about the snapshots that the snapshot service keeps.
 
 `SqlSnapshotCatalog` is the real one, `MemorySnapshotCatalog` the shipped fake; tests/unit/test_store_snapshots.py is
-the contract of both. docs/glossary.md explains the released names of the tables and columns.
+the contract of both. The table of snapshots is `copies`.
 """
 
 from __future__ import annotations
