@@ -317,10 +317,16 @@ class HeartbeatRequest(Request):
     seq: int = Field(ge=0, lt=2**53, strict=True)
     load: Load = Load()
     inventory: Inventory = []
-    lease_s: float = Field(0, ge=0, le=86_400, strict=True, description="The last reply's lease in seconds; 0: none")
+    lease_s: float = Field(
+        0, ge=0, le=86_400, strict=True, description="The lease of the last reply in seconds; 0 before the first reply"
+    )
     start_ends: Annotated[list[StartEnd], Field(max_length=MAX_SLOTS)] = []
     vacating: bool = Field(False, strict=True, description="Whether the worker stops once all its rentals have left")
-    leaving: bool = Field(False, strict=True, description="Whether this is the last heartbeat of a worker that ends")
+    leaving: bool = Field(
+        False,
+        strict=True,
+        description="Whether this is the last heartbeat: the worker has stopped its rentals and ends",
+    )
 
 
 class HeartbeatReply(Reply):
@@ -343,7 +349,9 @@ class RentRequest(Request):
     ssh_public_key: NamedKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
-    start: StartCommand | None = Field(None, description="A shell command that runs at first and on each new worker")
+    start: StartCommand | None = Field(
+        None, description="A command for the shell, run in the home at each activation on a worker"
+    )
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 
@@ -381,7 +389,9 @@ class CertificateRequest(Request):
 class CertificateReply(Reply):
     """A certificate that opens a rental."""
 
-    certificate: str = Field(description="The line for KEY-cert.pub; it opens the rental until its worker changes")
+    certificate: str = Field(
+        description="The line for a file KEY-cert.pub; it opens the rental until the rental changes its worker"
+    )
     expires_at: datetime
 
 
@@ -455,10 +465,14 @@ class Rental(Reply):
     home_warning: str = Field(
         "", description="The home's size, if above 80 % of its limit; how often snapshots are made, if less than usual"
     )
-    salvage: Snapshot | None = Field(None, description="The newest recovered snapshot with lost files; for a week")
+    salvage: Snapshot | None = Field(
+        None, description="The newest recovered snapshot with files that the rental lacks; shown for a week"
+    )
     start: str | None = Field(None, description="The start command")
     start_problem: str = Field("", description="Why the start command is not run any more")
-    start_end: str = Field("", description="status N, signal N or unseen, once the start command has ended; else empty")
+    start_end: str = Field(
+        "", description="How the start command ended: status N, signal N or unseen; empty while it runs or will run"
+    )
     start_ended_at: datetime | None = Field(None, description="When the start command ended, as its worker reports it")
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
     explanation: str = Field(description="The reason for the state, for people")
@@ -467,7 +481,9 @@ class Rental(Reply):
 class RentReply(Rental):
     """A new rental."""
 
-    ssh_private_key: str | None = Field(None, description="The key that the platform made, in this reply only; or null")
+    ssh_private_key: str | None = Field(
+        None, description="The private key that the platform made, in this reply only; null if a key was given"
+    )
 
 
 class RestoreRequest(Request):
@@ -507,7 +523,9 @@ class Worker(Reply):
 class DrainRequest(Request):
     """Workers to drain at once."""
 
-    worker_ids: list[Id] = Field(min_length=1, max_length=1000, description="None of them gets the rentals of another")
+    worker_ids: list[Id] = Field(
+        min_length=1, max_length=1000, description="No rental of one of these workers is migrated to another of them"
+    )
 
 
 class Kept(Reply):

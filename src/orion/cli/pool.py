@@ -110,7 +110,9 @@ def _wait_until_drained(worker: Worker) -> Worker:
 
 def resume(
     worker: WorkerName,
-    give_up: Annotated[bool, Option("--give-up", help="Also delete its unknown rentals and their files.")] = False,
+    give_up: Annotated[
+        bool, Option("--give-up", help="Also delete rentals that only it knows, with all files.")
+    ] = False,
     wait: Annotated[str, Option(metavar="DURATION", help="How long to wait until it is ready; 0: not at all.")] = "30s",
     yes: Yes = False,
     as_json: AsJson = False,

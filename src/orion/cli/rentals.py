@@ -16,7 +16,7 @@ from orion.errors import Ended, InvalidInput, NotMigrated, OrionError, StillWait
 from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_TTL_S, MAX_WAIT_S, MIN_TTL_S, LogEntry, Rental, RentalState
 
 Ttl = Annotated[str, Option(metavar="DURATION", help="The rental's time from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")]
-Wait = Annotated[str, Option(metavar="DURATION", help="How long to wait, or 0; the platform continues anyway.")]
+Wait = Annotated[str, Option(metavar="DURATION", help="How long to wait; 0: not at all. The platform continues.")]
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
 DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
@@ -25,9 +25,13 @@ DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
 def rent(
     name: Annotated[str | None, Option(help="The rental's name. Default: a random name.")] = None,
     ttl: Ttl = DEFAULT_TTL,
-    key: Annotated[Path | None, Option(metavar="FILE", help="Your public key. Default: orion's own key.")] = None,
+    key: Annotated[
+        Path | None, Option(metavar="FILE", help="Your public key. Default: a key that orion makes.")
+    ] = None,
     label: Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="A label; may be repeated.")] = None,
-    start: Annotated[str | None, Option(metavar="COMMAND", help="A shell command to run on each new worker.")] = None,
+    start: Annotated[
+        str | None, Option(metavar="COMMAND", help="A shell command that runs at first and on each new worker.")
+    ] = None,
     wait: Wait = DEFAULT_WAIT,
     as_json: AsJson = False,
 ) -> None:

@@ -57,7 +57,7 @@ def ssh(
     identity: Identity = None,
     tty: Annotated[bool, Option("--tty", "-t", help="Give the command a terminal.")] = False,
     cert: Annotated[bool, Option("--cert", help="Log in with a certificate for an hour instead of a key.")] = False,
-    persist: Annotated[bool, Option("--persist", help="Run in tmux, which the next session shows again.")] = False,
+    persist: Annotated[bool, Option("--persist", help="Run in tmux; the next session shows the same screen.")] = False,
     forward_agent: Annotated[
         bool, Option("--forward-agent", "-A", help="Let the rental's programs use your SSH agent during this session.")
     ] = False,

@@ -32,7 +32,9 @@ def _row(one: Snapshot) -> list[str]:
 
 def restore(
     rental: RentalName,
-    source: Annotated[str | None, Option("--from", metavar="SNAPSHOT", help="One of `orion snapshots`.")] = None,
+    source: Annotated[
+        str | None, Option("--from", metavar="SNAPSHOT", help="A snapshot that `orion snapshots` lists.")
+    ] = None,
     empty: Annotated[bool, Option("--empty", help="Start with an empty home instead.")] = False,
     discard: Annotated[bool, Option("--discard", help="Do not make a snapshot of the present files first.")] = False,
     yes: Yes = False,
