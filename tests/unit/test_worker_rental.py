@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -284,6 +285,19 @@ def test_a_removed_account_leaves_no_line_and_all_others(etc: Path) -> None:
     assert accounts.remove(etc, "r-one", 100_001)
     assert {name: (etc / name).read_text() for name in accounts.FILES} == before
     assert not accounts.remove(etc, "r-one", 100_001)
+    assert accounts.found(etc, "r-one", 100_001) == []
+
+
+def test_an_account_that_another_order_adds_meanwhile_is_no_residue(etc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A purge looks for residue without the lock, while orders for other rentals replace the files."""
+    read, others = accounts._read, itertools.count(100_002)
+
+    def read_and_add_another(file: Path) -> list[str]:
+        lines, uid = read(file), next(others)
+        file.write_text("".join(f"{line}\n" for line in [*lines, accounts.lines_for(f"r-{uid}", uid)[file.name]]))
+        return lines
+
+    monkeypatch.setattr(accounts, "_read", read_and_add_another)
     assert accounts.found(etc, "r-one", 100_001) == []
 
 

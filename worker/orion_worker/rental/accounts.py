@@ -7,6 +7,7 @@ tools take (lckpwdf(3)), which ends with its holder.
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def add(etc: Path, username: str, uid: int) -> bool:
     changed = False
     with _locked(etc):
         for name, line in lines_for(username, uid).items():
-            if line not in _read(etc / name):
-                _replace(etc / name, [*_without(etc / name, username), line])
+            lines = _read(etc / name)
+            if line not in lines:
+                _replace(etc / name, [*_without(name, lines, username), line])
                 changed = True
     return changed
 
@@ -45,16 +47,18 @@ def remove(etc: Path, username: str, uid: int) -> bool:
     changed = False
     with _locked(etc):
         for name in reversed(FILES):
-            others = _without(etc / name, username, uid)
-            if others != _read(etc / name):
+            lines = _read(etc / name)
+            others = _without(name, lines, username, uid)
+            if others != lines:
                 _replace(etc / name, others)
                 changed = True
     return changed
 
 
 def found(etc: Path, username: str, uid: int) -> list[str]:
-    """Return the files that hold a line with this name or uid."""
-    return [str(etc / name) for name in FILES if _without(etc / name, username, uid) != _read(etc / name)]
+    """Return the files that hold a line with this name or uid. Each is read once: others may replace it meanwhile."""
+    lines = {name: _read(etc / name) for name in FILES}
+    return [str(etc / name) for name in FILES if _without(name, lines[name], username, uid) != lines[name]]
 
 
 def taken_by_another(etc: Path, username: str, uid: int) -> bool:
@@ -63,11 +67,11 @@ def taken_by_another(etc: Path, username: str, uid: int) -> bool:
     return any((fields[0] == username) != (fields[2] == str(uid)) for fields in lines)
 
 
-def _without(file: Path, username: str, uid: int | None = None) -> list[str]:
-    """Return the lines of a file that have neither this name nor this uid."""
-    field = None if uid is None else _UID_FIELD.get(file.name)
-    lines = [(line, line.split(":")) for line in _read(file)]
-    return [line for line, each in lines if each[0] != username and (field is None or each[field] != str(uid))]
+def _without(name: str, lines: Iterable[str], username: str, uid: int | None = None) -> list[str]:
+    """Return the lines of the file `name` that have neither this name nor this uid."""
+    field = None if uid is None else _UID_FIELD.get(name)
+    each = ((line, line.split(":")) for line in lines)
+    return [line for line, fields in each if fields[0] != username and (field is None or fields[field] != str(uid))]
 
 
 def _read(file: Path) -> list[str]:
