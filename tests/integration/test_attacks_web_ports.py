@@ -368,7 +368,7 @@ async def test_both_lengths_at_once_are_one_request_or_none(
 
 
 def test_a_second_answer_on_a_connection_to_a_renter_s_server_reaches_no_client(
-    nobody: httpx.Client, public: str
+    anonymous: httpx.Client, public: str
 ) -> None:
     for _ in range(3):
         assert anonymous.get(f"{public}/twice").text == "first"
