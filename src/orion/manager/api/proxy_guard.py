@@ -130,7 +130,7 @@ class ProxyGuard:
     """A middleware that refuses requests without the proxy secret, but not the health check, and adds request ids."""
 
     app: ASGIApp
-    secret: str
+    secret: str = field(repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in {"http", "websocket"}:

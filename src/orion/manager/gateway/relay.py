@@ -101,9 +101,8 @@ async def relay(
     try:
         await websocket.accept(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
         done = await run_until_first((_to_client(websocket, stream), _to_worker(websocket, stream)), over)
-        ending: Ending = done[0].result()
-        if over in done:
-            ending = Ending(over.result().code, shortened(over.result().reason))
+        # The session's own end counts also if the connections break at the same moment.
+        ending: Ending = (over if over in done else done[0]).result()
         await close(websocket, ending)
         return ending
     except WebSocketDisconnect as gone:

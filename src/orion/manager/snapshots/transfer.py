@@ -258,7 +258,9 @@ class Transfer:
         for line in lines:
             if item := _ITEM.fullmatch(line):
                 self._result.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
-        if len(self._result.names) > 2 * self.max_files + 2:  # rsync lists removed entries too, so each one twice
+        if (
+            self.max_files and len(self._result.names) > 2 * self.max_files + 2
+        ):  # rsync lists removed entries too, so each one twice
             raise SnapshotError("over_limit", "more files were sent than a snapshot may hold")
 
     def _read_errors(self, descriptor: int) -> None:
