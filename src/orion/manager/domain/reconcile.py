@@ -385,7 +385,7 @@ def _quiesce(case: MigrationCase) -> Step | None:
 def _target_was_lost(case: MigrationCase) -> Step | None:
     # On a worker that is about to end the rental stays quiesced, and is parked.
     parks = case.is_evacuating
-    why = "its target is not there any more"
+    why = "its target cannot be used any more"
     return None if parks else migration.abandon(case.rental, case.source, None, why)
 
 

@@ -23,7 +23,9 @@ from orion.manager.store.pool_index import OPEN, chunks
 from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
 from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, workers
 
-TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
+TABLES: dict[Kind, Table] = {"worker": workers, "rental": rentals, "placement": placements}
+_COLUMNS = {kind: [(name, table.c[name].name) for name in READ[kind]] for kind, table in TABLES.items()}
+"""By kind, the name of each field of a record and the released name of its column, which rows have."""
 IN_TRANSITION = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
 
 # Queries of the columns that decisions read; labels and loads would cost memory in thousands of rows.
@@ -270,5 +272,4 @@ def placement(row: _Row) -> Placement:
 
 
 def _values(kind: Kind, row: _Row) -> dict[str, Any]:
-    """Return the fields of a record from a row, which has the released names of the columns."""
-    return {name: row[TABLES[kind].c[name].name] for name in READ[kind]}
+    return {name: row[column] for name, column in _COLUMNS[kind]}
