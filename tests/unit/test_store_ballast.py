@@ -61,6 +61,18 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+async def test_a_commit_does_not_need_the_ballast(tmp_path: Path) -> None:
+    """A directory stands in for a disk without inodes: the ballast's file cannot be opened."""
+    url = f"sqlite:///{tmp_path}/orion.db"
+    (tmp_path / "orion.db.ballast.partial").mkdir()
+    store = Store(url, Ballast.of(url, SIZE_BYTES))
+    try:
+        assert await store.write(lambda connection: connection.exec_driver_sql("SELECT 1").scalar_one()) == 1
+    finally:
+        store.close()
+    assert not (tmp_path / "orion.db.ballast").exists()
+
+
 async def test_another_error_than_a_full_disk_keeps_the_ballast(store: Store, file: Path) -> None:
     with pytest.raises(OperationalError):
         await store.write(lambda _: _raise(problem(sqlite3.SQLITE_BUSY)))

@@ -53,7 +53,10 @@ class Ballast:
         if self._file.exists() or room.f_bavail * room.f_frsize < 2 * self._size_bytes:
             return
         partial = self._file.with_name(f"{self._file.name}.partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        except OSError:  # no inode is left, for example: the commit that follows does not need the ballast
+            return
         try:
             os.posix_fallocate(descriptor, 0, self._size_bytes)
         except OSError:
