@@ -113,14 +113,14 @@ H, P, R = Health, PlacementState, RentalState
 HEALTH_TABLE: Mapping[str, Row] = {
     H.JOINING: _row({H.READY, H.SUSPECT, H.DOWN, H.QUARANTINED}, "health", JOIN_DEADLINE_S, "quarantined"),
     H.READY: _row({H.SUSPECT, H.DOWN, H.UNKNOWN, H.JOINING}, "health"),
-    H.SUSPECT: _row({H.READY, H.DOWN, H.JOINING}, "health", 300.0, "ready, joining or down by its lease"),
-    H.UNKNOWN: _row({H.READY, H.JOINING, H.DOWN}, "health", 600.0, "ready, joining or down by its doubled lease"),
+    H.SUSPECT: _row({H.READY, H.DOWN, H.JOINING}, "health", 300.0, "ready, joining or down"),
+    H.UNKNOWN: _row({H.READY, H.JOINING, H.DOWN}, "health", 600.0, "ready, joining or down"),
     H.DOWN: _row({H.JOINING}, "operator"),
     H.QUARANTINED: _row({H.JOINING, H.DOWN}, "operator"),
 }
 
 PLACEMENT_TABLE: Mapping[str, Row] = {
-    P.RESERVED: _row({P.PREPARING, P.STOPPED, P.LOST}, "reconciler", 60.0, "prepared or stopped by the next round"),
+    P.RESERVED: _row({P.PREPARING, P.STOPPED, P.LOST}, "reconciler", 60.0, "prepared or stopped"),
     P.PREPARING: _row({P.RUNNING, P.FAILED, P.STOPPING, P.LOST}, "reconciler", RESTORE_DEADLINE_S, "failed"),
     P.RUNNING: _row({P.STOPPING, P.LOST}, "renter"),
     P.STOPPING: _row({P.STOPPED, P.FAILED, P.LOST}, "reconciler", DELETE_DEADLINE_S, "failed"),
@@ -145,7 +145,7 @@ RENTAL_TABLE: Mapping[str, Row] = {
 M = MigrationPhase
 MIGRATION_TABLE: Mapping[MigrationPhase, Row] = {
     M.NONE: _row({M.RESERVED, M.PARK}, "renter"),
-    M.RESERVED: _row({M.PRECOPY, M.NONE}, "reconciler", 60.0, "precopy by the next round"),
+    M.RESERVED: _row({M.PRECOPY, M.NONE}, "reconciler", 60.0, "precopy"),
     M.PRECOPY: _row({M.QUIESCE, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it runs on"),
     M.QUIESCE: _row({M.FINAL_SYNC, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it runs on"),
     # Without its target the source is parked if its worker is about to end, and goes on otherwise.
