@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion import wire
@@ -34,6 +33,7 @@ CONFIRM_S = 0.5
 PATH = "/api/heartbeat"
 MAX_ITEMS = 10_000
 _TOKEN = re.compile(rb"(?i:bearer) +(orion_worker_([a-z0-9-]{1,64})_[A-Za-z0-9]{43}) *")
+_SAYS_JSON = (b"content-type", b"application/json")
 _JSON = {b"application/json", b"application/json; charset=utf-8"}
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -117,7 +117,10 @@ class HeartbeatRoute:
         if reply is None:
             await self.app(scope, _replayed(body, receive), send)
             return
-        await Response(reply, media_type="application/json")(scope, receive, send)
+        # Starlette's Response would cost a twentieth of a heartbeat.
+        headers = [(b"content-length", b"%d" % len(reply)), _SAYS_JSON]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": reply})
 
 
 async def _whole_body(receive: Receive) -> bytes:
