@@ -389,6 +389,6 @@ async def test_the_host_certificate_is_renewed_before_a_session_is_relayed(harne
 
 
 def test_the_limits_leave_the_managers_own_connections_room() -> None:
-    """From 200 connections without a log-in on, a worker's sshd drops some of them (MaxStartups)."""
+    """A worker's sshd drops some connections as soon as 200 have not logged in (MaxStartups)."""
     assert SessionLimits().young_of_a_worker < 200
     assert 2 * SessionLimits().young_of_a_rental < SessionLimits().young_of_a_worker

@@ -151,7 +151,7 @@ def test_only_an_end_from_the_worker_s_side_begins_a_proof_of_death(ended: Excep
 
 
 def test_a_living_worker_has_frozen_its_rentals_before_its_silence_proves_its_death() -> None:
-    """For the agent too, silence begins with the end of the connection: docs/decisions/015-liveness-connection.md."""
+    """The agent, too, counts silence from the end of the connection: docs/decisions/015-liveness-connection.md."""
     assert LIVENESS_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
 

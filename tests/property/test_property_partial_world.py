@@ -1,4 +1,4 @@
-"""In any history, the decision from a part of the world is the decision from the whole world."""
+"""The decision from a part of the world is that from the whole world, in any history."""
 
 from __future__ import annotations
 

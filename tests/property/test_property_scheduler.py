@@ -1,4 +1,4 @@
-"""In any pool, the chosen worker passes every filter and is the least used one that does."""
+"""The chosen worker of any pool passes every filter and is the least used one that does."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_of_each_round_the_longest_gap_that_began_in_it_counts() -> None:
 
 
 def test_the_connections_of_strangers_are_those_that_are_established() -> None:
-    """By proc(5) the address is a number in this machine's byte order, and 01 is an established connection."""
+    """The address is a number in this machine's byte order, and 01 is an established connection (proc(5))."""
     table = """  sl  local_address rem_address   st tx_queue rx_queue
    0: 00000000:0050 00000000:0000 0A 00000000:00000000
    1: 0200000A:0050 010112C6:C350 01 00000000:00000000

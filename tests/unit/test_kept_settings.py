@@ -109,7 +109,7 @@ def test_the_settings_of_another_platform_do_not_count(checkout: Path) -> None:
 
 
 def test_another_clone_of_the_same_platform_uses_its_settings(checkout: Path, tmp_path: Path) -> None:
-    """For docker-compose 1.29 the directory is a part of a container's settings, so the first one is kept."""
+    """The directory is a part of a container's settings for docker-compose 1.29, so the first one is kept."""
     make_up(checkout, ORION_SLOTS="4")
     second = tmp_path / "second"
     shutil.copytree(checkout, second)

@@ -25,7 +25,7 @@ from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, wor
 
 TABLES: dict[Kind, Table] = {"worker": workers, "rental": rentals, "placement": placements}
 _COLUMNS = {kind: [(name, table.c[name].name) for name in READ[kind]] for kind, table in TABLES.items()}
-"""By kind, the name of each field of a record and the released name of its column, which rows have."""
+"""The fields of each kind of record, each with the released name of its column, which rows have."""
 IN_TRANSITION = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
 
 # Queries of the columns that decisions read; labels and loads would cost memory in thousands of rows.
