@@ -444,5 +444,5 @@ def application(proxy_secret: str) -> FastAPI:
         app.include_router(module.router)
     app.include_router(web_ports.inside)
     app.add_middleware(Bodies)
-    app.add_middleware(ProxyGuard, secret=proxy_secret)
+    app.add_middleware(ProxyGuard, secret=proxy_secret.encode())
     return app

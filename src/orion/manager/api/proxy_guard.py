@@ -130,26 +130,31 @@ class ProxyGuard:
     """A middleware that refuses requests without the proxy secret, but not the health check, and adds request ids."""
 
     app: ASGIApp
-    secret: str = field(repr=False)
+    secret: bytes = field(repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in {"http", "websocket"}:
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        secret, request_id = headers.get(SECRET_HEADER_BYTES, b""), headers.get(b"x-request-id", b"").decode("latin-1")
+        secret, request_id = b"", ""
+        for name, value in scope["headers"]:
+            if name == SECRET_HEADER_BYTES:
+                secret = value
+            elif name == b"x-request-id":
+                request_id = value.decode("latin-1")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] in {"http.response.start", "websocket.http.response.start"}:
-                others = (header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id")
+                others = [header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id"]
                 message["headers"] = [*others, (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            if scope["path"] == "/healthz" or hmac.compare_digest(secret, self.secret.encode()):
-                await self.app(scope, receive, send_with_id)
-            else:
-                detail = "the manager answers only requests that come through manager_proxy: send it there"
-                await problem(403, "not_through_the_door", detail)(scope, receive, send_with_id)
+        # No reset afterwards: uvicorn runs each request in a task, whose context ends with it.
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        if scope["path"] == "/healthz" or hmac.compare_digest(secret, self.secret):
+            await self.app(scope, receive, send_with_id)
+        else:
+            detail = "the manager answers only requests that come through manager_proxy: send it there"
+            await problem(403, "not_through_the_door", detail)(scope, receive, send_with_id)
