@@ -73,7 +73,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def answered(call: ScriptedCall, whole_within_s: float = 60.0, unknown_within_s: float = 60.0) -> tuple[int, str]:
-    await Bodies(echo, whole_within_s, unknown_within_s)(call.scope, call.receive, call.send)
+    async with asyncio.timeout(10):  # so that a body without a limit fails a test, and does not stop all tests
+        await Bodies(echo, whole_within_s, unknown_within_s)(call.scope, call.receive, call.send)
     return call.answer
 
 
