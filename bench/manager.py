@@ -77,7 +77,7 @@ def main() -> None:
     ports = Ports(
         engine=IdleEngine(arguments.job_s),
         reach=EverywhereReach(),
-        snapshot_service=FakeSnapshotService(FakeWorld(), time.time),
+        snapshot_service=FakeSnapshotService(world=FakeWorld(), wall=time.time),
         proxy_probe=None,
         snapshots_disk=lambda: 1.0,
     )

@@ -66,7 +66,9 @@ class BenchRenter:
 
     def runs(self, rental: dict[str, Any], command: str, within_s: float = 60) -> str:
         """Return the output of a command in the rental. Raise RuntimeError if the log-in or the command fails."""
-        arguments = ssh_arguments(Rental.model_validate(rental), self._authority, SshRequest((command,), self._key))
+        arguments = ssh_arguments(
+            Rental.model_validate(rental), self._authority, SshRequest(command=(command,), identity=self._key)
+        )
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._stack.folder), "PYTHONPATH": str(ROOT / "src")}
         environment |= {"ORION_URL": f"http://127.0.0.1:{self._stack.http_port}"}
         environment |= {"ORION_TOKEN_FILE": str(self._token_file)}

@@ -94,7 +94,7 @@ async def _serve(folder: Path) -> None:
 
 async def _hold(number: int, port: int, folder: Path) -> None:
     liveness = SshLiveness(SshReach((folder / "key").read_text()))
-    host = Host("w", "127.0.0.1", ((folder / "key.pub").read_text().strip(),), port)
+    host = Host(worker_id="w", address="127.0.0.1", host_keys=((folder / "key.pub").read_text().strip(),), port=port)
     signs: list[Sign] = []
     memory, descriptors, processor, began = memory_mb(os.getpid()), _descriptors(), cpu_s(os.getpid()), time.monotonic()
     holding = [asyncio.create_task(liveness.hold(host, BOOT_ID, signs.append)) for _ in range(number)]

@@ -63,7 +63,9 @@ def new_job(host: Host, *, epoch: int = 1, keys: tuple[str, ...] = (KEY,), deadl
 
 
 def account(job: Job) -> Account:
-    return Account(job.order.username, job.order.uid, job.order.epoch, job.order.public_keys, unlocked=True)
+    return Account(
+        username=job.order.username, uid=job.order.uid, epoch=job.order.epoch, keys=job.order.public_keys, unlocked=True
+    )
 
 
 def certificate(job: Job) -> str:

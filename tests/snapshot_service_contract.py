@@ -40,7 +40,7 @@ class SnapshotBench(ABC):
         """Return the home of a new rental on the first worker; `create` makes it."""
         number = next(_numbers)
         name = f"vault{number:03d}".translate(str.maketrans("0123456789", "abcdefghij"))
-        return Home(name, 2_000_000_000 + number, epoch, self.hosts[0])
+        return Home(rental_id=name, uid=2_000_000_000 + number, epoch=epoch, host=self.hosts[0])
 
     def moved(self, home: Home) -> Home:
         """Return the home of the same rental at its next epoch, on the other worker."""
@@ -237,7 +237,10 @@ class SnapshotServiceContract:
         await bench.write(home, "file", "x" * 2000)
         copied = await bench.snapshot_service.take(home, LIMITS)
         await bench.write(home, "more", "x" * 2000)
-        for limits in (SnapshotLimits(1000, 3 * BLOCK_BYTES - 1), SnapshotLimits(2, 1 << 20)):
+        for limits in (
+            SnapshotLimits(max_files=1000, max_bytes=3 * BLOCK_BYTES - 1),
+            SnapshotLimits(max_files=2, max_bytes=1 << 20),
+        ):
             assert (await refusal(bench.snapshot_service.take(home, limits))).code == OVER_LIMIT
         assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == [copied.snapshot]
 
@@ -354,5 +357,7 @@ class SnapshotServiceContract:
                 await refusal(bench.snapshot_service.recover(replace(home, epoch=epoch), LIMITS))
             ).code == "stale_epoch"
         await bench.write(home, "file", "x" * 2000)
-        assert (await refusal(bench.snapshot_service.recover(home, SnapshotLimits(1000, 1000)))).code == OVER_LIMIT
+        assert (
+            await refusal(bench.snapshot_service.recover(home, SnapshotLimits(max_files=1000, max_bytes=1000)))
+        ).code == OVER_LIMIT
         assert await bench.snapshot_service.snapshots(home.rental_id, home.uid) == []

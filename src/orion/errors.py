@@ -106,6 +106,7 @@ class ApiError(OrionError):
         status: int,
         code: str,
         detail: str,
+        *,
         request_id: str | None = None,
         errors: Sequence[Mapping[str, Any]] = (),
         retry_after_s: float | None = None,
@@ -188,9 +189,9 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime 
         status,
         str(problem.get("code") or f"http_{status}"),
         str(detail),
-        headers.get("X-Request-ID"),
-        [one for one in problem.get("errors") or [] if isinstance(one, dict)],
-        _seconds(headers.get("Retry-After"), now or datetime.now(UTC)),
+        request_id=headers.get("X-Request-ID"),
+        errors=[one for one in problem.get("errors") or [] if isinstance(one, dict)],
+        retry_after_s=_seconds(headers.get("Retry-After"), now or datetime.now(UTC)),
     )
 
 

@@ -32,7 +32,7 @@ class InvalidOrder(ValueError):
         self.problem = problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """The check of one field's value, and the commands that use the field."""
 
@@ -46,12 +46,14 @@ class Rule:
 
 def _text(pattern: str, must: str, **rest: Any) -> Rule:
     # The pattern is compiled at its first use: orion-rental starts for each call.
-    return Rule("str", must, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), **rest)
+    return Rule(
+        kind="str", must=must, is_valid=lambda value: isinstance(value, str) and re.fullmatch(pattern, value), **rest
+    )
 
 
 def _number(low: int, high: int, **rest: Any) -> Rule:
     must = f"be a whole number from {low} and less than {high}"
-    return Rule("int", must, lambda value: type(value) is int and low <= value < high, **rest)
+    return Rule(kind="int", must=must, is_valid=lambda value: type(value) is int and low <= value < high, **rest)
 
 
 def _optional(default: object, rule: Rule) -> Any:
@@ -85,11 +87,24 @@ class RentalOrder:
     epoch: int = field(metadata={"rule": _number(1, 2**53, sent_empty=True)})  # the epoch of the placement
     public_keys: tuple[str, ...] = _optional(
         (),
-        Rule("list", f"be plain public keys, 1 to {MAX_PUBLIC_KEYS}", _are_public_keys, _KEYS, _KEYS, sent_empty=True),
+        Rule(
+            kind="list",
+            must=f"be plain public keys, 1 to {MAX_PUBLIC_KEYS}",
+            is_valid=_are_public_keys,
+            used_by=_KEYS,
+            required_by=_KEYS,
+            sent_empty=True,
+        ),
     )
     """The keys by which the renter logs in."""
     start: str = _optional(
-        "", Rule("str", f"be one line of at most {MAX_START} printable characters", _is_start_command, ("run",))
+        "",
+        Rule(
+            kind="str",
+            must=f"be one line of at most {MAX_START} printable characters",
+            is_valid=_is_start_command,
+            used_by=("run",),
+        ),
     )
     """The start command, which runs in the renter's shell when the rental is activated."""
     start_mark: str = _optional(
@@ -113,14 +128,17 @@ class RentalOrder:
         ),
     )
     """The host certificate that sshd shows from now on; if empty, the present one."""
-    kill: bool = _optional(False, Rule("bool", "be true or false", lambda value: isinstance(value, bool), ("lock",)))
+    kill: bool = _optional(
+        False,
+        Rule(kind="bool", must="be true or false", is_valid=lambda value: isinstance(value, bool), used_by=("lock",)),
+    )
     """Whether the processes of the rental are killed too."""
     move: int = _optional(0, _number(0, 2**53, used_by=("freeze", "thaw"), sent_empty=True))
     """The number of the planned migration, which only rises for a rental."""
     boot_id: str = _optional("", _text(r"[A-Za-z0-9-]{8,64}", "be a boot id"))
     """The boot of the worker's container that the order is for; if empty, any. Former versions of workers do not know
     the field (`ordered_boot_id` of a worker)."""
-    deadline: float | None = _optional(None, Rule("float", "be a Unix time", _is_time))
+    deadline: float | None = _optional(None, Rule(kind="float", must="be a Unix time", is_valid=_is_time))
     """The Unix time in seconds after which the worker refuses the order."""
 
     @classmethod

@@ -108,7 +108,13 @@ class CrashEnvironment:
         self.wall_offset_s = 0.0
         self.faketime = ""
         self.secrets = Secrets(
-            make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
+            admin_token=make_token("admin", "admin"),
+            join_token=make_token("join", "join"),
+            proxy_secret=PROXY_SECRET,
+            ssh_private_key="",
+            ssh_public_key=host_key(1),
+            host_authority=AUTHORITIES[0],
+            user_authority=AUTHORITIES[1],
         )
         self._kept_port = keep_port()
         self.settings = Settings(
@@ -123,7 +129,7 @@ class CrashEnvironment:
         )
         self.clock = MonotonicClock()
         self.world = FakeWorld()
-        self.snapshot_service = FakeSnapshotService(self.world, time.time)
+        self.snapshot_service = FakeSnapshotService(world=self.world, wall=time.time)
         self.agents: list[Agent] = []
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
         self.http = httpx.AsyncClient(
@@ -223,7 +229,7 @@ class CrashEnvironment:
 
     def new_agent(self, slots: int = 1) -> Agent:
         number = len(self.agents) + 1
-        host = Host("", f"172.20.128.{number}", (host_key(100 + number),))
+        host = Host(worker_id="", address=f"172.20.128.{number}", host_keys=(host_key(100 + number),))
         agent = Agent(self, self.world.add(host), f"node-{number}", slots)  # type: ignore[arg-type]
         self.agents.append(agent)
         self._tasks.append(asyncio.create_task(self._call_home(agent)))

@@ -72,7 +72,7 @@ class Renter:
         return self._run(self.arguments(rental, command, key), 120, environment)
 
     def arguments(self, rental: Rental, command: str, key: Path | None = None) -> list[str]:
-        return ssh_arguments(rental, self.authority, SshRequest((command,), key or self.key))
+        return ssh_arguments(rental, self.authority, SshRequest(command=(command,), identity=key or self.key))
 
     @cached_property
     def authority(self) -> str:

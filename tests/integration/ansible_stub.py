@@ -74,5 +74,11 @@ def _found_a_family() -> bool:
 
 
 if __name__ == "__main__":
-    Server(bind(SOCKET), play, int(sys.argv[2]), Path(sys.argv[4]), float(sys.argv[3])).serve()
+    Server(
+        listening=bind(SOCKET),
+        play=play,
+        most_runners=int(sys.argv[2]),
+        directory=Path(sys.argv[4]),
+        patience_s=float(sys.argv[3]),
+    ).serve()
     SOCKET.unlink()

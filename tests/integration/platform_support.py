@@ -55,12 +55,12 @@ def run_manager(start: ManagerArguments) -> None:
         os.dup2(log.fileno(), 2)
     main.log_as_json()
     world = FakeWorld()
-    world.add(Host("", start.here, (WORKER_KEY,)))
+    world.add(Host(worker_id="", address=start.here, host_keys=(WORKER_KEY,)))
     store = main.open_store(start.settings, Store)
     ports = Ports(
         engine=FakeEngine(world),
         reach=FakeReach(world),
-        snapshot_service=FakeSnapshotService(world, time.time),
+        snapshot_service=FakeSnapshotService(world=world, wall=time.time),
         proxy_probe=None,
         snapshots_disk=lambda: 0.0,
         end_connections=end_connections,
@@ -76,7 +76,13 @@ class Platform:
         self.folder = folder
         self.url = shipped_proxy.url
         self.secrets = Secrets(
-            make_token("admin", "admin"), make_token("join", "join"), SECRET, "", host_key(1), *AUTHORITIES
+            admin_token=make_token("admin", "admin"),
+            join_token=make_token("join", "join"),
+            proxy_secret=SECRET,
+            ssh_private_key="",
+            ssh_public_key=host_key(1),
+            host_authority=AUTHORITIES[0],
+            user_authority=AUTHORITIES[1],
         )
         self.log = folder / "manager.log"
         wide = ".".join(shipped_proxy.network.split(".")[:2])

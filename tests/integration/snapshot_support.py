@@ -75,8 +75,8 @@ def snapshot_service(folder: Path, key: Key) -> Iterator[RealSnapshotService]:
 
 
 def host_of(worker: Worker) -> Host:
-    return Host(worker.worker_id, worker.address, worker.host_keys)
+    return Host(worker_id=worker.worker_id, address=worker.address, host_keys=worker.host_keys)
 
 
 def home_of(rental: Rental) -> Home:
-    return Home(rental.rental_id, rental.uid, rental.epoch, host_of(rental.on))
+    return Home(rental_id=rental.rental_id, uid=rental.uid, epoch=rental.epoch, host=host_of(rental.on))

@@ -87,7 +87,7 @@ class RealEngineBench(EngineBench):
     def __init__(self, on: Worker, process: Process) -> None:
         self.on = on
         self.process = process
-        self.host = Host("w-realreal", on.address, on.host_keys)
+        self.host = Host(worker_id="w-realreal", address=on.address, host_keys=on.host_keys)
         self.engine = AnsibleEngine(process.socket, MARGIN_S)
         self.reach = SshReach(on.key.file.read_text())
 
@@ -100,7 +100,9 @@ class RealEngineBench(EngineBench):
         unlocked = item["state"] == "running"
         file = f"/etc/orion/{'keys' if unlocked else 'locked'}/{item['username']}"
         keys = tuple(line.partition(" ")[2] for line in (await self._run("cat", file)).splitlines())
-        return Account(item["username"], int(item["uid"]), int(item["epoch"]), keys, unlocked)
+        return Account(
+            username=item["username"], uid=int(item["uid"]), epoch=int(item["epoch"]), keys=keys, unlocked=unlocked
+        )
 
     async def _run(self, *command: str) -> str:
         return await asyncio.to_thread(self.on.run, *command)
@@ -201,7 +203,7 @@ class TestAnsibleEngine(EngineContract):
         assert_done(await bench.engine.run(new_job(bench.host)))
 
     async def test_a_hanging_worker_does_not_delay_jobs_of_others(self, bench: RealEngineBench, second: Worker) -> None:
-        other = Host("w-other", second.address, second.host_keys)
+        other = Host(worker_id="w-other", address=second.address, host_keys=second.host_keys)
         for host in (bench.host, other):
             assert_done(await bench.engine.run(new_job(host)))
         await bench.pause()
@@ -256,7 +258,7 @@ async def test_other_tasks_of_a_playbook_use_the_kept_connection(
     directory.mkdir(mode=0o700)
     process = Process(directory, calm_manager.key.file, playbooks)
     engine = AnsibleEngine(process.socket)
-    host = Host("w-extended", mine.address, mine.host_keys)
+    host = Host(worker_id="w-extended", address=mine.address, host_keys=mine.host_keys)
     try:
         await asyncio.to_thread(process.wait_listening)
         assert (

@@ -139,10 +139,10 @@ def test_a_play_without_a_matching_worker_is_a_failure(results: Results) -> None
 
 def test_a_worker_with_another_host_key_or_address_has_another_kept_connection() -> None:
     hosts = [
-        Host("w-abcdefgh", "192.0.2.7", (KEY,)),
-        Host("w-abcdefgh", "192.0.2.8", (KEY,)),
-        Host("w-abcdefgh", "192.0.2.7", (OTHER_KEY,)),
-        Host("w-bcdefghi", "192.0.2.7", (KEY,)),
+        Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(KEY,)),
+        Host(worker_id="w-abcdefgh", address="192.0.2.8", host_keys=(KEY,)),
+        Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(OTHER_KEY,)),
+        Host(worker_id="w-bcdefghi", address="192.0.2.7", host_keys=(KEY,)),
     ]
     paths = {next(a for a in worker_ssh(h, Path("/run/orion/engine"), ()) if "ControlPath" in a) for h in hosts}
     assert len(paths) == len(hosts)
@@ -152,7 +152,7 @@ def test_a_worker_with_another_host_key_or_address_has_another_kept_connection()
 
 
 def test_host_key_checking_is_never_off() -> None:
-    host = Host("w-abcdefgh", "192.0.2.7", (KEY,))
+    host = Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(KEY,))
     variables = host_variables(host, Path("/run/orion/engine"))
     assert variables["ansible_host_key_checking"] is True
     for arguments in (variables["ansible_ssh_common_args"], " ".join(worker_ssh(host, Path("/run/orion/engine"), ()))):

@@ -20,7 +20,7 @@ from orion.rental_order import RentalOrder
 
 JOB = Job(
     action=Action.CREATE,
-    host=Host("w-abcdefgh", "192.0.2.7", (KEY,)),
+    host=Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(KEY,)),
     order=RentalOrder(rental_id="abcdefghij", username="r-abcdefghij", uid=100_000, epoch=1, public_keys=(KEY,)),
     deadline_s=30.0,
 )

@@ -69,7 +69,7 @@ class Evil:
 
     def __init__(self, on: Worker) -> None:
         self.on = on
-        self.host = Host("w-evilevil", on.address, on.host_keys)
+        self.host = Host(worker_id="w-evilevil", address=on.address, host_keys=on.host_keys)
         self.become("honest")
         self._replace("/usr/bin/python3", WRAPPER)
 

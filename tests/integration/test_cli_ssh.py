@@ -30,7 +30,9 @@ AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
 
 def arguments(identity: Path | None = None, *command: str, authority: str = AUTHORITY, **changes: Any) -> list[str]:
-    return ssh_arguments(Rental.model_validate(rental(**changes)), authority, SshRequest(command, identity))
+    return ssh_arguments(
+        Rental.model_validate(rental(**changes)), authority, SshRequest(command=command, identity=identity)
+    )
 
 
 def test_ssh_verifies_the_worker_by_the_rentals_id() -> None:
@@ -55,7 +57,7 @@ def test_ssh_offers_only_the_known_key(tmp_path: Path) -> None:
 def test_ssh_reads_the_given_path_of_a_key_or_certificate_literally(tmp_path: Path, odd: str) -> None:
     key, certificate = tmp_path / odd / "key", tmp_path / odd / "key-cert.pub"
     found = Rental.model_validate(rental())
-    ssh, *options = ssh_arguments(found, AUTHORITY, SshRequest((), key), certificate)
+    ssh, *options = ssh_arguments(found, AUTHORITY, SshRequest(command=(), identity=key), certificate)
     done = subprocess.run([ssh, "-F", "none", "-G", *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     options = done.stdout.replace("%%", "%").splitlines()
@@ -221,7 +223,7 @@ async def test_ssh_talks_only_to_a_worker_that_proves_the_rental_s_identity(
     worker = OwnSshd.make(tmp_path, of_rentals)
     found = Rental.model_validate(rental())
     async with at_the_platform(worker.serve) as url:
-        ssh, *options = ssh_arguments(found, worker.authority, SshRequest(("true",)))
+        ssh, *options = ssh_arguments(found, worker.authority, SshRequest(command=("true",)))
         process = await asyncio.create_subprocess_exec(
             *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -310,7 +312,7 @@ async def test_a_lost_full_screen_session_leaves_the_terminal_in_order(
             await connection.close(4001, "its worker is down")
         await asyncio.gather(serving, return_exceptions=True)
 
-    request = SshRequest((EDITOR,), worker.key, tty=True)
+    request = SshRequest(command=(EDITOR,), identity=worker.key, tty=True)
     ssh, *options = ssh_arguments(Rental.model_validate(rental()), worker.authority, request)
     options[options.index("r-abcdefgh23@box.orion")] = f"{worker.account}@box.orion"
     async with at_the_platform(serve_until_lost) as url:

@@ -74,7 +74,7 @@ async def serving(gateway: RelayGateway) -> AsyncIterator[RelayGateway]:
 
 
 def _host(port: int) -> Host:
-    return Host("w-abcdefgh", "127.0.0.1", ("ssh-ed25519 AAAA",), port)
+    return Host(worker_id="w-abcdefgh", address="127.0.0.1", host_keys=("ssh-ed25519 AAAA",), port=port)
 
 
 def _closing(sshd: Sshd) -> Sshd:

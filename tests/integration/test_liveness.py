@@ -31,7 +31,7 @@ class LiveConnection:
     def __init__(self, on: Worker, manager: SmallManager) -> None:
         boot_id = manager.of("/api/register")[-1].body["boot_id"]
         liveness = SshLiveness(SshReach(on.key.file.read_text()))
-        host = Host(on.worker_id, on.address, on.host_keys)
+        host = Host(worker_id=on.worker_id, address=on.address, host_keys=on.host_keys)
         self.signs: list[Sign] = []
         self.task = asyncio.create_task(self._hold(liveness, host, boot_id))
 
@@ -127,14 +127,22 @@ async def test_a_liveness_connection_to_another_boot_of_the_container_is_not_hel
         await asyncio.to_thread(new.wait_registered)
         liveness = SshLiveness(SshReach(new.key.file.read_text()))
         signs: list[Sign] = []
-        assert await liveness.hold(Host("w", new.address, new.host_keys), "another-boot", signs.append) is End.NOT_HELD
+        assert (
+            await liveness.hold(
+                Host(worker_id="w", address=new.address, host_keys=new.host_keys), "another-boot", signs.append
+            )
+            is End.NOT_HELD
+        )
         assert signs == []
 
 
 async def test_a_liveness_connection_that_was_never_made_proves_no_death(manager: SmallManager) -> None:
     liveness = SshLiveness(SshReach(manager.key.file.read_text()))
     key = manager.key.public
-    assert await liveness.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
+    assert (
+        await liveness.hold(Host(worker_id="w", address="127.0.0.1", host_keys=(key,), port=9), "boot", lambda _: None)
+        is End.NOT_HELD
+    )
 
 
 async def test_output_of_a_worker_on_its_liveness_connection_is_not_read(tmp_path: Path) -> None:
@@ -166,7 +174,12 @@ async def test_output_of_a_worker_on_its_liveness_connection_is_not_read(tmp_pat
         "127.0.0.1", 0, server_factory=OpenServer, server_host_keys=[key], process_factory=talk
     )
     liveness = SshLiveness(SshReach(key.export_private_key().decode()))
-    host = Host("w", "127.0.0.1", (key.export_public_key().decode().strip(),), server.get_port())
+    host = Host(
+        worker_id="w",
+        address="127.0.0.1",
+        host_keys=(key.export_public_key().decode().strip(),),
+        port=server.get_port(),
+    )
     signs: list[Sign] = []
     async with asyncio.timeout(60):
         assert await liveness.hold(host, "boot-0001", signs.append) is End.NOT_HELD

@@ -74,7 +74,7 @@ def session_of(worker: Worker) -> str:
 
 def ask(rental: Rental, port: int = PORT, epoch: int = 0, session: str = "") -> str:
     """Return the answer, up to a second of silence, to a request from the address of app and proxy."""
-    way = PortToken(rental.rental_id, epoch or rental.epoch, port)
+    way = PortToken(rental_id=rental.rental_id, epoch=epoch or rental.epoch, port=port)
     with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
         there.sendall(request(way, session or session_of(rental.on)))
         answer = there.recv(65536)
@@ -131,7 +131,7 @@ def test_only_the_proxy_reaches_the_port_proxy_and_the_ports_of_rentals(
 
 def test_a_frozen_rental_answers_no_request_and_its_open_connections_are_cut(rental: Rental) -> None:
     with serving(rental, "mine"):
-        way = PortToken(rental.rental_id, rental.epoch, PORT)
+        way = PortToken(rental_id=rental.rental_id, epoch=rental.epoch, port=PORT)
         with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
             there.sendall(request(way, session_of(rental.on)))
             assert there.recv(1000).startswith(b"HTTP/1.1 200")

@@ -234,7 +234,7 @@ async def test_a_snapshot_of_a_changing_home_succeeds_and_contains_no_files_of_o
     )
     secret = rental.on.run("cat", "/etc/shadow")
     for _ in range(4):
-        copy = (await real.client.take(home_of(rental), SnapshotLimits(20_000, 1 << 30))).snapshot
+        copy = (await real.client.take(home_of(rental), SnapshotLimits(max_files=20_000, max_bytes=1 << 30))).snapshot
         place = real.copy_of(home_of(rental), str(copy.id))
         content = {f.read_text() for f in (place / "file", place / "swap/shadow", place / "swap") if f.is_file()}
         assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"

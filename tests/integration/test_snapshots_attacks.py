@@ -74,7 +74,12 @@ class Liar:
     def begin(self) -> None:
         self.uid = 1_000_000_000 + secrets.randbelow(10**9)
         self.name = f"liar{secrets.token_hex(4)}"
-        self.of = Home(self.name, self.uid, 1, Host("w-liar", "192.0.2.1", (KEY,)))
+        self.of = Home(
+            rental_id=self.name,
+            uid=self.uid,
+            epoch=1,
+            host=Host(worker_id="w-liar", address="192.0.2.1", host_keys=(KEY,)),
+        )
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir()
         self.says("hello(); rsync()")

@@ -168,8 +168,8 @@ class Browser:
 
 @asynccontextmanager
 async def gateway_to(rental: Rental, network: WorkerNetwork) -> AsyncIterator[TerminalGateway]:
-    place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
-    login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")
+    place = Host(worker_id=rental.on.worker_id, address=rental.on.address, host_keys=rental.on.host_keys)
+    login = ShellLogin(username=rental.username, rental_id=rental.rental_id, epoch=rental.epoch, who="alice")
     gateway = TerminalGateway(SshShells(AUTHORITY, network.gateway), place, login)
     listening = socket.create_server(("127.0.0.1", 0))
     gateway.port = listening.getsockname()[1]
@@ -268,8 +268,8 @@ async def test_the_exit_status_of_the_shell_is_reported(
 async def test_a_terminal_is_refused_for_another_epoch_authority_or_address(
     rental: Rental, network: WorkerNetwork
 ) -> None:
-    place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
-    login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")
+    place = Host(worker_id=rental.on.worker_id, address=rental.on.address, host_keys=rental.on.host_keys)
+    login = ShellLogin(username=rental.username, rental_id=rental.rental_id, epoch=rental.epoch, who="alice")
     another = Authority(private_key(), private_key(), time.time)
     tried = [
         (SshShells(AUTHORITY, network.gateway), replace(login, epoch=2)),

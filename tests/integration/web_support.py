@@ -138,7 +138,9 @@ class MadeUpWorker:
 
     def holds(self, rental_id: str, epoch: int = 1) -> None:
         (self._root / "run/orion/session").write_text(self._platform.session)
-        self.records.save(RentalRecord(rental_id, f"r-{rental_id}", os.getuid(), epoch, activated=True))
+        self.records.save(
+            RentalRecord(rental_id=rental_id, username=f"r-{rental_id}", uid=os.getuid(), epoch=epoch, activated=True)
+        )
 
     def goes_on(self) -> None:
         self._loop.call_soon_threadsafe(self.renter.goes_on.set)
@@ -147,10 +149,10 @@ class MadeUpWorker:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
         self.port_proxy = PortProxy(
-            RunningRentals(self._root),
-            frozenset({f"{self._platform.proxy.network}.2"}),
-            self._target,
-            frozenset({_comes_from(self.address)}),
+            rentals=RunningRentals(self._root),
+            peers=frozenset({f"{self._platform.proxy.network}.2"}),
+            look=self._target,
+            managers=frozenset({_comes_from(self.address)}),
         )
         self._listener = socket.create_server((self.address, 80))
         self._serving = (server, asyncio.create_task(self.port_proxy.serve(self._listener)))

@@ -398,7 +398,7 @@ async def test_a_new_container_at_a_dead_worker_s_address_is_another_worker(
     dead = harness.agent_of(rental)
     dead.die()
     newcomer = harness.new_agent()
-    newcomer.node.host = Host("", dead.node.host.address, newcomer.node.host.host_keys)
+    newcomer.node.host = Host(worker_id="", address=dead.node.host.address, host_keys=newcomer.node.host.host_keys)
     harness.world.workers[dead.node.host.address, 22] = newcomer.node
     assert (await newcomer.register()).status_code == 201
     await harness.pass_time(92)

@@ -29,7 +29,7 @@ ENTRY = Entry(
 )
 JOB = Job(
     action=Action.CREATE,
-    host=Host("w-abcdefgh", "192.0.2.7", ()),
+    host=Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=()),
     order=RentalOrder(rental_id="one", username="r-one", uid=100_000, epoch=3),
 )
 

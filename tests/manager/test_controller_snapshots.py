@@ -158,9 +158,11 @@ async def test_a_snapshot_that_only_the_snapshot_service_knows_is_restored(harne
     rental = await harness.rent()
     files(harness, rental)["file"] = "x"
     agent = harness.agent_of(rental)
-    host = Host(agent.worker_id, agent.node.host.address, agent.node.host.host_keys)
+    host = Host(worker_id=agent.worker_id, address=agent.node.host.address, host_keys=agent.node.host.host_keys)
     account = agent.node.accounts[rental["id"]]
-    await harness.snapshot_service.take(Home(rental["id"], account.uid, 1, host), SnapshotLimits())
+    await harness.snapshot_service.take(
+        Home(rental_id=rental["id"], uid=account.uid, epoch=1, host=host), SnapshotLimits()
+    )
     moved = await lose(harness, rental)
     assert files(harness, moved) == {"file": "x"}
 

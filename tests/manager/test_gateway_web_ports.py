@@ -230,7 +230,7 @@ async def test_a_request_reaches_the_current_worker_with_an_access_token_for_tha
     requests = PortRequests(harness, rental_id)
     reply = await requests.send(**token(alice))
     assert reply.headers["x-orion-worker"] == first.node.host.address
-    assert accepted_by(reply, first) == PortToken(rental_id, 1, PORT)
+    assert accepted_by(reply, first) == PortToken(rental_id=rental_id, epoch=1, port=PORT)
     assert accepted_by(reply, second) is None
 
     first.die()
@@ -240,7 +240,7 @@ async def test_a_request_reaches_the_current_worker_with_an_access_token_for_tha
     await harness.pass_time(10)
     moved = await requests.send(**token(alice))
     assert moved.headers["x-orion-worker"] == second.node.host.address
-    assert accepted_by(moved, second) == PortToken(rental_id, 2, PORT)
+    assert accepted_by(moved, second) == PortToken(rental_id=rental_id, epoch=2, port=PORT)
     assert accepted_by(moved, first) is None
 
 
@@ -252,7 +252,7 @@ async def test_an_access_token_ends_with_the_session_of_its_worker(harness: Harn
     await harness.settle()
     assert accepted_by(before, worker) is None
     assert accepted_by(await PortRequests(harness, rental_id).send(**token(alice)), worker) == PortToken(
-        rental_id, 1, PORT
+        rental_id=rental_id, epoch=1, port=PORT
     )
 
 
@@ -370,7 +370,7 @@ async def test_no_ticket_is_given_for_another_owner_s_rental(harness: Harness) -
 
 
 def test_only_signed_port_keys_are_accepted() -> None:
-    keys, named = PortKeys("secret"), TokenReference("client", "t-1", "0123456789abcdef")
+    keys, named = PortKeys("secret"), TokenReference(role="client", token_id="t-1", mark="0123456789abcdef")
     made = keys.make("abcdefghij", PORT, named, 1000.0)
     assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
     signature, _, content = made.partition(".")

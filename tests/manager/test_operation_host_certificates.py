@@ -28,7 +28,7 @@ def named(certificate: str) -> set[str]:
 async def job_of(harness: Harness, rental_id: str) -> Job:
     row = await harness.store.read(rentals.one, rental_id, None)
     assert row is not None
-    host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+    host = Host(worker_id=row["worker_id"], address=row["address"], host_keys=tuple(row["host_keys"]))
     order = RentalOrder(rental_id=rental_id, username=row["username"], uid=row["uid"], epoch=row["epoch"])
     return Job(action=Action.CERTIFY, host=host, order=order)
 

@@ -31,7 +31,7 @@ class Scene:
         self.node = self.add(self.worker)
 
     def add(self, worker: Worker) -> FakeWorker:
-        node = self.world.add(Host(worker.id, worker.address, worker.host_keys))
+        node = self.world.add(Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys))
         node.boot_id = worker.boot_id
         return node
 

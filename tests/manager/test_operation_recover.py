@@ -206,7 +206,7 @@ async def test_a_worker_that_shows_a_rental_that_was_never_placed_there_gains_no
     await copied(harness, rental)
     evil = next(agent for agent in pool if agent.worker_id != rental["worker_id"])
     account = harness.agent_of(rental).node.accounts[rental["id"]]
-    evil.node.accounts[rental["id"]] = account.__class__(account.username, account.uid, 99, account.keys, False)
+    evil.node.accounts[rental["id"]] = replace(account, epoch=99, unlocked=False)
     evil.node.homes[rental["id"]] = {"file": "evil"}
     evil.node.activated[rental["id"]] = 99
     await evil.beat()

@@ -16,7 +16,7 @@ from test_controller_snapshots import files as files_of
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
 
-RECORD = RentalRecord("one", "r-one", 3_999_999_001, epoch=2, activated=True)
+RECORD = RentalRecord(rental_id="one", username="r-one", uid=3_999_999_001, epoch=2, activated=True)
 """An account whose uid has no processes."""
 
 
@@ -33,7 +33,7 @@ def test_no_reply_thaws_a_rental_over_its_limit_and_an_order_thaws_it_for_a_time
     assert not freezer.is_frozen("one")
     assert freezer.is_in_grace(RECORD, now + marks.GRACE_S - 5)
     assert not freezer.is_in_grace(RECORD, now + marks.GRACE_S + 5)
-    assert not freezer.is_in_grace(RentalRecord("one", "r-one", RECORD.uid, epoch=3), now)
+    assert not freezer.is_in_grace(RentalRecord(rental_id="one", username="r-one", uid=RECORD.uid, epoch=3), now)
     freezer.forget_purged("one")
     assert not freezer.is_in_grace(RECORD, now)
 

@@ -102,7 +102,13 @@ class SimulatedContainer:
         self.frozen.clear()
         self.started.clear()
         self.quiesced.clear()
-        self.home = HomeCaller(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
+        self.home = HomeCaller(
+            node=self,
+            post=self,
+            clock=self.clock,
+            chance=self.random.random,
+            say=lambda line: self.sim.say(self.name, line),
+        )  # type: ignore[arg-type]
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
     def kill(self) -> None:
@@ -325,7 +331,7 @@ class SimulatedContainer:
         if record is None or record.epoch < job.order.epoch:
             self.unlocked.discard(job.order.rental_id)
             self.records[job.order.rental_id] = RentalRecord(
-                job.order.rental_id, job.order.username, job.order.uid, job.order.epoch
+                rental_id=job.order.rental_id, username=job.order.username, uid=job.order.uid, epoch=job.order.epoch
             )
             self.homes.setdefault(job.order.rental_id, 0.0)
 
@@ -373,7 +379,11 @@ class SimulatedContainer:
     def begin_purge(self, job: Job) -> None:
         check_not_newer(self.records.get(job.order.rental_id), job.order.epoch)
         self.records[job.order.rental_id] = RentalRecord(
-            job.order.rental_id, job.order.username, job.order.uid, job.order.epoch, ending=True
+            rental_id=job.order.rental_id,
+            username=job.order.username,
+            uid=job.order.uid,
+            epoch=job.order.epoch,
+            ending=True,
         )
         self.unlocked.discard(job.order.rental_id)
 

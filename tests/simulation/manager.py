@@ -196,13 +196,13 @@ class SimulatedManager:
         await self.point()
         own_id = next((w for w, valid in self.sim.state_store.tokens.items() if valid == token), None)
         if own_id is None and (token != JOIN_TOKEN or path != "/api/register"):
-            return Answer(401, {"code": "unauthorized"})
+            return Answer(status=401, body={"code": "unauthorized"})
         try:
             if path == "/api/register":
                 return await self._register(own_id, token, address, body)
             return await self._heartbeat(own_id or "", address, body)
         except CallRefused as refusal:
-            return Answer(409, {"code": refusal.code})
+            return Answer(status=409, body={"code": refusal.code})
 
     async def _register(self, own_id: str | None, token: str, address: str, body: Mapping[str, Any]) -> Answer:
         claim = Registration(
@@ -227,7 +227,7 @@ class SimulatedManager:
             "authorized_keys": [],
             "placements": _orders(orders),
         }
-        return Answer(201, reply)
+        return Answer(status=201, body=reply)
 
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
         exiting = body.get("leaving", False)
@@ -255,20 +255,20 @@ class SimulatedManager:
             "next_heartbeat_s": next_s,
             "placements": _orders(found),
         }
-        return Answer(200, reply)
+        return Answer(status=200, body=reply)
 
     async def rent(self, owner: str, key: str, ttl_s: int) -> Answer:
         await self.point()
         rental_id = self.front.rent(owner, key, ttl_s)
         self.reconciler.loop.hint()
         await self.point()
-        return Answer(201, {"id": rental_id})
+        return Answer(status=201, body={"id": rental_id})
 
     async def renew(self, rental_id: str, ttl_s: int) -> Answer:
         await self.point()
         renewed = await self.front.renew(rental_id, ttl_s)
         await self.point()
-        return Answer(200 if renewed else 409)
+        return Answer(status=200 if renewed else 409)
 
     async def migrate(self, rental_id: str) -> Answer:
         await self.point()
@@ -276,26 +276,26 @@ class SimulatedManager:
         try:
             await self.reconciler.begin_migration(rental_id, placed.worker_id if placed else "", "client")
         except NotMigrated as refusal:
-            return Answer(409, {"code": refusal.code})
-        return Answer(202)
+            return Answer(status=409, body={"code": refusal.code})
+        return Answer(status=202)
 
     async def release(self, rental_id: str) -> Answer:
         await self.point()
         await self.front.release(rental_id)
         self.reconciler.loop.hint()
         await self.point()
-        return Answer(202)
+        return Answer(status=202)
 
     async def set_intent(self, worker_id: str, to: Intent) -> Answer:
         await self.point()
         self.front.set_intent(worker_id, to)
         self.health.loop.hint()
         self.reconciler.loop.hint()
-        return Answer(200)
+        return Answer(status=200)
 
     async def remove(self, worker_id: str) -> Answer:
         await self.point()
-        return Answer(204 if self.front.remove(worker_id) else 409)
+        return Answer(status=204 if self.front.remove(worker_id) else 409)
 
 
 class WithPoints:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
-UNREACHABLE = Answer(502, {"code": "manager_unreachable"}, marked=True)
-NO_ANSWER = Answer(502, {"code": "manager_no_answer"})
+UNREACHABLE = Answer(status=502, body={"code": "manager_unreachable"}, marked=True)
+NO_ANSWER = Answer(status=502, body={"code": "manager_no_answer"})
 LATEST_S = 25.0
 """The longest delay of a message; longer than any caller waits for an answer."""
 
@@ -37,7 +37,7 @@ class Network:
         answer: asyncio.Future[Answer] = self._sim.loop.create_future()
         for delay_s in self._delays_s():
             self._sim.loop.call_later(delay_s, self._arrive, sender, handler, answer)
-        giving_up = self._sim.loop.call_later(timeout_s, _settle, answer, Answer(0, reason="timed out"))
+        giving_up = self._sim.loop.call_later(timeout_s, _settle, answer, Answer(status=0, reason="timed out"))
         try:
             return await answer
         finally:
@@ -47,7 +47,7 @@ class Network:
         if sender is not None and sender.cut_off:
             return
         if self.proxy_away:
-            _settle(answer, Answer(0, reason="connection refused"))
+            _settle(answer, Answer(status=0, reason="connection refused"))
         elif self._sim.manager is None:
             _settle(answer, UNREACHABLE)
         else:

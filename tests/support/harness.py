@@ -193,12 +193,18 @@ class Harness:
         # A rental that is lost without a snapshot begins empty at once, unless a test is about that wait.
         self.settings = settings or Settings(database_url=store.url, uncopied_wait_s=0)
         self.secrets = Secrets(
-            make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
+            admin_token=make_token("admin", "admin"),
+            join_token=make_token("join", "join"),
+            proxy_secret=PROXY_SECRET,
+            ssh_private_key="",
+            ssh_public_key=host_key(1),
+            host_authority=AUTHORITIES[0],
+            user_authority=AUTHORITIES[1],
         )
         self.clock = VirtualClock()
         self.proxy_probe = FakeProxyProbe()
         self.world = FakeWorld()
-        self.snapshot_service = FakeSnapshotService(self.world, self.clock.wall)
+        self.snapshot_service = FakeSnapshotService(world=self.world, wall=self.clock.wall)
         self.disk_share = 0.1
         self.shells = FakeShells()
         self.liveness: FakeLiveness | None = None
@@ -221,7 +227,7 @@ class Harness:
             shells=self.shells,
         )
         self.app = _routes()
-        self.manager = Manager(self.settings, self.secrets, self.store, ports)
+        self.manager = Manager(settings=self.settings, secrets=self.secrets, store=self.store, ports=ports)
         # Without the sweep, a row that is not looked at in time is noticed.
         self.manager.health.swept_at_once = self.manager.reconciler.swept_at_once = 0
         put_into(self.app, self.manager)
@@ -277,7 +283,7 @@ class Harness:
 
     def new_agent(self, slots: int = 1) -> Agent:
         number = next(self._numbers)
-        host = Host("", f"172.20.128.{number}", (host_key(100 + number),))
+        host = Host(worker_id="", address=f"172.20.128.{number}", host_keys=(host_key(100 + number),))
         agent = Agent(self, self.world.add(host), f"node-{number}", slots)
         self.agents.append(agent)
         return agent

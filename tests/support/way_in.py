@@ -26,7 +26,8 @@ class Sshds:
         ours, its = socket.socketpair()
         its.setblocking(False)
         self.connected.append((host, its))
-        return SshStream(*await asyncio.open_connection(sock=ours))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return SshStream(reader=reader, writer=writer)
 
     def close(self) -> None:
         for _, its in self.connected:

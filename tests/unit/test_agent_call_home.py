@@ -75,9 +75,9 @@ def bench(tmp_path: Path) -> CallHomeBench:
     join.parent.mkdir(parents=True)
     join.write_text(f"{JOIN}\n")
     log: list[str] = []
-    node = Node(AgentSettings("http://manager", "172.20.0.3"), log.append, tmp_path)
+    node = Node(AgentSettings(url="http://manager", app_address="172.20.0.3"), log.append, tmp_path)
     manager = FakeManager()
-    home = HomeCaller(node, manager.post, manager.clock, lambda: 1.0, log.append)
+    home = HomeCaller(node=node, post=manager.post, clock=manager.clock, chance=lambda: 1.0, say=log.append)
     return CallHomeBench(tmp_path, manager, node, home, log)
 
 
@@ -92,17 +92,19 @@ def registered(worker_id: str = "w-abcdefgh", placements: list[dict[str, Any]] |
         "authorized_keys": [KEY],
         "placements": placements or [],
     }
-    return Answer(201, body)
+    return Answer(status=201, body=body)
 
 
 def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = None) -> Answer:
-    return Answer(200, {"lease_s": 75, "door_answer_s": 5, "next_heartbeat_s": next_s, "placements": placements or []})
+    return Answer(
+        status=200, body={"lease_s": 75, "door_answer_s": 5, "next_heartbeat_s": next_s, "placements": placements or []}
+    )
 
 
 def a_rental(bench: CallHomeBench, epoch: int = 1) -> Rentals:
     """Make a locked rental, without its account, which only root can make."""
     rentals = Rentals(WorkerPaths(bench.root))
-    rentals.records.save(RentalRecord("one", "r-one", 100_001, epoch))
+    rentals.records.save(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=epoch))
     (bench.root / "etc/orion/locked/r-one").write_text("key\n")
     return rentals
 
@@ -132,17 +134,23 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Ca
     assert bench.home.lease.acknowledged_at == 1000.0
     bench.step(acknowledged())
     assert bench.home.lease.acknowledged_at == 1002.0
-    for silent in (Answer(0), Answer(429), Answer(502, marked=True), Answer(403)):
+    for silent in (Answer(status=0), Answer(status=429), Answer(status=502, marked=True), Answer(status=403)):
         bench.step(silent)
         assert bench.home.lease.acknowledged_at == 1002.0
 
 
 def test_only_a_last_answer_marked_by_the_proxy_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
     bench.step(registered())
-    bench.step(Answer(502, marked=True))
+    bench.step(Answer(status=502, marked=True))
     assert bench.home.lease.unreached_at == 1002.0, "the time at which it called"
-    for other in (Answer(0), Answer(429), Answer(403), Answer(502, {"code": "manager_unreachable"}), Answer(503)):
-        bench.step(Answer(502, marked=True))
+    for other in (
+        Answer(status=0),
+        Answer(status=429),
+        Answer(status=403),
+        Answer(status=502, body={"code": "manager_unreachable"}),
+        Answer(status=503),
+    ):
+        bench.step(Answer(status=502, marked=True))
         bench.step(other)
         assert bench.home.lease.unreached_at is None, other
 
@@ -169,7 +177,7 @@ def test_after_an_orderly_end_of_the_manager_the_agent_calls_until_the_next_one_
     bench.step(registered())
     bench.home.liveness_closed_at = bench.manager.now
     bench.manager.now += 1.5
-    assert [bench.step(Answer(503)) for _ in range(3)] == [1.0, 2.0, 2.0]
+    assert [bench.step(Answer(status=503)) for _ in range(3)] == [1.0, 2.0, 2.0]
     bench.step(acknowledged())
     assert bench.home.due_s() > 60.0
 
@@ -177,7 +185,7 @@ def test_after_an_orderly_end_of_the_manager_the_agent_calls_until_the_next_one_
 def test_a_worker_whose_lease_is_about_to_end_calls_every_two_seconds(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.manager.now += 70.0
-    assert [bench.step(Answer(503)) for _ in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    assert [bench.step(Answer(status=503)) for _ in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
 def test_without_a_join_token_the_agent_waits_logs_that_once_and_makes_no_call(bench: CallHomeBench) -> None:
@@ -193,44 +201,44 @@ def test_without_a_join_token_the_agent_waits_logs_that_once_and_makes_no_call(b
 def test_failed_registrations_are_repeated_for_ever_at_growing_intervals_with_one_log_line_each(
     bench: CallHomeBench,
 ) -> None:
-    waits = [bench.step(Answer(503)) for _ in range(8)]
+    waits = [bench.step(Answer(status=503)) for _ in range(8)]
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
     assert len(bench.log) == 8
     assert bench.step(registered()) == 30
-    bench.step(Answer(409, {"code": "stale_session"}))
-    assert bench.step(Answer(502)) == 1, "the count of failures began anew"
+    bench.step(Answer(status=409, body={"code": "stale_session"}))
+    assert bench.step(Answer(status=502)) == 1, "the count of failures began anew"
 
 
-@pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, marked=True)])
+@pytest.mark.parametrize("nobody", [Answer(status=0, reason="refused"), Answer(status=502, marked=True)])
 def test_a_manager_that_does_not_run_yet_is_called_every_few_seconds(bench: CallHomeBench, nobody: Answer) -> None:
     assert [bench.step(nobody) for _ in range(5)] == [1, 2, 3, 3, 3]
 
 
 def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: CallHomeBench) -> None:
     bench.step(registered())
-    assert [bench.step(Answer(0, reason="timed out")) for _ in range(5)] == [1, 2, 3, 3, 3]
+    assert [bench.step(Answer(status=0, reason="timed out")) for _ in range(5)] == [1, 2, 3, 3, 3]
     assert bench.step(acknowledged()) == 30
     assert bench.log[-1] == "heartbeat acknowledged again after 5 failures"
     assert [call[0] for call in bench.manager.calls].count("/api/register") == 1
 
 
 def test_retry_after_is_obeyed(bench: CallHomeBench) -> None:
-    assert bench.step(Answer(429, {"code": "rate_limited"}, retry_after_s=12.0)) == 12.0
+    assert bench.step(Answer(status=429, body={"code": "rate_limited"}, retry_after_s=12.0)) == 12.0
 
 
 def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: CallHomeBench) -> None:
     bench.step(registered())
-    assert bench.step(Answer(409, {"code": "stale_session"})) == 0.0
+    assert bench.step(Answer(status=409, body={"code": "stale_session"})) == 0.0
     bench.step(registered())
     assert bench.last[:2] == ("/api/register", "orion_worker_w-abcdefgh_s")
 
 
-@pytest.mark.parametrize("refusal", [Answer(401), Answer(409, {"code": "host_key_changed"})])
+@pytest.mark.parametrize("refusal", [Answer(status=401), Answer(status=409, body={"code": "host_key_changed"})])
 def test_a_refused_identity_is_forgotten_and_the_agent_registers_with_the_join_token(
     bench: CallHomeBench, refusal: Answer
 ) -> None:
     bench.step(registered())
-    bench.step(Answer(401))
+    bench.step(Answer(status=401))
     assert bench.step(refusal) == 0.0
     assert not bench.identity.exists()
     bench.step(registered("w-bbbbbbbb"))
@@ -240,15 +248,15 @@ def test_a_refused_identity_is_forgotten_and_the_agent_registers_with_the_join_t
 
 def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: CallHomeBench) -> None:
     bench.step(registered())
-    bench.step(Answer(409, {"code": "stale_session"}))
-    assert bench.step(Answer(409, {"code": "address_in_use"})) == 1.0
+    bench.step(Answer(status=409, body={"code": "stale_session"}))
+    assert bench.step(Answer(status=409, body={"code": "address_in_use"})) == 1.0
     assert bench.identity.exists()
 
 
 @pytest.mark.parametrize("broken", [{}, {"next_heartbeat_s": 0, "placements": []}, {"next_heartbeat_s": 30}])
 def test_a_reply_of_another_form_renews_nothing(bench: CallHomeBench, broken: dict[str, Any]) -> None:
     bench.step(registered())
-    assert bench.step(Answer(200, broken)) == 1.0
+    assert bench.step(Answer(status=200, body=broken)) == 1.0
     assert bench.home.lease.acknowledged_at == 1000.0
 
 
@@ -290,7 +298,7 @@ def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: CallHomeBench
     assert HeartbeatRequest.model_validate(bench.last[2]).vacating
     assert bench.node.inventory()[0]["state"] == "running", "the rental goes on until it is migrated"
     assert bench.home.is_evacuating()
-    rentals.records.bury(RentalRecord("one", "r-one", 100_001, 1))
+    rentals.records.bury(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=1))
     assert not bench.home.is_evacuating()
     bench.manager.answers.append(acknowledged())
     bench.home.say_goodbye()
@@ -302,7 +310,7 @@ def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(b
     bench.home.evacuate()
     assert not bench.home.is_evacuating(), "the worker never registered"
     bench.step(registered())
-    for answer in (Answer(0), Answer(422)):
+    for answer in (Answer(status=0), Answer(status=422)):
         assert bench.home.is_evacuating()
         bench.step(answer)
     assert bench.manager.now - 1000.0 >= EVACUATING_PATIENCE_S
@@ -313,7 +321,7 @@ def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: CallHom
     bench.home.say_goodbye()
     assert bench.manager.calls == [], "a worker that never registered says no goodbye"
     bench.step(registered())
-    bench.manager.answers.append(Answer(0, reason="timed out"))
+    bench.manager.answers.append(Answer(status=0, reason="timed out"))
     bench.home.say_goodbye()
     path, _, body, timeout_s = bench.last
     assert (path, body["leaving"], timeout_s) == ("/api/heartbeat", True, 3.0)
@@ -332,10 +340,10 @@ def test_a_locked_rental_does_not_delay_the_heartbeat(bench: CallHomeBench) -> N
 
 
 def test_no_line_of_the_log_holds_a_token(bench: CallHomeBench) -> None:
-    bench.step(Answer(502, {"detail": "away"}))
+    bench.step(Answer(status=502, body={"detail": "away"}))
     bench.step(registered())
-    bench.step(Answer(401))
-    bench.step(Answer(401))
+    bench.step(Answer(status=401))
+    bench.step(Answer(status=401))
     text = "\n".join(bench.log)
     assert JOIN not in text
     assert "orion_worker" not in text
@@ -345,7 +353,7 @@ ENDED = {"rental_id": "one", "epoch": 1, "run": "1@boot", "how": "status 3", "ag
 
 
 def of_a_manager_that_takes_ends(*more: str) -> Answer:
-    return Answer(200, {**acknowledged().body, "takes": ["start_ends", *more]})
+    return Answer(status=200, body={**acknowledged().body, "takes": ["start_ends", *more]})
 
 
 @pytest.fixture
@@ -372,11 +380,13 @@ def test_an_older_manager_gets_no_field_that_it_would_refuse(
 ) -> None:
     bench.step(registered())
     for _ in range(3):
-        bench.step(Answer(200, acknowledged().body | ({} if takes is None else {"takes": takes})))
+        bench.step(Answer(status=200, body=acknowledged().body | ({} if takes is None else {"takes": takes})))
         assert "start_ends" not in bench.last[2]
 
 
-@pytest.mark.parametrize("refusal", [Answer(422, {"code": "invalid_request"}), Answer(502, marked=True), Answer(0)])
+@pytest.mark.parametrize(
+    "refusal", [Answer(status=422, body={"code": "invalid_request"}), Answer(status=502, marked=True), Answer(status=0)]
+)
 def test_a_heartbeat_after_a_failed_one_has_no_optional_field(
     bench: CallHomeBench, ended: dict[str, Any], refusal: Answer
 ) -> None:
@@ -390,7 +400,10 @@ def test_a_heartbeat_after_a_failed_one_has_no_optional_field(
 
 
 def test_a_heartbeat_has_no_more_start_ends_than_it_may(bench: CallHomeBench, ended: dict[str, Any]) -> None:
-    records = [RentalRecord(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
+    records = [
+        RentalRecord(rental_id=f"r{number}", username=f"r-{number}", uid=100_001 + number, epoch=1)
+        for number in range(300)
+    ]
     for record in records:
         bench.node.rentals.records.save(record)
     assert len(bench.node.start_ends()) == 256
@@ -406,7 +419,9 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     try:
         with socket.create_server(("::1", port), family=socket.AF_INET6) as ipv6:
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-            answer = post_by_http(f"http://manager_proxy:{port}", Call("/api/heartbeat", JOIN, {}, 60.0))
+            answer = post_by_http(
+                f"http://manager_proxy:{port}", Call(path="/api/heartbeat", token=JOIN, body={}, timeout_s=60.0)
+            )
             ipv6.settimeout(0.05)
             with pytest.raises(TimeoutError):
                 ipv6.accept()
@@ -433,7 +448,7 @@ def test_a_worker_that_stops_during_its_registration_keeps_its_identity_and_says
 
     bench.node.lock_all = lock_all  # type: ignore[method-assign]
     manager = SlowManager()
-    home = HomeCaller(bench.node, manager.post, manager.clock, lambda: 1.0, bench.log.append)
+    home = HomeCaller(node=bench.node, post=manager.post, clock=manager.clock, chance=lambda: 1.0, say=bench.log.append)
     stopping, hurry = threading.Event(), threading.Event()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()

@@ -59,7 +59,7 @@ def want(what: str, epoch: int = 2, rental_id: str = "one") -> dict[str, Any]:
 def test_an_identity_is_given_up_only_when_the_manager_refuses_it(
     status: int, code: str, with_own_token: bool, expected: Next
 ) -> None:
-    assert after_register(Answer(status, {"code": code}), with_own_token) is expected
+    assert after_register(Answer(status=status, body={"code": code}), with_own_token) is expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_identity_is_given_up_only_when_the_manager_refuses_it(
     ],
 )
 def test_only_a_200_renews_and_only_a_refused_session_registers_again(status: int, code: str, expected: Next) -> None:
-    assert after_heartbeat(Answer(status, {"code": code})) is expected
+    assert after_heartbeat(Answer(status=status, body={"code": code})) is expected
 
 
 def test_waiting_doubles_to_its_longest_and_is_spread_over_all_of_it() -> None:
@@ -161,11 +161,11 @@ def test_placements_of_another_form_are_refused(value: object) -> None:
 
 
 def test_an_answer_is_described_in_one_line() -> None:
-    assert str(Answer(0, reason="timed out")) == "no answer (timed out)"
-    assert str(Answer(409, {"code": "stale_session", "detail": "register again"})) == (
+    assert str(Answer(status=0, reason="timed out")) == "no answer (timed out)"
+    assert str(Answer(status=409, body={"code": "stale_session", "detail": "register again"})) == (
         "409 stale_session: register again"
     )
-    assert str(Answer(502)) == "502"
+    assert str(Answer(status=502)) == "502"
 
 
 def test_the_grace_of_a_stop_grows_with_the_files_that_have_to_migrate() -> None:

@@ -32,7 +32,9 @@ VERSION_2 = {
 
 @pytest.mark.parametrize("files", [VERSION_1, VERSION_2], ids=["version 1", "version 2"])
 def test_both_versions_of_control_groups_give_the_same_usage(files: dict[str, str]) -> None:
-    assert usage(files.get) == CgroupUsage(2.5, 100_000_000, 536_870_912, 7, 512)
+    assert usage(files.get) == CgroupUsage(
+        cpu_s=2.5, memory_used_bytes=100_000_000, memory_limit_bytes=536_870_912, processes=7, processes_limit=512
+    )
 
 
 def test_no_limit_is_zero_in_both_versions() -> None:
@@ -45,8 +47,12 @@ def test_no_limit_is_zero_in_both_versions() -> None:
 
 
 def test_missing_or_wrong_files_of_the_control_group_are_zero() -> None:
-    assert usage(lambda _: None) == CgroupUsage(0, 0, 0, 0, 0)
-    assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == CgroupUsage(0, 0, 0, 0, 0)
+    assert usage(lambda _: None) == CgroupUsage(
+        cpu_s=0, memory_used_bytes=0, memory_limit_bytes=0, processes=0, processes_limit=0
+    )
+    assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == CgroupUsage(
+        cpu_s=0, memory_used_bytes=0, memory_limit_bytes=0, processes=0, processes_limit=0
+    )
 
 
 @pytest.mark.parametrize(("limit", "slots", "each"), [(512, 1, 448), (512, 4, 112), (0, 1, 448), (70, 4, 16)])

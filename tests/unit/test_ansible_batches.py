@@ -22,7 +22,10 @@ def host(name: str, key: str = KEY) -> HostMessage:
 
 
 def jobs(*workers: str) -> list[WaitingJob]:
-    return [WaitingJob(number, Action.CREATE, host(name), False, False) for number, name in enumerate(workers, 1)]
+    return [
+        WaitingJob(number=number, action=Action.CREATE, host=host(name), alone=False, suspect=False)
+        for number, name in enumerate(workers, 1)
+    ]
 
 
 def changed(waiting: list[WaitingJob], numbers: Iterable[int], **changes: object) -> list[WaitingJob]:

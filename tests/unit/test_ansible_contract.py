@@ -17,7 +17,7 @@ from orion.manager.ssh.port import Host, Reached
 class FakeEngineBench(EngineBench):
     def __init__(self) -> None:
         world = FakeWorld()
-        self.host = Host("w-fakefake", "192.0.2.7", (KEY,))
+        self.host = Host(worker_id="w-fakefake", address="192.0.2.7", host_keys=(KEY,))
         self.worker: FakeWorker = world.add(self.host)
         self.engine = FakeEngine(world)
         self.reach = FakeReach(world)
@@ -71,7 +71,7 @@ async def test_a_reach_does_not_wait_for_an_engine_that_is_away(
 ) -> None:
     monkeypatch.setattr(client, "EXPECT_WITHIN_S", 0.01)
     world = FakeWorld()
-    host = Host("w-one", "192.0.2.1", (KEY,))
+    host = Host(worker_id="w-one", address="192.0.2.1", host_keys=(KEY,))
     world.add(host)
     reach = ReachedAndExpected(FakeReach(world), AnsibleEngine(tmp_path / "nobody.sock"))
     async with asyncio.timeout(60):

@@ -108,7 +108,13 @@ class Loop:
         self.selector = folder.enter_context(selectors.DefaultSelector())
         self.lines: list[bytes] = []
         self.ends: list[Exception | None] = []
-        self.channel = SelectorChannel(self.selector, reading, writing, self.take, lambda _, end: self.ends.append(end))
+        self.channel = SelectorChannel(
+            selector=self.selector,
+            reading=reading,
+            writing=writing,
+            take=self.take,
+            ended=lambda _, end: self.ends.append(end),
+        )
 
     def take(self, channel: SelectorChannel, line: bytes) -> None:
         self.lines.append(line)

@@ -233,7 +233,7 @@ def test_a_snapshot_id_is_parsed_as_it_is_formatted_and_no_other_text_is_one() -
 
 
 REQUEST: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}
-RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
+RECORD = RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,13 @@ def test_only_a_home_of_this_epoch_that_was_never_activated_is_restored() -> Non
         (RECORD, 0, 4, "stale_epoch"),
         (None, 0, 3, "unknown_rental"),
         (None, 3, 3, "purged"),
-        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
-        (RentalRecord("one", "r-one", 100_001, 3, activated=True, restored="2-7"), 0, 3, "let_in"),
+        (RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3, ending=True), 0, 3, "purged"),
+        (
+            RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3, activated=True, restored="2-7"),
+            0,
+            3,
+            "let_in",
+        ),
     ):
         with pytest.raises(RequestRefused) as refusal:
             check_receive(record, purged, epoch)
@@ -284,9 +289,9 @@ def test_only_a_home_of_this_epoch_that_was_never_activated_is_restored() -> Non
 def test_the_record_remembers_what_its_home_was_filled_with(tmp_path: Path) -> None:
     records = RentalRecords(tmp_path)
     records.save(RECORD)
-    request = requests.TransferRequest("one", 3, 2000.0, snapshot_id="2-7")
+    request = requests.TransferRequest(rental_id="one", epoch=3, deadline=2000.0, snapshot_id="2-7")
     assert transfer.record_for("receive", records, request).restored == "2-7"
-    assert records.find("one") == RentalRecord("one", "r-one", 100_001, 3, restored="2-7")
+    assert records.find("one") == RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3, restored="2-7")
 
 
 def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.fixture
 def fenced(tmp_path: Path, kernel: Kernel) -> FencedRentals:
     rentals = Rentals(WorkerPaths(tmp_path), lock_wait_s=0.0)
-    rentals.records.save(RentalRecord("one", "r-one", UID, 1))
+    rentals.records.save(RentalRecord(rental_id="one", username="r-one", uid=UID, epoch=1))
     (tmp_path / "etc/orion/locked/r-one").write_text("key\n")
     right, log = [False], list[str]()
     fence = Fence(rentals, lambda: right[0], log.append)
@@ -185,7 +185,7 @@ def test_the_fence_stops_processes_even_where_it_cannot_write_marks_yet(
 def test_a_rental_that_is_made_without_a_lease_is_frozen_too(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.may_run(False)
-    fenced.rentals.records.save(RentalRecord("two", "r-two", UID + 1, 1, activated=True))
+    fenced.rentals.records.save(RentalRecord(rental_id="two", username="r-two", uid=UID + 1, epoch=1, activated=True))
     fenced.kernel.running.add(UID + 1)
     fenced.fence._repeat_at = 0.0
     fenced.fence.look()
@@ -236,7 +236,7 @@ def test_a_lease_that_was_lost_and_regained_does_not_undo_an_order_to_freeze(
 
 
 def test_an_order_of_an_older_epoch_freezes_nothing_and_an_absent_rental_is_no_failure(fenced: FencedRentals) -> None:
-    fenced.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
+    fenced.rentals.records.save(RentalRecord(rental_id="one", username="r-one", uid=UID, epoch=3))
     with pytest.raises(RequestRefused, match="older"):
         fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=2))
     assert fenced.rentals.freeze(RentalOrder(rental_id="two", epoch=1))["state"] == "absent"
@@ -253,7 +253,7 @@ def test_marks_end_with_the_container(fenced: FencedRentals) -> None:
 def test_the_mark_of_a_rental_that_was_purged_goes(fenced: FencedRentals) -> None:
     fenced.activate()
     fenced.may_run(False)
-    fenced.rentals.records.bury(RentalRecord("one", "r-one", UID, 1))
+    fenced.rentals.records.bury(RentalRecord(rental_id="one", username="r-one", uid=UID, epoch=1))
     fenced.fence._repeat_at = 0.0
     fenced.fence.look()
     assert fenced.rentals.freezer.frozen() == []
@@ -416,7 +416,7 @@ def test_a_retired_rental_stays_retired_over_a_restart_and_can_be_recovered_agai
     again = Rentals(WorkerPaths(retired.root), lock_wait_s=0.0)
     with pytest.raises(RequestRefused, match="await their recovery"):
         again.freeze(RentalOrder(rental_id="one", epoch=1))
-    request = TransferRequest("one", 1, deadline=time.time() + 60)
+    request = TransferRequest(rental_id="one", epoch=1, deadline=time.time() + 60)
     assert record_for("salvage", again.records, request).retired
     with pytest.raises(RequestRefused, match="await their recovery"):
         record_for("send", again.records, request)

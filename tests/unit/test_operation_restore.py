@@ -19,7 +19,10 @@ from orion.manager.snapshots.port import RESTORE_DEADLINE_S, Home
 from orion.manager.ssh.port import Host
 from orion.rental_order import RentalOrder
 
-HANGS, WORKS = Host("w-hangs", "192.0.2.1", (KEY,)), Host("w-works", "192.0.2.2", (KEY,))
+HANGS, WORKS = (
+    Host(worker_id="w-hangs", address="192.0.2.1", host_keys=(KEY,)),
+    Host(worker_id="w-works", address="192.0.2.2", host_keys=(KEY,)),
+)
 
 
 class NoBook:
@@ -33,7 +36,7 @@ class Slow(FakeSnapshotService):
     """A snapshot service whose restores to one worker do not end until the test lets them."""
 
     def __init__(self, world: FakeWorld) -> None:
-        super().__init__(world, lambda: 0.0)
+        super().__init__(world=world, wall=lambda: 0.0)
         self.under_way: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.let_go = asyncio.Event()
@@ -92,7 +95,7 @@ class Stops(FakeSnapshotService):
     """A snapshot service whose restores of these rentals do not end until the test lets them."""
 
     def __init__(self, world: FakeWorld, stopped: set[str]) -> None:
-        super().__init__(world, lambda: 0.0)
+        super().__init__(world=world, wall=lambda: 0.0)
         self._stopped = stopped
         self.let_go = asyncio.Event()
 
@@ -131,7 +134,7 @@ async def test_a_rental_that_is_restored_alone_is_activated_at_once(monkeypatch:
     world = FakeWorld()
     world.add(WORKS)
     restorer = Restorer(
-        engine=FakeEngine(world), snapshot_service=FakeSnapshotService(world, lambda: 0.0), catalog=NoBook()
+        engine=FakeEngine(world), snapshot_service=FakeSnapshotService(world=world, wall=lambda: 0.0), catalog=NoBook()
     )  # type: ignore[arg-type]
     async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
@@ -152,7 +155,7 @@ class Asked(FakeEngine):
 
 async def test_the_restore_of_a_single_rental_begins_while_its_account_is_made() -> None:
     worker = (world := FakeWorld()).add(WORKS)
-    snapshot_service = FakeSnapshotService(world, lambda: 0.0)
+    snapshot_service = FakeSnapshotService(world=world, wall=lambda: 0.0)
     restorer = Restorer(engine=Asked(world, snapshot_service), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
     async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok

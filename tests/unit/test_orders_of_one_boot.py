@@ -17,7 +17,7 @@ from orion.manager.ansible.protocol import job_message
 from orion.manager.ssh.port import Host
 
 PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
-HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
+HOST = Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(KEY,), boot_id="boot-0002")
 
 
 def ordered(job: Job) -> dict[str, Any]:

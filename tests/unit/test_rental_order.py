@@ -96,7 +96,11 @@ def load(file: Path) -> ModuleType:
 
 @each_released
 def test_an_order_has_the_bytes_that_released_workers_understand(action: Action, order: RentalOrder, text: str) -> None:
-    job = Job(action=action, host=Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0001"), order=order)
+    job = Job(
+        action=action,
+        host=Host(worker_id="w-abcdefgh", address="192.0.2.7", host_keys=(KEY,), boot_id="boot-0001"),
+        order=order,
+    )
     received = JobMessage.model_validate_json(job_message("1", job).model_dump_json())
     sent = BatchOrder(number=1, order=received.order, refused_after=1800000000.5).as_json()
     assert json.dumps(sent) == text

@@ -80,7 +80,7 @@ async def _round(controller: SnapshotController) -> None:
 
 async def test_a_new_rental_has_a_snapshot_at_its_activation_and_after_its_first_session() -> None:
     catalog = FakeCatalog()
-    controller = new_controller(catalog, FakeSnapshotService(FakeWorld(), lambda: catalog.now))
+    controller = new_controller(catalog, FakeSnapshotService(world=FakeWorld(), wall=lambda: catalog.now))
 
     async def at_once(kind: str) -> bool:
         catalog.begun = {}
@@ -108,7 +108,7 @@ async def test_a_new_rental_has_a_snapshot_at_its_activation_and_after_its_first
 
 async def test_a_rental_that_was_just_restored_gets_no_snapshot_while_others_are_restored() -> None:
     catalog = FakeCatalog()
-    controller = new_controller(catalog, FakeSnapshotService(FakeWorld(), lambda: catalog.now))
+    controller = new_controller(catalog, FakeSnapshotService(world=FakeWorld(), wall=lambda: catalog.now))
     soon = PLAN.interval_s * JITTER + STEP_S
     at_first = await _waits(catalog, controller, 1)
     assert len(at_first) == len(RENTALS)

@@ -16,7 +16,7 @@ from orion.manager.snapshots.port import Home, SnapshotError
 from orion.manager.snapshots.protocol import SnapshotReply, SnapshotRequest
 from orion.manager.ssh.port import Host
 
-HOST = Host("w-one", "192.0.2.7", (host_key(1),))
+HOST = Host(worker_id="w-one", address="192.0.2.7", host_keys=(host_key(1),))
 
 
 @dataclass
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def copies(client: SnapshotClient, owner: str, *names: str) -> list[asyncio.Task[object]]:
-    homes = [Home(name, 200_000, 1, HOST, owner) for name in names]
+    homes = [Home(rental_id=name, uid=200_000, epoch=1, host=HOST, owner=owner) for name in names]
     return [asyncio.create_task(client.take(home, SnapshotLimits())) for home in homes]
 
 
@@ -89,8 +89,8 @@ async def test_transfers_that_failed_on_one_worker_do_not_wait_on_another(tmp_pa
         for name in ("onea", "oneb"):
             snapshot_service.end(name, "timed_out")
         await asyncio.gather(*failing, return_exceptions=True)
-        elsewhere = Host("w-two", "192.0.2.8", (host_key(2),))
-        homes = [Home(name, 200_000, 2, elsewhere, "one") for name in ("onea", "oneb")]
+        elsewhere = Host(worker_id="w-two", address="192.0.2.8", host_keys=(host_key(2),))
+        homes = [Home(rental_id=name, uid=200_000, epoch=2, host=elsewhere, owner="one") for name in ("onea", "oneb")]
         restores = [asyncio.create_task(client.restore(home)) for home in homes]
         await until(lambda: len(snapshot_service.jobs) == 2)
         for name in ("onea", "oneb"):

@@ -19,11 +19,14 @@ from orion.rental_order import RentalOrder
 class FakeSnapshotBench(SnapshotBench):
     def __init__(self) -> None:
         self.world = FakeWorld()
-        self.hosts = (Host("w-one", "192.0.2.1", (KEY,)), Host("w-two", "192.0.2.2", (OTHER_KEY,)))
+        self.hosts = (
+            Host(worker_id="w-one", address="192.0.2.1", host_keys=(KEY,)),
+            Host(worker_id="w-two", address="192.0.2.2", host_keys=(OTHER_KEY,)),
+        )
         for host in self.hosts:
             self.world.add(host)
         ticks = count(1)
-        self.snapshot_service = FakeSnapshotService(self.world, lambda: float(next(ticks)))
+        self.snapshot_service = FakeSnapshotService(world=self.world, wall=lambda: float(next(ticks)))
         self.engine = FakeEngine(self.world)
 
     @property

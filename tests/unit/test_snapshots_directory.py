@@ -36,7 +36,14 @@ def come(folder: Path, limits: tuple[int, int] = LIMITS, **written: str) -> None
 
 
 def described(folder: Path, base: str = "", limits: tuple[int, int] = LIMITS, *changed: str) -> None:
-    describe(folder, 1, NewSnapshot(0.0, "aa", (), {}), limits, base, [os.fsencode(name) for name in changed])
+    describe(
+        folder,
+        1,
+        NewSnapshot(at=0.0, mark="aa", skipped=(), folders={}),
+        limits,
+        base,
+        [os.fsencode(name) for name in changed],
+    )
 
 
 def brought(folder: Path, fill: Callable[[Path], object], limits: tuple[int, int] = LIMITS) -> Snapshot:

@@ -32,7 +32,9 @@ def lifetime() -> Iterator[Lifetime]:
 
 def answer_of(shell: str, lifetime: Lifetime) -> dict[str, object]:
     """Return the answer of a program in the place of ssh."""
-    with WorkerCommand(["sh", "-c", shell], 0, {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
+    with WorkerCommand(
+        ssh=["sh", "-c", shell], uid=0, environment={"PATH": "/usr/bin:/bin"}, command="send", request={}
+    ) as worker:
         return worker.read_answer(lifetime)
 
 
@@ -102,10 +104,14 @@ def local_rsync(program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.
 def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(program: str, lifetime: Lifetime) -> None:
     with (
         local_rsync(RSYNC) as (rsync, control),
-        WorkerCommand(["sh", "-c", program], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(
+            ssh=["sh", "-c", program], uid=0, environment={"PATH": "/usr/bin:/bin"}, command="receive", request={}
+        ) as worker,
     ):
         lifetime._ends_at = time.monotonic() + 20.0
-        Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False)._carry(rsync, control, lambda: None)
+        Transfer(worker=worker, uid=0, lifetime=lifetime, max_files=1e9, max_bytes=1e9, low_priority=False)._carry(
+            rsync, control, lambda: None
+        )
         assert rsync.wait(20) == 12
 
 
@@ -123,9 +129,17 @@ def test_a_transfer_without_progress_is_given_up_long_before_the_job_s_deadline(
 ) -> None:
     with (
         local_rsync(STILL) as (rsync, control),
-        WorkerCommand(["sh", "-c", "cat >/dev/null"], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(
+            ssh=["sh", "-c", "cat >/dev/null"],
+            uid=0,
+            environment={"PATH": "/usr/bin:/bin"},
+            command="receive",
+            request={},
+        ) as worker,
     ):
-        standing = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.3)
+        standing = Transfer(
+            worker=worker, uid=0, lifetime=lifetime, max_files=1e9, max_bytes=1e9, low_priority=False, stalled_s=0.3
+        )
         with pytest.raises(SnapshotError, match="nothing of its files has come or gone") as refused:
             standing._carry(rsync, control, lambda: None)
     assert refused.value.code == "stalled"
@@ -145,10 +159,14 @@ def test_a_transfer_in_which_one_side_computes_goes_on_without_transferred_bytes
 ) -> None:
     with (
         local_rsync(here) as (rsync, control),
-        WorkerCommand(["sh", "-c", there], 0, {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
+        WorkerCommand(
+            ssh=["sh", "-c", there], uid=0, environment={"PATH": "/usr/bin:/bin"}, command="receive", request={}
+        ) as worker,
     ):
         lifetime._ends_at = time.monotonic() + 1.5
-        working = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.5)
+        working = Transfer(
+            worker=worker, uid=0, lifetime=lifetime, max_files=1e9, max_bytes=1e9, low_priority=False, stalled_s=0.5
+        )
         with pytest.raises(SnapshotError) as refused:
             working._carry(rsync, control, lambda: None)
     assert refused.value.code == "timed_out", "by the deadline of the job"

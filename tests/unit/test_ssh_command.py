@@ -58,7 +58,7 @@ def test_no_connection_is_made_to_a_host_without_a_key() -> None:
 @needs_ssh
 def test_the_options_of_a_purpose_count_before_the_common_ones(tmp_path: Path) -> None:
     (tmp_path / "id_ed25519").touch()
-    host = Host("w-one", "192.0.2.7", (OTHER_KEY,), 2222)
+    host = Host(worker_id="w-one", address="192.0.2.7", host_keys=(OTHER_KEY,), port=2222)
     found = settings(worker_ssh(host, tmp_path, ("ServerAliveInterval=5", "ControlMaster=yes")))
     assert (found["serveraliveinterval"], found["serveralivecountmax"]) == ("5", "2")
     assert (found["user"], found["hostname"], found["port"]) == ("root", "192.0.2.7", "2222")

@@ -44,7 +44,9 @@ def test_a_session_counts_as_lost_only_if_its_connection_was_lost(report: object
 
 
 def test_without_a_report_ssh_ended_by_itself() -> None:
-    assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(255, lost=False, at_worker=False, reason="")
+    assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(
+        status=255, lost=False, at_worker=False, reason=""
+    )
 
 
 def test_a_killed_child_has_the_exit_status_that_a_shell_gives() -> None:

@@ -165,7 +165,7 @@ def test_an_rsync_ends_with_the_process_of_root_that_waits_for_it(uid: int, monk
 def test_a_transfer_is_killed_soon_after_its_deadline_whatever_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    request = requests.TransferRequest("one", 1, time.time() + SHORT_S)
+    request = requests.TransferRequest(rental_id="one", epoch=1, deadline=time.time() + SHORT_S)
     monkeypatch.setattr(transfer, "TIDIES_S", 0.0)
     monkeypatch.setattr(transfer, "_read_line", lambda: b"")
     monkeypatch.setattr(transfer, "parse_request", lambda *_: request)
@@ -191,7 +191,9 @@ def test_a_start_command_that_its_renter_stops_before_it_begins_is_killed_and_lo
     (tmp_path / "home/r-one").mkdir(parents=True)
     monkeypatch.setattr(launcher, "WITHIN_S", SHORT_S)
     monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # its child has the renter's uid by then
-    report = Launcher(tmp_path).launch(RentalRecord("one", "r-one", uid, epoch=2), "serve", "1@boot")
+    report = Launcher(tmp_path).launch(
+        RentalRecord(rental_id="one", username="r-one", uid=uid, epoch=2), "serve", "1@boot"
+    )
     assert report["started"] is False
     assert "did not begin within" in str(report["start_problem"])
     assert processes.pids_of([uid]) == []
@@ -232,7 +234,7 @@ def rentals(uid: int, tmp_path: Path) -> Rentals:
     made = Rentals(WorkerPaths(tmp_path))
     made.freezer.begin()
     made.freezer.set_lease(True)
-    made.records.save(RentalRecord("one", "r-one", uid, epoch=1, activated=True))
+    made.records.save(RentalRecord(rental_id="one", username="r-one", uid=uid, epoch=1, activated=True))
     return made
 
 

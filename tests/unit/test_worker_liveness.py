@@ -29,7 +29,9 @@ class LivenessBench:
         self.place = folder / "watch"
         self.ends = 0
         self.orderly = 0
-        self.listener = LivenessListener(self.place, "boot-1", self._count, self._count_orderly)
+        self.listener = LivenessListener(
+            place=self.place, boot_id="boot-1", on_end=self._count, on_orderly_end=self._count_orderly
+        )
 
     def connection(self) -> Connection:
         made = Connection(self.place)

@@ -27,8 +27,8 @@ from orion.manager.gateway import port_connections
 from orion.manager.gateway.port_keys import signed_pass
 
 SESSION = "5e55" * 8
-TOKEN = PortToken("abcd234567", 3, 8000)
-RECORD = RentalRecord("abcd234567", "r-abcd234567", 100_001, 3, activated=True)
+TOKEN = PortToken(rental_id="abcd234567", epoch=3, port=8000)
+RECORD = RentalRecord(rental_id="abcd234567", username="r-abcd234567", uid=100_001, epoch=3, activated=True)
 OURS, ANOTHERS = 100_001, 100_002
 WITHIN_S = 60.0
 
@@ -95,7 +95,9 @@ def test_netlink_and_proc_give_the_same_sockets(address: str, family: socket.Add
         inode = os.fstat(server.fileno()).st_ino  # another renter may listen on that port of another address
         [by_proc] = [each for each in listeners(*tables) if (each.port, each.inode) == (port, inode)]
         [by_netlink] = [each for each in socket_diag.listening() if (each.port, each.inode) == (port, inode)]
-    assert by_netlink == by_proc == Listener(ip_address(address), port, os.geteuid(), by_proc.inode)
+    assert (
+        by_netlink == by_proc == Listener(address=ip_address(address), port=port, uid=os.geteuid(), inode=by_proc.inode)
+    )
 
 
 def test_a_kernel_without_netlink_diagnostics_is_read_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +203,7 @@ class Stage:
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[PortTarget | None] = []
         here = frozenset({"127.0.0.1"})
-        self.proxy = PortProxy(RunningRentals(root), here, self._look, here, slots)
+        self.proxy = PortProxy(rentals=RunningRentals(root), peers=here, look=self._look, managers=here, slots=slots)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
@@ -453,7 +455,9 @@ async def test_a_rental_may_use_the_share_of_its_slot_in_the_connections_of_the_
 
 
 def test_each_slot_has_some_connections_however_many_slots_there_are() -> None:
-    shares = [PortProxy(RunningRentals(), frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)]
+    shares = [
+        PortProxy(rentals=RunningRentals(), peers=frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)
+    ]
     assert shares == [200, 100, 50, 10]
 
 

@@ -34,7 +34,7 @@ CREATE: dict[str, Any] = {
     "epoch": 1,
     "public_keys": [KEY],
 }
-RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
+RECORD = RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_no_epoch_is_made_that_is_older_than_recorded_or_purged_or_half_purged()
         (RECORD, 0, 2, "stale_epoch"),
         (None, 3, 3, "purged"),
         (None, 3, 2, "purged"),
-        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 4, "purge_unfinished"),
+        (RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3, ending=True), 0, 4, "purge_unfinished"),
     ):
         with pytest.raises(RequestRefused) as refusal:
             check_create(record, purged, epoch)
@@ -73,7 +73,7 @@ def test_only_the_recorded_epoch_is_unlocked() -> None:
         (RECORD, 0, 4, "stale_epoch"),
         (None, 0, 1, "unknown_rental"),
         (None, 3, 3, "purged"),
-        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
+        (RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3, ending=True), 0, 3, "purged"),
     ):
         with pytest.raises(RequestRefused) as refusal:
             check_unlock(record, purged, epoch)
@@ -93,7 +93,9 @@ def test_a_record_from_before_rental_names_is_read(tmp_path: Path) -> None:
     records = RentalRecords(tmp_path)
     assert records.find("one") == RECORD
     records.save(replace(RECORD, rental_name="lab"))
-    assert records.find("one") == RentalRecord("one", "r-one", 100_001, 3, rental_name="lab")
+    assert records.find("one") == RentalRecord(
+        rental_id="one", username="r-one", uid=100_001, epoch=3, rental_name="lab"
+    )
 
 
 def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) -> None:
@@ -102,14 +104,14 @@ def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) 
     (tmp_path / "tombstones/one").write_text("3")
     assert records.find("one") is None
     assert records.all() == []
-    records.save(RentalRecord("one", "r-one", 100_001, epoch=4))
+    records.save(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=4))
     assert [record.epoch for record in records.all()] == [4]
 
 
 def test_the_epoch_of_a_tombstone_never_falls(tmp_path: Path) -> None:
     records = RentalRecords(tmp_path)
-    records.bury(RentalRecord("one", "r-one", 100_001, epoch=5))
-    records.bury(RentalRecord("one", "r-one", 100_001, epoch=2))
+    records.bury(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=5))
+    records.bury(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=2))
     assert records.purged_epoch("one") == 5
 
 

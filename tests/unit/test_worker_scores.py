@@ -133,7 +133,12 @@ def test_memory_of_files_does_not_count_and_a_process_s_name_cannot_forge_a_line
 
 @pytest.mark.parametrize(("used", "limit", "short"), [(9, 10, True), (5, 10, False), (9, 0, False), (0, 0, False)])
 def test_memory_is_short_when_more_than_half_of_it_is_used(used: int, limit: int, short: bool) -> None:
-    assert is_short(CgroupUsage(0.0, used, limit, 0, 0)) is short
+    assert (
+        is_short(
+            CgroupUsage(cpu_s=0.0, memory_used_bytes=used, memory_limit_bytes=limit, processes=0, processes_limit=0)
+        )
+        is short
+    )
 
 
 @pytest.mark.parametrize(("of_root", "of_renters"), [(0, 500), (200, 700), (800, 1000), (-500, 0)])

@@ -32,7 +32,7 @@ from orion_worker.snapshots.staging import STAT, StagingTree, access_list
 from orion_worker.system.locks import got_lock
 
 UID = os.getuid()
-RECORD = RentalRecord("one", "r-one", UID, epoch=2, activated=True)
+RECORD = RentalRecord(rental_id="one", username="r-one", uid=UID, epoch=2, activated=True)
 BASE, MARK = "aa", "bb"
 
 
@@ -97,11 +97,17 @@ class HomeBench:
         request = TransferRequest(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
                        "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
         home = transfer.open_home(self.home, UID)
-        staging_tree = StagingTree(home, self.root / "aside/one", UID, UID)
+        staging_tree = StagingTree(home=home, place=self.root / "aside/one", uid=UID, sender=UID)
         try:
             asked_at = time.monotonic() - asked_s_ago
             made = SnapshotMaker(
-                self.operations, RECORD, request, staging_tree, home, is_salvage=False, requested_at=asked_at
+                operations=self.operations,
+                record=RECORD,
+                request=request,
+                staging=staging_tree,
+                home=home,
+                is_salvage=False,
+                requested_at=asked_at,
             )
             report = transfer.make_snapshot(made)
             self.sent = {} if report["same"] else tree(staging_tree.tree)
@@ -277,7 +283,7 @@ def test_a_process_that_ran_in_the_pause_is_noticed_and_the_pause_repeated(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (bench.home / "file").write_text("x")
-    comes = KernelTask(7, 7, 1, 7, "S", False, (1,))
+    comes = KernelTask(pid=7, tid=7, parent=1, started=7, state="S", stopping=False, turns=(1,))
     seen = [[comes], [], []]
     monkeypatch.setattr(maker, "tasks_of", lambda uid: seen.pop(0))
     bench.snapshot(mark=BASE)
@@ -446,7 +452,7 @@ def furnish(home: Path) -> None:
 def test_entries_of_every_kind_are_staged_with_their_attributes(bench: HomeBench) -> None:
     furnish(bench.home)
     home = transfer.open_home(bench.home, UID)
-    staging_tree = StagingTree(home, bench.root / "aside/one", UID, 12345)
+    staging_tree = StagingTree(home=home, place=bench.root / "aside/one", uid=UID, sender=12345)
     looked = scan(100, time.monotonic() + 20, strict=True)
     staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
     staging_tree.keep_only([scanning.path_of(line) for line in looked.lines])
@@ -482,7 +488,7 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(bench: HomeBenc
     (bench.home / "folder").symlink_to(tmp_path / "secret")
     (bench.home / "plain").unlink()
     (bench.home / "plain").symlink_to(tmp_path / "secret/file")
-    staging_tree = StagingTree(home, bench.root / "aside/one", UID, UID)
+    staging_tree = StagingTree(home=home, place=bench.root / "aside/one", uid=UID, sender=UID)
     staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
     assert staging_tree.vanished == {b"./folder/file"}
     assert (staging_tree.tree / "folder").readlink() == tmp_path / "secret"
@@ -602,7 +608,7 @@ def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(
     (bench.home / "file").write_text("mine")
     home = transfer.open_home(bench.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    staging_tree = StagingTree(home, bench.root / "aside/one", UID, UID)
+    staging_tree = StagingTree(home=home, place=bench.root / "aside/one", uid=UID, sender=UID)
     real = os.fstat
     monkeypatch.setattr(staging.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
     staging_tree.stage(
@@ -615,7 +621,9 @@ def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(
 
 
 def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.operations.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
+    bench.operations.freezer._write(
+        "one", FreezeMark(stopped_before=frozenset(), over_limit="its home holds more than 4 files")
+    )
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
     request = {
@@ -661,19 +669,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> WaitingClock:
 def test_a_restore_waits_a_moment_for_the_account_of_its_home(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
     machine.happens_at.append((0.9 * transfer.ACCOUNT_WITHIN_S, lambda: records.save(RECORD)))
-    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
+    transfer.await_account(records, TransferRequest(rental_id="one", epoch=RECORD.epoch, deadline=0.0))
     assert machine.happens_at == []
     assert machine.now < transfer.ACCOUNT_WITHIN_S
 
 
 def test_a_restore_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
-    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
+    transfer.await_account(records, TransferRequest(rental_id="one", epoch=RECORD.epoch, deadline=0.0))
     assert machine.now == pytest.approx(transfer.ACCOUNT_WITHIN_S, abs=0.01)
     with pytest.raises(RequestRefused) as refusal:
-        transfer.record_for("receive", records, TransferRequest("one", RECORD.epoch, 0.0))
+        transfer.record_for("receive", records, TransferRequest(rental_id="one", epoch=RECORD.epoch, deadline=0.0))
     assert refusal.value.code == "unknown_rental"
     records.bury(RECORD)
     waited_s = machine.now
-    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
+    transfer.await_account(records, TransferRequest(rental_id="one", epoch=RECORD.epoch, deadline=0.0))
     assert machine.now == waited_s

@@ -23,7 +23,7 @@ from orion_worker.start import launcher, program
 from orion_worker.start.launcher import Launcher
 from test_worker_rental import CREATE
 
-RECORD = RentalRecord("one", "r-one", 100_001, epoch=2)
+RECORD = RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=2)
 
 
 @pytest.fixture
@@ -101,11 +101,11 @@ def test_each_run_begins_once_in_a_boot_of_the_container_and_at_an_epoch(
     launcher.set_boot_id("boot-1")
     reports = [launcher.launch(RECORD, "serve", mark) for mark in ("1@boot-1", "1@boot-1", "2@boot-1", "2@boot-0")]
     assert [bool(report) for report in reports] == [True, False, True, False]
-    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-1")
+    assert launcher.launch(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3), "serve", "2@boot-1")
     launcher.set_boot_id("boot-2")
-    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
+    assert launcher.launch(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3), "serve", "2@boot-2")
     launcher.forget("one")
-    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
+    assert launcher.launch(RentalRecord(rental_id="one", username="r-one", uid=100_001, epoch=3), "serve", "2@boot-2")
     assert len(calls) == 5
 
 
@@ -200,7 +200,7 @@ def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, RentalRec
     marks.mkdir(parents=True)
     (marks / "one").write_text(run)
     home.mkdir(parents=True)
-    return Launcher(root), RentalRecord("one", "r-one", os.getuid(), epoch=2), home
+    return Launcher(root), RentalRecord(rental_id="one", username="r-one", uid=os.getuid(), epoch=2), home
 
 
 @pytest.mark.parametrize(
@@ -282,5 +282,5 @@ def test_a_renter_cannot_make_the_agent_read_or_wait_for_another_file(tmp_path: 
         note.mkdir()
     elif trick == "another's":
         note.write_text("2 1@boot\nstatus 3 5.0\n")
-        record = RentalRecord("one", "r-one", os.getuid() + 1, epoch=2)
+        record = RentalRecord(rental_id="one", username="r-one", uid=os.getuid() + 1, epoch=2)
     assert launcher.ended(record, 0.0) is None

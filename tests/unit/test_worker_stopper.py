@@ -15,7 +15,7 @@ STATUS = (
     "Name:\ta) R (b\nState:\tT (stopped)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000040000\n"
     "voluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t6\n"
 )
-TASK = KernelTask(42, 42, 1, 777, "T", False, (5, 6, 7))
+TASK = KernelTask(pid=42, tid=42, parent=1, started=777, state="T", stopping=False, turns=(5, 6, 7))
 
 
 def by_key(*tasks: KernelTask) -> dict[tuple[int, int, int], KernelTask]:

@@ -38,7 +38,7 @@ class TerminalFiles:
     def __post_init__(self) -> None:
         (self.root / "ptmx").write_text("")
         (self.root / "ptmx").chmod(0o666)
-        self.terminals = TerminalGuard(self._end, self.said.append, self.root, self._free)
+        self.terminals = TerminalGuard(end=self._end, say=self.said.append, place=self.root, free=self._free)
 
     def opens(self, uid: int, count: int) -> int:
         """Return the highest number that was given."""

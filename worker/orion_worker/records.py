@@ -30,7 +30,7 @@ class RequestRefused(Exception):
         self.details = dict(details or {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RentalRecord:
     """A rental that has something on this worker."""
 

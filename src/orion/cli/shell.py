@@ -40,7 +40,7 @@ Identity = Annotated[Path | None, Option("--identity", "-i", metavar="FILE", hel
 Wait = Annotated[str, Option(metavar="DURATION", help="How long to wait while the rental is queued or migrating.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SshRequest:
     """The command to run in a rental, and the options of the log-in."""
 
@@ -184,7 +184,7 @@ def _request(
     if persist:
         inside = [shlex.quote(" ".join(command))] if command else []
         command = [" ".join([PERSISTENT, *inside])]
-    return SshRequest(tuple(command), identity, tty=persist, certified=cert)
+    return SshRequest(command=tuple(command), identity=identity, tty=persist, certified=cert)
 
 
 def _arguments(orion: Orion, rental: Rental, request: SshRequest) -> list[str]:

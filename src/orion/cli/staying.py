@@ -21,7 +21,7 @@ from orion.ssh_client.connect import REPORT, SAID
 LOST = 255  # ssh's exit status after a connection that failed or broke
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Left:
     """The end of ssh."""
 
@@ -58,7 +58,9 @@ def run(arguments: Sequence[str]) -> Left:
             status = _wait(child, shadow.woken)
         reported = _read(report)
     lost = status == LOST and reported.get("lost") is True
-    return Left(status, lost, reported.get("there") is True, str(reported.get("reason") or ""))
+    return Left(
+        status=status, lost=lost, at_worker=reported.get("there") is True, reason=str(reported.get("reason") or "")
+    )
 
 
 class _Shadow:

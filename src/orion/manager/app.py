@@ -112,7 +112,7 @@ class Ports:
 class Manager:
     """The controllers, the objects that they share, and the services of the routers."""
 
-    def __init__(self, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
+    def __init__(self, *, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
         self.store, self.clocks, self._ports, self._secrets = store, settings.clocks, ports, secrets
         monotonic, wall, snapshot_service = ports.monotonic, ports.wall, ports.snapshot_service
         self.leases = Leases(settings.clocks.freeze_after_s)
@@ -404,7 +404,7 @@ class Manager:
 def build(settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> FastAPI:
     """Return the application, whose lifespan runs the manager."""
     app = application(secrets.proxy_secret)
-    put_into(app, Manager(settings, secrets, store, ports))
+    put_into(app, Manager(settings=settings, secrets=secrets, store=store, ports=ports))
     return app
 
 

@@ -120,6 +120,7 @@ class SelectorChannel:
 
     def __init__(
         self,
+        *,
         selector: selectors.BaseSelector,
         reading: Stream,
         writing: Stream,

@@ -32,4 +32,4 @@ class HostMessage(Message):
         return cls(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)
 
     def host(self) -> Host:
-        return Host(self.worker_id, str(self.address), self.host_keys, self.port)
+        return Host(worker_id=self.worker_id, address=str(self.address), host_keys=self.host_keys, port=self.port)

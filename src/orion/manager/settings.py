@@ -70,7 +70,9 @@ class Settings(BaseSettings):
         return SnapshotPlan(
             interval_s=self.snapshot_interval_s * self.clock_scale,
             at_once=self.copies_at_once,
-            limits=SnapshotLimits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share),
+            limits=SnapshotLimits(
+                max_files=self.home_max_files, max_bytes=self.home_max_bytes, owner_share=self.owner_disk_share
+            ),
             paused_share=SnapshotPlan.paused_share / self.clock_scale,  # a pause does not scale
         )
 
@@ -106,7 +108,7 @@ class Settings(BaseSettings):
         return peer in self.subnet and peer not in own
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Secrets:
     """The secrets that the entrypoint reads as root and writes to a pipe. No repr: they must not reach a log."""
 

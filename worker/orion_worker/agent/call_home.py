@@ -27,7 +27,7 @@ LARGEST_REPLY_BYTES = 4 * 2**20
 ANY_IPV4 = ("0.0.0.0", 0)  # noqa: S104 - the source of calls: nothing listens there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """One request to the manager."""
 
@@ -59,11 +59,17 @@ def post_by_http(url: str, call: Call) -> Answer:
         reply = connection.getresponse()
         text = reply.read(LARGEST_REPLY_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        return Answer(0, reason=str(error) or type(error).__name__)
+        return Answer(status=0, reason=str(error) or type(error).__name__)
     finally:
         connection.close()
     marked = reply.headers.get("X-Orion-Manager") == "unreachable"
-    return Answer(reply.status, _json_object(text), reply.reason, _seconds(reply.headers.get("Retry-After")), marked)
+    return Answer(
+        status=reply.status,
+        body=_json_object(text),
+        reason=reply.reason,
+        retry_after_s=_seconds(reply.headers.get("Retry-After")),
+        marked=marked,
+    )
 
 
 class HomeCaller:
@@ -75,6 +81,7 @@ class HomeCaller:
 
     def __init__(
         self,
+        *,
         node: Node,
         post: Post,
         clock: Callable[[], float],
@@ -159,7 +166,7 @@ class HomeCaller:
             return None
         self._evacuating_since = None
         body = {**self._heartbeat_body(session), "leaving": True}  # the released name of exiting
-        return Call("/api/heartbeat", session.worker_token, body, GOODBYE_TIMEOUT_S)
+        return Call(path="/api/heartbeat", token=session.worker_token, body=body, timeout_s=GOODBYE_TIMEOUT_S)
 
     def _register(self) -> Talk:
         own = self._node.own_token()
@@ -171,7 +178,7 @@ class HomeCaller:
             return TOKEN_POLL_S
         self._waiting_for_token = False
         sent_at = self._clock()
-        answer = yield Call("/api/register", token, self._node.describe())
+        answer = yield Call(path="/api/register", token=token, body=self._node.describe())
         self._note(answer, sent_at)
         match decisions.after_register(answer, with_own_token=own is not None):
             case Next.ACKNOWLEDGED:
@@ -198,7 +205,9 @@ class HomeCaller:
     def _heartbeat(self, session: AgentSession) -> Talk:
         sent_at = self._clock()
         more = {decisions.START_ENDS: self._node.start_ends()} if decisions.START_ENDS in self._accepted_fields else {}
-        answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
+        answer = yield Call(
+            path="/api/heartbeat", token=session.worker_token, body=self._heartbeat_body(session) | more
+        )
         # After a failure no optional field is sent: the manager may be an older one now, and would refuse it.
         self._accepted_fields = decisions.accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
         self._note(answer, sent_at)
@@ -238,7 +247,7 @@ class HomeCaller:
 
     def _acknowledge(self, session: AgentSession, sent_at: float) -> None:
         self._failures = 0
-        self.lease = LeaseState(session.lease_s, session.proxy_answer_s, acknowledged_at=sent_at)
+        self.lease = LeaseState(lease_s=session.lease_s, proxy_answer_s=session.proxy_answer_s, acknowledged_at=sent_at)
         self._on_renewal()
         self._node.note_acknowledgement()
 

@@ -34,7 +34,7 @@ def stop_grace_s(least_s: float, most_s: float, files: int, size: int) -> float:
     return min(most_s, least_s + files / CARRIED_FILES_S + size / CARRIED_BYTES_S)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """An HTTP reply; if there was none, `status` is 0 and `reason` says why."""
 
@@ -92,7 +92,7 @@ def backoff_s(attempt: int, longest_s: float, chance: float, at_least_s: float =
     return max(at_least_s, chance * min(longest_s, 2.0 ** min(attempt - 1, 16)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeaseState:
     """This worker's right to run rentals. Times are its CLOCK_BOOTTIME at the moment at which a call was sent."""
 
@@ -185,7 +185,7 @@ def accepted_fields_from(body: dict[str, Any]) -> frozenset[str]:
     return frozenset(each for each in names if isinstance(each, str)) if isinstance(names, list) else frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AgentSession:
     """The reply to a registration."""
 

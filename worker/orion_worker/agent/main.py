@@ -160,7 +160,14 @@ def run(settings: AgentSettings) -> None:
     guard = fence.Fence(node.rentals, lambda: may_run(home.lease, home.liveness_ended_at, boot_time_s()), say)
     guard.begin()
     node.rentals.launcher.set_boot_id(node.boot_id)
-    home = HomeCaller(node, partial(post_by_http, settings.url), boot_time_s, random.random, say, guard.lease_renewed)
+    home = HomeCaller(
+        node=node,
+        post=partial(post_by_http, settings.url),
+        clock=boot_time_s,
+        chance=random.random,
+        say=say,
+        on_renewal=guard.lease_renewed,
+    )
 
     def liveness_ended() -> None:
         home.liveness_ended_at = boot_time_s()
@@ -171,7 +178,12 @@ def run(settings: AgentSettings) -> None:
         home.liveness_closed_at = boot_time_s()
         hurry.set()
 
-    liveness = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
+    liveness = LivenessListener(
+        place=Path(liveness_program.SOCKET_PATH),
+        boot_id=node.boot_id,
+        on_end=liveness_ended,
+        on_orderly_end=liveness_closed,
+    )
     log = LimitedLog(write)
     sshd = SshdChild(settings, log.input)
     port_proxy = PortProxyChild(settings)
@@ -185,7 +197,7 @@ def run(settings: AgentSettings) -> None:
     )
     for look, every_s, name in looks:
         threading.Thread(target=look_for_ever, args=(look, every_s, say, name), daemon=True).start()
-    for work in (log.run, liveness.run, TerminalGuard(node.end_all, say).run):
+    for work in (log.run, liveness.run, TerminalGuard(end=node.end_all, say=say).run):
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()

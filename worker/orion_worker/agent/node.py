@@ -34,7 +34,7 @@ MAX_SLOTS = 256
 LogLine = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AgentSettings:
     """The settings of the agent, from ORION_* variables."""
 
@@ -69,7 +69,15 @@ def settings_from(environment: Mapping[str, str]) -> AgentSettings:
     grace_s = float(read("ORION_STOP_GRACE_S", str(AgentSettings.stop_grace_s), seconds, "a number of seconds"))
     grace_max_s = max(grace_s, float(read("ORION_STOP_GRACE_MAX_S", str(grace_s), seconds, "a number of seconds")))
     labels = _labels(environment.get("ORION_LABELS") or "")
-    return AgentSettings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
+    return AgentSettings(
+        url=url.rstrip("/"),
+        app_address=app_address,
+        proxy_address=proxy_address,
+        slots=int(slots),
+        labels=labels,
+        stop_grace_s=grace_s,
+        stop_grace_max_s=grace_max_s,
+    )
 
 
 class Node:

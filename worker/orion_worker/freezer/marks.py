@@ -31,7 +31,7 @@ FENCE_WAITS_S = 0.1
 """Seconds after which the fence freezes without the lock: to freeze twice is harmless, to let processes run is not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FreezeMark:
     """The record of a freeze, which its thaw needs."""
 
@@ -102,10 +102,10 @@ class Freezer:
         with self.locked(COMMAND_WAITS_S) as locked:
             _check_locked(locked)
             mark = self._read(record.rental_id)
-            stopped_before = mark.stopped_before if mark else self.stopped_before(record.uid)
-            before = mark or FreezeMark(frozenset())
+            before = mark or FreezeMark(stopped_before=self.stopped_before(record.uid))
             over_limit, migration = over_limit or before.over_limit, max(migration, before.migration)
-            self._write(record.rental_id, FreezeMark(stopped_before, ordered_at, over_limit, migration))
+            marked = replace(before, ordered_at=ordered_at, over_limit=over_limit, migration=migration)
+            self._write(record.rental_id, marked)
             return mark is None, Enforcer(record.uid, record.username).enforce()
 
     def pause(self, record: RentalRecord, until: float) -> frozenset[KernelTask] | None:
@@ -156,7 +156,7 @@ class Freezer:
         """Write a mark for the fence, which has the lock if it could get it; return whether there was none before."""
         if self.is_frozen(record.rental_id):
             return False
-        self._write(record.rental_id, FreezeMark(stopped_before))
+        self._write(record.rental_id, FreezeMark(stopped_before=stopped_before))
         return True
 
     def refreeze(self, rental_id: str, enforcer: Enforcer, lock_keys: Callable[[], None]) -> int:
@@ -231,7 +231,12 @@ class Freezer:
         except FileNotFoundError:
             return None
         found = json.loads(text)
-        return FreezeMark(_processes_of(found), found["ordered_at"], found.get("over", ""), found.get("move", 0))
+        return FreezeMark(
+            stopped_before=_processes_of(found),
+            ordered_at=found["ordered_at"],
+            over_limit=found.get("over", ""),
+            migration=found.get("move", 0),
+        )
 
     def _write(self, rental_id: str, mark: FreezeMark) -> None:
         """Write a mark whole or not at all. It is not synced: it need not outlive the machine or wait for its disk."""

@@ -34,7 +34,7 @@ PARENTS_WITHIN_S = 0.2
 Key = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelTask:
     """A thread of a renter's process, as the kernel shows it."""
 
@@ -63,7 +63,15 @@ def parse_task(pid: int, stat: str, status: str) -> KernelTask:
     pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
     switches = int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"])
     turns, stopping = (*switches, int(fields[11]) + int(fields[12])), bool(pending & 1 << signal.SIGSTOP - 1)
-    return KernelTask(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, turns)
+    return KernelTask(
+        pid=pid,
+        tid=int(tid),
+        parent=int(fields[1]),
+        started=int(fields[19]),
+        state=fields[0],
+        stopping=stopping,
+        turns=turns,
+    )
 
 
 def tasks_of(uid: int) -> list[KernelTask]:

@@ -56,6 +56,7 @@ class TerminalGuard:
 
     def __init__(
         self,
+        *,
         end: Callable[[list[int]], object],
         say: Callable[[str], None],
         place: Path = PTS,

@@ -49,7 +49,9 @@ class Rentals:
         self.launcher = Launcher(self._paths.root)
         self.manifests = Manifests(self._paths.root)
         self._keys = KeyFiles(self._paths)
-        self._purger = Purger(self._paths, self._keys, self.freezer, self.launcher, self.manifests)
+        self._purger = Purger(
+            paths=self._paths, keys=self._keys, freezer=self.freezer, launcher=self.launcher, manifests=self.manifests
+        )
         self._certificate = HostCertificate(self._paths.root)
 
     def create(self, request: RentalOrder) -> Report:
@@ -281,7 +283,7 @@ class Rentals:
 
 
 def _record_of(request: RentalOrder) -> RentalRecord:
-    return RentalRecord(request.rental_id, request.username, request.uid, request.epoch)
+    return RentalRecord(rental_id=request.rental_id, username=request.username, uid=request.uid, epoch=request.epoch)
 
 
 def _boot_time_s() -> float:

@@ -26,7 +26,7 @@ SWEEPS = 3
 that finds nothing is the last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Purger:
     """The removal of rentals from this worker."""
 

@@ -32,7 +32,7 @@ NAMED_PLACES = (
 _IPC_DESTROYED = 0o1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResidueEntry:
     """An entry that belongs to a renter by its owner or its group. `folder` is its directory, opened."""
 
@@ -135,7 +135,7 @@ def _search(
             theirs = status.st_uid in uids
             if theirs or status.st_gid in uids:
                 uid = status.st_uid if theirs else status.st_gid
-                yield ResidueEntry(folder, entry.name, status, f"{path}/{entry.name}", uid)
+                yield ResidueEntry(folder=folder, name=entry.name, status=status, path=f"{path}/{entry.name}", uid=uid)
             if stat.S_ISDIR(status.st_mode) and not theirs and status.st_dev == device:
                 inner.append(entry.name)
     if inner and depth == DEEPEST:

@@ -33,7 +33,7 @@ class LivenessListener:
     """
 
     def __init__(
-        self, place: Path, boot_id: str, on_end: Callable[[], None], on_orderly_end: Callable[[], None]
+        self, *, place: Path, boot_id: str, on_end: Callable[[], None], on_orderly_end: Callable[[], None]
     ) -> None:
         self._hello = f"{boot_id}\n".encode()
         self._on_end = on_end

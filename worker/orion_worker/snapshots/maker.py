@@ -48,7 +48,7 @@ class RentalOperations(Protocol):
     def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool: ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class SnapshotMaker:
     """The making of one snapshot."""
 

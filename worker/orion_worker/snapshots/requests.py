@@ -15,7 +15,7 @@ MAX_REQUEST_BYTES = 1 << 16
 PAUSE_MOST_S = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransferRequest:
     """One transfer of the files of a rental, to or from this worker."""
 

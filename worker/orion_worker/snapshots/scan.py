@@ -43,7 +43,7 @@ class Scan:
     """The second records, one line each: the inode, the blocks of 512 bytes, and the size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HomeEntry:
     """An entry of a home as a scan found it: `size` in bytes, its ctime `changed_at` in Unix seconds."""
 
@@ -57,7 +57,7 @@ class HomeEntry:
 
 def parse_entry(line: bytes) -> HomeEntry:
     inode, _, size, _, _, changed_at, kind, _, path = line.split(b" ", 8)
-    return HomeEntry(int(inode), int(size), float(changed_at), kind, path)
+    return HomeEntry(inode=int(inode), size=int(size), changed_at=float(changed_at), kind=kind, path=path)
 
 
 def path_of(line: bytes) -> bytes:

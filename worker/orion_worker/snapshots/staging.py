@@ -43,7 +43,7 @@ SPECIAL = (stat.S_IFIFO, stat.S_IFSOCK)
 class StagingTree:
     """Copies of entries of a home in a tree of their own, under the same paths."""
 
-    def __init__(self, home: int, place: Path, uid: int, sender: int) -> None:
+    def __init__(self, *, home: int, place: Path, uid: int, sender: int) -> None:
         """Make an empty tree at `place`, readable by the uid `sender`, for the open home of the renter `uid`."""
         self._home = home
         self._uid = uid

@@ -150,11 +150,23 @@ def _send(
             raise RequestRefused("over_limit", f"{what}; {WAY_OUT}")  # a frozen home cannot have become smaller
         home = open_home(homes / record.username, record.uid)
         stack.callback(os.close, home)
-        staging = StagingTree(home, staging_root / request.rental_id, record.uid, sender_uid(record.uid))
+        staging = StagingTree(
+            home=home, place=staging_root / request.rental_id, uid=record.uid, sender=sender_uid(record.uid)
+        )
         stack.callback(staging.remove)
         if not request.for_migration:
             os.nice(NICENESS)
-        report = make_snapshot(SnapshotMaker(operations, record, request, staging, home, is_salvage, requested_at))
+        report = make_snapshot(
+            SnapshotMaker(
+                operations=operations,
+                record=record,
+                request=request,
+                staging=staging,
+                home=home,
+                is_salvage=is_salvage,
+                requested_at=requested_at,
+            )
+        )
         _answer(0, {"ok": True} | report)
         if report["same"]:
             return 0

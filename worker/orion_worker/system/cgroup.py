@@ -14,7 +14,7 @@ Read = Callable[[str], str | None]
 """A function that returns the text of a file of the control group by its name; None where there is no such file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CgroupUsage:
     """The processors, memory and processes that the container uses, and its limits."""
 
@@ -39,7 +39,13 @@ def usage(read: Read) -> CgroupUsage:
         memory -= _field(read("memory/memory.stat"), "total_inactive_file")
         memory_limit = read("memory/memory.limit_in_bytes")
         processes, processes_limit = read("pids/pids.current"), read("pids/pids.max")
-    return CgroupUsage(cpu_s, max(0, memory), _limit(memory_limit), _number(processes), _limit(processes_limit))
+    return CgroupUsage(
+        cpu_s=cpu_s,
+        memory_used_bytes=max(0, memory),
+        memory_limit_bytes=_limit(memory_limit),
+        processes=_number(processes),
+        processes_limit=_limit(processes_limit),
+    )
 
 
 def read_file(name: str) -> str | None:

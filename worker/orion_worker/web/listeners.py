@@ -18,7 +18,7 @@ _BOTH = ip_address("::")
 """The address of sockets that may take IPv4 as well: the kernel's list does not say whether they do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Listener:
     """A listening socket."""
 
@@ -44,7 +44,9 @@ def listeners(*tables: str) -> list[Listener]:
             fields = line.split()
             if len(fields) > 9 and fields[3] == LISTENING:
                 address, _, port = fields[1].partition(":")
-                found.append(Listener(_address(address), int(port, 16), int(fields[7]), int(fields[9])))
+                found.append(
+                    Listener(address=_address(address), port=int(port, 16), uid=int(fields[7]), inode=int(fields[9]))
+                )
     return found
 
 

@@ -68,6 +68,7 @@ class PortProxy:
 
     def __init__(
         self,
+        *,
         rentals: RunningRentals,
         peers: frozenset[str],
         look: Callable[[int, int], PortTarget | None] = look_at_port,
@@ -264,6 +265,6 @@ def main() -> int:
     os.nice(NICENESS)
     gc.freeze()
     peers, managers = frozenset({sys.argv[1]}), frozenset({sys.argv[2]})
-    proxy = PortProxy(RunningRentals(), peers, managers=managers, slots=int(sys.argv[3]))
+    proxy = PortProxy(rentals=RunningRentals(), peers=peers, managers=managers, slots=int(sys.argv[3]))
     asyncio.run(proxy.serve(socket.socket(fileno=os.dup(0))))
     return 0

@@ -20,7 +20,7 @@ _TOKEN = re.compile(
 END_MESSAGE = re.compile(r"([1-9][0-9]{0,17}) ([0-9a-f]{64})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PortToken:
     """The right of one request to reach one port of one rental, at one epoch."""
 
@@ -60,7 +60,14 @@ def token_from(text: str, session_id: str) -> PortToken:
     match = _TOKEN.fullmatch(text)
     if not match or not session_id:
         raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
-    token = PortToken(match[1], int(match[2]), int(match[3]), match[4], int(match[5]), int(match[6]))
+    token = PortToken(
+        rental_id=match[1],
+        epoch=int(match[2]),
+        port=int(match[3]),
+        grant=match[4],
+        number=int(match[5]),
+        left_ms=int(match[6]),
+    )
     if not hmac.compare_digest(signature(session_id, token), match[7]):
         raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
     return token

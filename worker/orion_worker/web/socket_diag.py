@@ -58,6 +58,6 @@ def _add_listeners(answer: bytes, found: list[Listener]) -> bool:
             raise OSError(-code, os.strerror(-code))
         family, _state, port, address, uid, inode = FOUND.unpack_from(answer, at + HEADER.size)
         packed = address[:4] if family == socket.AF_INET else address
-        found.append(Listener(ip_address(packed), int.from_bytes(port, "big"), uid, inode))
+        found.append(Listener(address=ip_address(packed), port=int.from_bytes(port, "big"), uid=uid, inode=inode))
         at += (length + 3) & ~3
     return True

@@ -15,7 +15,7 @@ MAX_RENTALS = 16
 """The most rentals of one worker in one run, so that other workers need not wait for all of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WaitingJob:
     """A job that could start now."""
 

@@ -52,7 +52,7 @@ class WorkerConnection:
     """One connection to a worker. It calls `changed` when its state changes."""
 
     def __init__(
-        self, number: int, host: HostMessage, directory: Path, selector: BaseSelector, changed: Callable[[], None]
+        self, *, number: int, host: HostMessage, directory: Path, selector: BaseSelector, changed: Callable[[], None]
     ) -> None:
         self.number = number
         self.host = host
@@ -73,7 +73,9 @@ class WorkerConnection:
         assert stdin and stdout and stderr  # noqa: S101, PT018 - all three are pipes
         for stream in (stdin, stdout, stderr):
             os.set_blocking(stream.fileno(), False)
-        self._channel = SelectorChannel(selector, stdout, stdin, self._take, self._end)
+        self._channel = SelectorChannel(
+            selector=selector, reading=stdout, writing=stdin, take=self._take, ended=self._end
+        )
         self._stderr = stderr
         selector.register(self._stderr, EVENT_READ, lambda _: self._read_stderr())
 
@@ -180,7 +182,11 @@ class Connections:
         if connection is None:
             self._make_room()
             connection = WorkerConnection(
-                next(self._numbers), host, self._directory, self._selector, partial(self._forget_closed, host)
+                number=next(self._numbers),
+                host=host,
+                directory=self._directory,
+                selector=self._selector,
+                changed=partial(self._forget_closed, host),
             )
             self._connections[host] = self._ending[connection.pid] = connection
         connection.used = time.monotonic()

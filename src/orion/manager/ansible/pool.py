@@ -39,7 +39,7 @@ log = logging.getLogger("orion.engine")
 Answer = Callable[[OutcomeMessage], None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Run:
     """One job, from its receipt to its answer."""
 
@@ -59,7 +59,7 @@ class Run:
         return self.received + self.job.deadline_s
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Runner:
     """A process that plays batches, and its current batch."""
 
@@ -81,7 +81,7 @@ class Pool:
     """The waiting jobs and the runners. Call `step` after each event, and when `patience` seconds have passed."""
 
     def __init__(
-        self, selector: BaseSelector, play: Play, most_runners: int, connections: Connections, patience_s: float
+        self, *, selector: BaseSelector, play: Play, most_runners: int, connections: Connections, patience_s: float
     ) -> None:
         self._selector = selector
         self._play = play
@@ -101,7 +101,16 @@ class Pool:
             answer(OutcomeMessage(id=job.id, ok=False, message="a job with this id is already in work"))
             return
         now = time.monotonic()
-        self._waiting.append(Run(next(self._numbers), job, peer, answer, now, time.time() + job.deadline_s))
+        self._waiting.append(
+            Run(
+                number=next(self._numbers),
+                job=job,
+                peer=peer,
+                answer=answer,
+                received=now,
+                refused_after=time.time() + job.deadline_s,
+            )
+        )
 
     def abandon(self, peer: object) -> None:
         """Drop the peer's jobs without an answer, and kill each run that has no other jobs."""
@@ -169,7 +178,14 @@ class Pool:
 
     def _as_waiting(self, run: Run) -> WaitingJob:
         job = run.job
-        return WaitingJob(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
+        return WaitingJob(
+            number=run.number,
+            action=job.action,
+            host=job.host,
+            alone=run.alone,
+            suspect=job.host in self._suspects,
+            owner=job.owner,
+        )
 
     def _is_connected(self, run: Run) -> bool:
         """Return whether the job can start now. Answer it if its worker cannot be reached."""
@@ -199,7 +215,12 @@ class Pool:
         except OSError as error:
             log.warning("the engine cannot start a process: %s", error)
             return None
-        runner = Runner(pid, SelectorChannel(self._selector, connection, connection, self._take, self._end_broken))
+        runner = Runner(
+            pid=pid,
+            channel=SelectorChannel(
+                selector=self._selector, reading=connection, writing=connection, take=self._take, ended=self._end_broken
+            ),
+        )
         self._runners[pid] = runner
         return runner
 

@@ -40,7 +40,13 @@ class Server:
     """The loop of the engine: its socket, its runners and its connections to workers."""
 
     def __init__(
-        self, listening: socket.socket, play: Play, most_runners: int, directory: Path, patience_s: float = PATIENCE_S
+        self,
+        *,
+        listening: socket.socket,
+        play: Play,
+        most_runners: int,
+        directory: Path,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """`directory`: holds the SSH key and the sockets of the connections to workers."""
         self._listening = listening
@@ -49,7 +55,13 @@ class Server:
         Only the engine's own uid can connect."""
         self._selector = selectors.DefaultSelector()
         self._connections = Connections(self._selector, directory)
-        self._pool = Pool(self._selector, play, most_runners, self._connections, patience_s)
+        self._pool = Pool(
+            selector=self._selector,
+            play=play,
+            most_runners=most_runners,
+            connections=self._connections,
+            patience_s=patience_s,
+        )
         self._stopping = False
 
     def serve(self) -> None:
@@ -106,7 +118,7 @@ class Server:
             with suppress(BlockingIOError):
                 accepted, _address = listening.accept()
                 accepted.setblocking(False)
-                SelectorChannel(self._selector, accepted, accepted, take, ended)
+                SelectorChannel(selector=self._selector, reading=accepted, writing=accepted, take=take, ended=ended)
 
         listening.setblocking(False)
         self._selector.register(listening, selectors.EVENT_READ, accept)
@@ -183,7 +195,7 @@ def main() -> None:
     listening = bind(arguments.socket)
     log.info("ready on %s, at most %d runs at once", arguments.socket, arguments.runners)
     try:
-        Server(listening, play, arguments.runners, arguments.directory).serve()
+        Server(listening=listening, play=play, most_runners=arguments.runners, directory=arguments.directory).serve()
     finally:
         arguments.socket.unlink(missing_ok=True)
 

@@ -46,7 +46,7 @@ class Filter:
         return all(value is None or row[name] == value for name, value in wanted)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Stream:
     filter: Filter
     waiting: deque[tuple[int, str]] = field(default_factory=deque)
@@ -89,7 +89,7 @@ class EventStreams:
         """Count one open stream of a token during the block. Raise ApiProblem if the token has too many."""
         if self._of_tokens[token_id] >= MAX_STREAMS_PER_TOKEN:
             detail = f"this token has {MAX_STREAMS_PER_TOKEN} open event streams, which is the limit: close one first"
-            raise ApiProblem(429, "too_many_streams", detail, {"Retry-After": "5"})
+            raise ApiProblem(429, "too_many_streams", detail, headers={"Retry-After": "5"})
         self._of_tokens[token_id] += 1
         try:
             yield
@@ -99,7 +99,7 @@ class EventStreams:
 
     async def lines(self, shown: Filter, after: int) -> AsyncIterator[str]:
         """Yield the events with an id above `after` as server-sent events, then new ones, until it is dropped."""
-        stream = _Stream(shown)
+        stream = _Stream(filter=shown)
         await self._add(stream)
         try:
             last, more = after, True

@@ -129,7 +129,12 @@ def _port_request(request: Request) -> PortRequest:
     if not (port.isascii() and port.isdigit() and wire.MIN_PORT <= int(port) <= wire.MAX_PORT):
         raise ApiProblem(404, "not_found", f"a web port is a number from {wire.MIN_PORT} to {wire.MAX_PORT}")
     own = request.headers.get("x-orion-own-host") == "1"
-    return PortRequest(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
+    return PortRequest(
+        rental_id=request.headers.get("x-orion-rental", ""),
+        port=int(port),
+        on_own_host=own,
+        cross_site=_is_cross_site(request),
+    )
 
 
 def _outer_path(request: Request, rental_id: str, port: int) -> str:
@@ -174,7 +179,7 @@ async def _form(request: Request) -> tuple[PortRequest, str]:
     own = request.headers.get("x-orion-own-host") == "1"
     if own and (rental_id, port) != (request.headers.get("x-orion-rental"), request.headers.get("x-orion-port")):
         raise ApiProblem(422, "invalid_request", "the ticket is for another host name")
-    return PortRequest(rental_id, int(port), own, cross_site=False), ticket
+    return PortRequest(rental_id=rental_id, port=int(port), on_own_host=own, cross_site=False), ticket
 
 
 def _offered(request: Request, wanted: PortRequest) -> list[str]:

@@ -227,8 +227,8 @@ class SnapshotController:
             self._next_at.pop(rental_id, None)  # due soon after it is found to run again
             return "it does not run on a worker that can be reached"
         rental, placement, worker = found
-        host = Host(worker.id, worker.address, worker.host_keys)
-        home = Home(rental.id, rental.uid, placement.epoch, host, rental.owner)
+        host = Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys)
+        home = Home(rental_id=rental.id, uid=rental.uid, epoch=placement.epoch, host=host, owner=rental.owner)
         limits, pace = self.plan.limits, self._paces.setdefault(rental_id, self.plan.pace())
         if not any_pause:
             limits = replace(limits, pause_s=pace.allowed_s(self.monotonic()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapshotLimits:
     max_files: int = 200_000
     max_bytes: int = 2 << 30
@@ -17,7 +17,7 @@ class SnapshotLimits:
     """The share of the disk's bytes and inodes for the snapshots of one owner."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapshotPlan:
     interval_s: float = 30.0
     """The seconds between snapshots of one rental."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from orion.manager.ssh.port import Host, Shell, ShellLogin, ShellUnreachable
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class FakeShell:
     """Implements `port.Shell`."""
 
@@ -64,6 +64,6 @@ class FakeShells:
     async def open(self, host: Host, login: ShellLogin, size: tuple[int, int]) -> Shell:
         if self.refusing:
             raise ShellUnreachable(self.refusing)
-        shell = FakeShell(host, login, size)
+        shell = FakeShell(host=host, login=login, size=size)
         self.opened.append(shell)
         return shell

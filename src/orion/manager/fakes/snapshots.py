@@ -29,7 +29,7 @@ from orion.manager.ssh.port import Host
 Files = dict[str, str]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FakeSnapshotService:
     """Implements `port.SnapshotService`. `wall`: UTC seconds."""
 

@@ -14,7 +14,7 @@ from orion.manager.ansible.port import OF_ONE_BOOT, OTHER_BOOT, Action, Job, Out
 from orion.manager.ssh.port import End, Host, Reached, Sign
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Account:
     """The account of a rental on a worker."""
 
@@ -29,7 +29,7 @@ class RefusedOrder(Exception):
     """The worker's program refused the order."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class FakeWorker:
     """One worker. Tests read and change its fields."""
 
@@ -115,7 +115,9 @@ class FakeWorker:
             raise RefusedOrder("it is frozen: thaw it")
         same = before if before and before.epoch == order.epoch else None
         unlocked = job.action is Action.CREATE or bool(same and same.unlocked)
-        account = Account(order.username, order.uid, order.epoch, order.public_keys, unlocked)
+        account = Account(
+            username=order.username, uid=order.uid, epoch=order.epoch, keys=order.public_keys, unlocked=unlocked
+        )
         self.accounts[rental_id] = account
         self.set_aside.discard(rental_id)
         self.names[rental_id] = order.rental_name
@@ -209,7 +211,7 @@ class FakeWorld:
     workers: dict[tuple[str, int], FakeWorker] = field(default_factory=dict)
 
     def add(self, host: Host) -> FakeWorker:
-        worker = self.workers[host.address, host.port] = FakeWorker(host)
+        worker = self.workers[host.address, host.port] = FakeWorker(host=host)
         return worker
 
     def at(self, host: Host) -> FakeWorker | None:

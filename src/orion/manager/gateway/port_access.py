@@ -25,7 +25,7 @@ from orion.manager.store.database import Row, Store, record
 from orion.manager.store.tokens import Principal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PortRequest:
     """A request as the proxy describes it; the proxy has checked the form of rental and port."""
 
@@ -88,7 +88,9 @@ class PortAccess:
             raise not_found("rental")
         details = {"port": port, "from": address}
         await self.store.write(record, event_of(row, "rental.port_opened", principal.name, "by a ticket", details))
-        return self.keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
+        return self.keys.make(
+            rental_id, port, TokenReference(role=principal.role, token_id=principal.id, mark=principal.mark), now
+        )
 
     async def _authenticated(
         self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
@@ -112,7 +114,7 @@ class PortAccess:
             f"this port is not public: `orion open {request.rental_id} {request.port}` opens a port of your own "
             "rental in a browser, and a program sends its token (Authorization: Bearer TOKEN)"
         )
-        raise ApiProblem(401, "private", detail, {"WWW-Authenticate": 'Bearer realm="orion"'})
+        raise ApiProblem(401, "private", detail, headers={"WWW-Authenticate": 'Bearer realm="orion"'})
 
     def _destination(self, row: Row | None, request: PortRequest, caller: Principal | None, number: int) -> Destination:
         """Return the worker, with a pass for it. `caller` is None for a public port. Raise ApiProblem."""
@@ -131,7 +133,7 @@ class PortAccess:
 
 def try_later(code: str, detail: str) -> ApiProblem:
     """Return the refusal of a request that may succeed in a moment."""
-    return ApiProblem(503, code, detail, {"Retry-After": "2"})
+    return ApiProblem(503, code, detail, headers={"Retry-After": "2"})
 
 
 def _topic(rental_id: str, port: int) -> str:

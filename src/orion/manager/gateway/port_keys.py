@@ -22,7 +22,7 @@ LIFETIME_S = 8 * 3600.0
 _KEY = re.compile(r"([A-Za-z0-9_-]{43})\.(([0-9a-f]{1,12})\.(client|admin)\.([a-z0-9-]{1,47})-([0-9a-f]{16}))")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenReference:
     """The token in whose name a key opens a port."""
 
@@ -57,7 +57,9 @@ class PortKeys:
         if not match or not hmac.compare_digest(match[1], self._signature(rental_id, port, match[2])):
             return None
         ends_at = int(match[3], 16)
-        return TokenReference(match[4], match[5], match[6], ends_at) if now < ends_at else None
+        return (
+            TokenReference(role=match[4], token_id=match[5], mark=match[6], ends_at=ends_at) if now < ends_at else None
+        )
 
     def _signature(self, rental_id: str, port: int, payload: str) -> str:
         signed = f"{rental_id} {port} {payload}".encode()

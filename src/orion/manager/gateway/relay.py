@@ -58,7 +58,7 @@ class Ending:
     reason: str = ""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SshStream:
     """A TCP connection to a worker's sshd, and the bytes that it carried."""
 
@@ -76,7 +76,7 @@ async def connect(host: Host, timeout_s: float = CONNECT_TIMEOUT_S) -> SshStream
     except OSError as error:
         raise WorkerUnreachable(f"the worker does not answer on its SSH port: {_reason(error)}") from error
     _tune(writer.get_extra_info("socket"))
-    return SshStream(reader, writer)
+    return SshStream(reader=reader, writer=writer)
 
 
 async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

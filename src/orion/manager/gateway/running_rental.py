@@ -64,7 +64,7 @@ class RunningRentals:
 
 def job_of(row: Row) -> Job:
     """Return the job that certifies the rental's worker; it has the worker's host."""
-    host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+    host = Host(worker_id=row["worker_id"], address=row["address"], host_keys=tuple(row["host_keys"]))
     order = RentalOrder(rental_id=row["id"], username=row["username"], uid=row["uid"], epoch=row["epoch"])
     return Job(action=Action.CERTIFY, host=host, order=order, owner=row["owner"])
 
@@ -88,5 +88,7 @@ def _not_active(row: Row) -> ApiProblem:
     """Return the refusal of a rental that is not active, with Retry-After if it may become so."""
     again = {} if row["state"] in OVER else {"Retry-After": "5"}
     if row["state"] == wire.RentalState.ACTIVE:
-        return ApiProblem(409, "not_active", "the rental is migrating and stopped for a moment: try again", again)
-    return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", again)
+        return ApiProblem(
+            409, "not_active", "the rental is migrating and stopped for a moment: try again", headers=again
+        )
+    return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", headers=again)

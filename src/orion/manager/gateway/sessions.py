@@ -29,7 +29,7 @@ ENDS = frozenset(f"placement.{state}" for state in ("stopping", "stopped", "fail
 """The kinds of events after which the rental has left that worker."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SessionLimits:
     """The limits of open sessions. One owner's rentals may have half of all, and half of a worker's young ones.
 
@@ -189,7 +189,7 @@ class Sessions:
 
 
 def _too_many(detail: str) -> ApiProblem:
-    return ApiProblem(429, "too_many_sessions", detail, {"Retry-After": "5"})
+    return ApiProblem(429, "too_many_sessions", detail, headers={"Retry-After": "5"})
 
 
 def _forget(by: dict[str, set[Session]], key: str, session: Session) -> None:

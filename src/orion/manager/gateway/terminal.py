@@ -43,7 +43,7 @@ REPORT_INPUT_BYTES = 16 << 10
 """Bytes of input after which the page is told that the shell has taken them; the page sends 64 KB ahead at most."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """The limits of each page."""
 

@@ -96,7 +96,7 @@ class TerminalSessions:
 
     async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
         """Return a shell, or None if none can be opened now; tell the page why."""
-        login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
+        login = ShellLogin(username=row["username"], rental_id=row["id"], epoch=row["epoch"], who=principal.name)
         opening = self.shells.open(job_of(row).host, login, page.size)
         try:
             return await open_unless(session.over, opening, lambda late: late.close())

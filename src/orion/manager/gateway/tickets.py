@@ -54,7 +54,7 @@ class Tickets:
         its = sum(kept.principal.id == principal.id for kept in self._kept.values())
         if its >= MOST_OF_ONE or len(self._kept) >= MOST:
             detail = f"too many unused tickets: try again when they have expired, after {LIFETIME_S:.0f} s"
-            raise ApiProblem(429, "too_many_tickets", detail, {"Retry-After": "5"})
+            raise ApiProblem(429, "too_many_tickets", detail, headers={"Retry-After": "5"})
         ticket = secrets.token_urlsafe(32)
         self._kept[digest(ticket)] = Ticket(rental_id, principal, now + LIFETIME_S)
         return ticket
@@ -67,7 +67,7 @@ class Tickets:
         return kept.principal
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Resume:
     """The right to open one rental's terminal again."""
 
@@ -92,7 +92,9 @@ class Resumes:
 
     def begin(self, rental_id: str, principal: Principal) -> Resume:
         """Return a new right."""
-        return Resume(secrets.token_urlsafe(32), rental_id, principal, self.monotonic())
+        return Resume(
+            key=secrets.token_urlsafe(32), rental_id=rental_id, principal=principal, began_at=self.monotonic()
+        )
 
     def redeem(self, key: str, rental_id: str) -> Resume | None:
         """Return the right that has this key, or None if there is none for this rental."""
@@ -142,13 +144,13 @@ class Terminals:
         """Raise ApiProblem if the rental, the token's name or the platform has too many open terminals."""
         if self._open[rental_id] >= MOST_OF_A_RENTAL:
             detail = f"the rental has {MOST_OF_A_RENTAL} open browser terminals, which is its limit: close one"
-            raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
+            raise ApiProblem(429, "too_many_terminals", detail, headers={"Retry-After": "5"})
         if self._open.total() >= MOST_OF_ALL:
             detail = f"the platform has {MOST_OF_ALL} open browser terminals, which is its limit: use ssh meanwhile"
-            raise ApiProblem(503, "too_many_terminals", detail, {"Retry-After": "30"})
+            raise ApiProblem(503, "too_many_terminals", detail, headers={"Retry-After": "30"})
         if not may_take(Claim(name), self._taken, MOST_OF_ALL):
             detail = f"{name} has {self._taken[Claim(name)]} open browser terminals, which is the limit: close one"
-            raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
+            raise ApiProblem(429, "too_many_terminals", detail, headers={"Retry-After": "5"})
 
     @contextmanager
     def opened(self, rental_id: str, name: str) -> Iterator[None]:

@@ -44,7 +44,7 @@ class Recoverer:
 
     async def recover(self, host: Host, item: Item, placement_id: str, owner: str) -> Outcome:
         """Take a recovered snapshot of this lost placement, and have the database accept it."""
-        home = Home(item.rental_id, item.uid, item.epoch, host, owner)
+        home = Home(rental_id=item.rental_id, uid=item.uid, epoch=item.epoch, host=host, owner=owner)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._shares.place(Claim(owner)):
                 found = await self._catalog.to_recover(placement_id)

@@ -175,7 +175,7 @@ class Restorer:
 
 
 def home_of(job: Job) -> Home:
-    return Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
+    return Home(rental_id=job.order.rental_id, uid=job.order.uid, epoch=job.order.epoch, host=job.host, owner=job.owner)
 
 
 def _refused(error: SnapshotError) -> Outcome:

@@ -34,7 +34,7 @@ NEXT, OLD = "next-", "old-"
 CHANGES = "changes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NewSnapshot:
     """A snapshot whose files are all in `incoming`."""
 

@@ -136,7 +136,13 @@ class SnapshotJob:
             done, *copies = self._renew(base["generation"], at)
         else:
             folders = base["folders"] if answer.same else answer.folders
-            made = directory.NewSnapshot(at, base["mark"] if answer.same else mark, answer.skipped, folders, recovers)
+            made = directory.NewSnapshot(
+                at=at,
+                mark=base["mark"] if answer.same else mark,
+                skipped=answer.skipped,
+                folders=folders,
+                recovered=recovers,
+            )
             done, *copies = self._finish(made, base, None if answer.whole else result.names)
         self._leftovers = ""
         return SnapshotReply(ok=True, done=done, copies=copies, pause_s=answer.pause_s)
@@ -186,10 +192,16 @@ class SnapshotJob:
         before = (f"--link-dest={self._folder / base / 'home'}",) if answer.whole and base else ()
         listing = ("-ii", "--out-format=%i %n", "--info=nonreg0")
         target = f"{self._folder / directory.INCOMING / 'home'}/"
-        limits = request.max_files, request.max_bytes
         stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.RECOVER else STALL_S
-        low_priority = not request.for_migration
-        transfer = Transfer(worker, request.uid, self._lifetime, *limits, low_priority, stalled_s)
+        transfer = Transfer(
+            worker=worker,
+            uid=request.uid,
+            lifetime=self._lifetime,
+            max_files=request.max_files,
+            max_bytes=request.max_bytes,
+            low_priority=not request.for_migration,
+            stalled_s=stalled_s,
+        )
         arguments = (*OPTIONS[kind], *before, *listing, "worker:.", target)
         return checked(transfer.run(arguments, self._room.check_disk, answer_was_read=True), "receiver")
 
@@ -226,7 +238,7 @@ class SnapshotJob:
     def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> RsyncResult:
         source = f"{self._folder / wanted / 'home'}/"
         with self._worker_command("receive", generation=wanted, **marks) as worker:
-            transfer = Transfer(worker, self._request.uid, self._lifetime)
+            transfer = Transfer(worker=worker, uid=self._request.uid, lifetime=self._lifetime)
             return checked(transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None), "sender")
 
     def _connect(self) -> SnapshotReply:
@@ -297,7 +309,13 @@ class SnapshotJob:
         command, environment = self._ssh()
         deadline = time.time() + self._lifetime.left_s
         identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": deadline}
-        return WorkerCommand(command, self._directories.ssh_uid, environment, direction, identity | more)
+        return WorkerCommand(
+            ssh=command,
+            uid=self._directories.ssh_uid,
+            environment=environment,
+            command=direction,
+            request=identity | more,
+        )
 
     def _ssh(self) -> tuple[list[str], dict[str, str]]:
         """Return the ssh command that reaches the worker, and its environment."""

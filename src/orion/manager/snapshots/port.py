@@ -19,7 +19,7 @@ RESTORE_DEADLINE_S = 300.0
 CONNECT_DEADLINE_S = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Home:
     """A rental's home on a worker, at one epoch. `owner` has a share of the transfers and of the disk."""
 

@@ -82,7 +82,7 @@ class RsyncResult:
         return tuple(sorted({name[:200] for name in names})[:MAX_SKIPPED_NAMES])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ByteStream:
     """Bytes that are carried in one direction, from `source` to `target`, `most` at most."""
 
@@ -124,7 +124,7 @@ class StallClock:
         return self._idle_s >= self.longest_s
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Transfer:
     """One transfer between the local rsync and the one on a worker, within its limits."""
 
@@ -183,8 +183,10 @@ class Transfer:
         self.lifetime.wait_for(control.fileno())
         from_rsync, to_rsync = _receive_pipe_ends(control)
         most = self.max_bytes + LISTS_BYTES + LISTS_BYTES_A_FILE * self.max_files
-        inward = ByteStream(worker.stdout.fileno(), to_rsync, most)
-        outward = ByteStream(from_rsync, os.dup(worker.stdin.fileno()), float("inf"), closes_source=True)
+        inward = ByteStream(source=worker.stdout.fileno(), target=to_rsync, most=most)
+        outward = ByteStream(
+            source=from_rsync, target=os.dup(worker.stdin.fileno()), most=float("inf"), closes_source=True
+        )
         worker.stdin.close()
         self.lifetime.register(self._selector)
         self._open = {rsync.stdout.fileno(), rsync.stderr.fileno()}

@@ -33,7 +33,7 @@ REACHED_WITHIN_S = 20.0
 _CODE = re.compile(r"[a-z_]{1,40}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapshotAnswer:
     """The worker's answer to a request for a snapshot. It is trusted only in what it says of that rental's home."""
 
@@ -56,7 +56,14 @@ class SnapshotAnswer:
             skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:MAX_SKIPPED_NAMES])
             after_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("after_s", "pause_s"))
             folders = _modes(dict(answer.get("folders", {})))
-            return cls(answer.get("same") is True, answer.get("whole") is True, after_s, pause_s, skipped, folders)
+            return cls(
+                same=answer.get("same") is True,
+                whole=answer.get("whole") is True,
+                after_s=after_s,
+                pause_s=pause_s,
+                skipped=skipped,
+                folders=folders,
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise SnapshotError("unreachable", "the worker cannot be asked: its answer is not one") from error
 
@@ -79,7 +86,7 @@ class WorkerCommand:
     """One run of `orion-rental` on the worker by ssh. It gets its request at once; leaving the block kills the ssh."""
 
     def __init__(
-        self, ssh: Sequence[str], uid: int, environment: dict[str, str], command: str, request: dict[str, Any]
+        self, *, ssh: Sequence[str], uid: int, environment: dict[str, str], command: str, request: dict[str, Any]
     ) -> None:
         self.process = subprocess.Popen(
             [*ssh, f"orion-rental {command}"],

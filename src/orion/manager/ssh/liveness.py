@@ -100,7 +100,7 @@ def closed_by_peer(ended: Exception | None) -> bool:
     return isinstance(ended, CLOSED_BY_PEER)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Channel:
     """A connection, its channel to the agent, and the future of its end."""
 
@@ -201,7 +201,7 @@ class SshLiveness:
                 except BaseException:
                     connection.abort()
                     raise
-                return _Channel(connection, process, boot_id, client.lost)
+                return _Channel(connection=connection, process=process, boot_id=boot_id, lost=client.lost)
         except asyncssh.HostKeyNotVerifiable:
             return End.REPLACED
         except (OSError, asyncssh.Error, ValueError):

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Host:
     """The address of a worker, and the keys by which it is recognised."""
 
@@ -69,7 +69,7 @@ class ShellUnreachable(Exception):
     """The worker gives no shell. A client may see the message."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShellLogin:
     """The account and rental of a shell, and the name of the token that asked for it."""
 
