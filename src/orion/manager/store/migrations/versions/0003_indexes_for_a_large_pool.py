@@ -17,9 +17,3 @@ def upgrade() -> None:
     op.create_index("ix_rentals_owner_id", "rentals", ["owner", "id"])
     op.create_index("ix_rentals_name", "rentals", ["name"])
     op.create_index("ix_rentals_due", "rentals", ["expires_at"], sqlite_where=_LIVING, postgresql_where=_LIVING)
-
-
-def downgrade() -> None:
-    for name in ("ix_rentals_due", "ix_rentals_name", "ix_rentals_owner_id", "ix_rentals_living"):
-        op.drop_index(name, "rentals")
-    op.drop_index("ix_placements_worker_id_state", "placements")

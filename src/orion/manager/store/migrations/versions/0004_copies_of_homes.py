@@ -26,11 +26,3 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("last_safe_copy_bytes", sa.BigInteger(), nullable=True))
         batch_op.add_column(sa.Column("copy_problem", sa.Text(), server_default="", nullable=False))
         batch_op.add_column(sa.Column("restore_from", sa.String(length=40), nullable=True))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.drop_column("restore_from")
-        batch_op.drop_column("copy_problem")
-        batch_op.drop_column("last_safe_copy_bytes")
-    op.drop_table("copies")

@@ -22,16 +22,3 @@ def upgrade() -> None:
     op.drop_index("uq_placements_live", "placements")
     for name, which in (("uq_placements_live", _LIVE), ("uq_placements_standby", _STANDBY)):
         op.create_index(name, "placements", ["rental_id"], unique=True, sqlite_where=which, postgresql_where=which)
-
-
-def downgrade() -> None:
-    op.drop_index("uq_placements_standby", "placements")
-    op.drop_index("uq_placements_live", "placements")
-    with op.batch_alter_table("placements", schema=None) as batch_op:
-        for name in ("filled", "held", "standby"):
-            batch_op.drop_column(name)
-    op.create_index(
-        "uq_placements_live", "placements", ["rental_id"], unique=True, sqlite_where=_BEFORE, postgresql_where=_BEFORE
-    )
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.drop_column("last_epoch")

@@ -24,14 +24,3 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("salvage", sa.Boolean(), server_default=sa.false(), nullable=False))
     # Nobody has written down when a renter was let in; the latest epoch is never too early.
     op.execute("UPDATE rentals SET let_in_epoch = epoch WHERE activated_at IS NOT NULL")
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("copies", schema=None) as batch_op:
-        batch_op.drop_column("salvage")
-    with op.batch_alter_table("placements", schema=None) as batch_op:
-        batch_op.drop_column("salvaged")
-        batch_op.drop_column("started")
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        for name in ("takeovers", "start_problem", "start_run", "start", "began_with", "let_in_epoch"):
-            batch_op.drop_column(name)

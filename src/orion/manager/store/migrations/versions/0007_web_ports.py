@@ -12,8 +12,3 @@ depends_on = None
 def upgrade() -> None:
     with op.batch_alter_table("rentals", schema=None) as batch_op:
         batch_op.add_column(sa.Column("public_ports", sa.JSON(), server_default="[]", nullable=False))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.drop_column("public_ports")

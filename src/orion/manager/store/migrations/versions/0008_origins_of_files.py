@@ -13,9 +13,3 @@ def upgrade() -> None:
     with op.batch_alter_table("rentals", schema=None) as batch_op:
         batch_op.add_column(sa.Column("lineage", sa.JSON(), server_default="[]", nullable=False))
         batch_op.add_column(sa.Column("home_warning", sa.Text(), server_default="", nullable=False))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.drop_column("home_warning")
-        batch_op.drop_column("lineage")

@@ -15,11 +15,3 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("start_ended_at", sa.Float(), nullable=True))
     with op.batch_alter_table("rentals", schema=None) as batch_op:
         batch_op.add_column(sa.Column("key_comments", sa.JSON(), server_default="{}", nullable=False))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.drop_column("key_comments")
-    with op.batch_alter_table("placements", schema=None) as batch_op:
-        batch_op.drop_column("start_ended_at")
-        batch_op.drop_column("start_end")
