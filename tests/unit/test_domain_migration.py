@@ -73,6 +73,8 @@ def test_the_explanation_of_a_failed_migration_is_the_api_s() -> None:
         (RENTAL, QUIESCED_SOURCE, TARGET_PLACEMENT, MigrationPhase.FINAL_SYNC),
         (RENTAL, QUIESCED_SOURCE, None, MigrationPhase.PARK),
         (MIGRATING, STOPPING, None, MigrationPhase.CUTOVER),
+        # The migration is over, its source is not purged yet, and the target's worker was lost.
+        (replace(MIGRATING, activated_epoch=4), STOPPING, None, MigrationPhase.NONE),
         (MIGRATING, replace(STOPPING, quiesced_for=0), None, MigrationPhase.NONE),
         (RELEASING, STOPPING, None, MigrationPhase.NONE),
         (RENTAL, QUIESCED_SOURCE, replace(TARGET_PLACEMENT, epoch=5), MigrationPhase.STALE),
