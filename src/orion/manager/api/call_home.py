@@ -106,8 +106,7 @@ class CallHome:
 
     async def is_reachable(self, worker: Worker) -> bool:
         """Return whether the worker answers at its registered address with its pinned host key."""
-        host = Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys)
-        return await self.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES
+        return await self.reach.reach(Host.of(worker), PROBE_TIMEOUT_S) is Reached.YES
 
     def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
         self.on_inventory(worker_id, items)

@@ -227,7 +227,7 @@ class SnapshotController:
             self._next_at.pop(rental_id, None)  # due soon after it is found to run again
             return "it does not run on a worker that can be reached"
         rental, placement, worker = found
-        host = Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys)
+        host = Host.of(worker)
         home = Home(rental_id=rental.id, uid=rental.uid, epoch=placement.epoch, host=host, owner=rental.owner)
         limits, pace = self.plan.limits, self._paces.setdefault(rental_id, self.plan.pace())
         if not any_pause:

@@ -82,7 +82,7 @@ class LivenessConnections:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, worker: Worker) -> None:
-        host = Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys)
+        host = Host.of(worker)
         pause_s = FIRST_PAUSE_S
         with suppress(asyncio.CancelledError):
             while True:

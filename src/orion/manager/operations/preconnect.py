@@ -44,8 +44,6 @@ class Preconnector:
     async def _open(self, worker_id: str) -> None:
         for worker in (await self._state_store.workers([worker_id])).values():
             try:
-                await self._snapshot_service.connect(
-                    Host(worker_id=worker.id, address=worker.address, host_keys=worker.host_keys)
-                )
+                await self._snapshot_service.connect(Host.of(worker))
             except SnapshotError as error:
                 log.info("connection not opened in advance", worker_id=worker_id, code=error.code)

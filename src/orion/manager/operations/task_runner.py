@@ -200,10 +200,7 @@ class TaskRunner:
         workers = await self.state_store.workers(ids)
         if len(workers) < len(ids):
             return Outcome(False, "its worker was removed")
-        hosts = {
-            w.id: Host(worker_id=w.id, address=w.address, host_keys=w.host_keys, boot_id=w.ordered_boot_id)
-            for w in workers.values()
-        }
+        hosts = {worker.id: Host.of(worker) for worker in workers.values()}
         host = hosts[task.worker_id]
         if (item := task.item) is None:
             return _REACHED[await self.reach.reach(host, REACH_TIMEOUT_S)]

@@ -26,11 +26,8 @@ class Thawer:
         if found is None:
             return "it does not run on a worker that is ready"
         rental, placement, worker = found
-        host = Host(
-            worker_id=worker.id, address=worker.address, host_keys=worker.host_keys, boot_id=worker.ordered_boot_id
-        )
         order = RentalOrder(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=placement.epoch)
-        job = Job(action=Action.THAW, host=host, order=order, deadline_s=DEADLINE_S, owner=rental.owner)
+        job = Job(action=Action.THAW, host=Host.of(worker), order=order, deadline_s=DEADLINE_S, owner=rental.owner)
         outcome = await self._engine.run(job)
         if not outcome.ok:
             return outcome.message

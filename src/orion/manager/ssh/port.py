@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from orion.manager.domain.model import Worker
+
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
@@ -21,6 +23,12 @@ class Host:
     port: int = 22
     boot_id: str = ""
     """The boot id that the orders in OF_ONE_BOOT name; empty if they name none. See `Worker.ordered_boot_id`."""
+
+    @staticmethod
+    def of(worker: Worker) -> Host:
+        return Host(
+            worker_id=worker.id, address=worker.address, host_keys=worker.host_keys, boot_id=worker.ordered_boot_id
+        )
 
 
 class Reached(StrEnum):
