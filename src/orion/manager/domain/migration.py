@@ -77,9 +77,9 @@ def phase_of(rental: Rental, source: Placement, target: Placement | None) -> Mig
     """Return the phase of a rental's planned migration from `source` to `target`, which is None if there is none."""
     if source.state is not PlacementState.RUNNING:
         ends = source.state is PlacementState.STOPPING and rental.state is RentalState.MIGRATING
-        # A migration's number is above its source's epoch, so an activation from that number on came after the cutover.
-        was_activated_since = rental.activated_epoch >= source.quiesced_for
-        return MigrationPhase.CUTOVER if ends and not was_activated_since else MigrationPhase.NONE
+        # A renter that was activated at the migration's number or above was activated after the cutover.
+        is_over = rental.activated_epoch >= source.quiesced_for
+        return MigrationPhase.NONE if is_over or not ends else MigrationPhase.CUTOVER
     if target is None:
         return MigrationPhase.PARK if source.quiesced_for else MigrationPhase.NONE
     is_prepared = target.state is PlacementState.PREPARING
