@@ -34,7 +34,7 @@ FIRST_NUMBER = 1_000_000_000
 NEW_CONNECTIONS_S = 1.0
 """Seconds of load with a new connection for each heartbeat.
 
-After its end each occupies one of the client's 28,232 ports for a minute, so a longer load would run out of ports.
+Each occupies one of the client's ports (28,232 by default) for a minute after its end: a longer load would need more.
 """
 RENT_EVERY_S = 0.5
 AGENT_EVERY_S = 2.0
@@ -232,7 +232,7 @@ def _suspected(stack: BenchStack) -> int:
 def _report(result: Result, rounds: list[HeartbeatRound], anew: Load, suspects: int) -> None:
     constant, beats = [one.constant for one in rounds], [one.beats for one in rounds]
     _row(result, "one heartbeat", beats)
-    _row(result, "one heartbeat on a new connection", [anew])
+    _row(result, "one heartbeat on a new connection", [anew], "one run")
     _row(result, "Nginx answering a constant", constant)
     per_s, limit = median([load.per_s for load in beats]), median([load.per_s for load in constant])
     result.value("heartbeats a second", "1/s", per_s)
@@ -253,6 +253,6 @@ def _report(result: Result, rounds: list[HeartbeatRound], anew: Load, suspects: 
     result.at_most("slowest rent during the heartbeats", max(under_load, default=math.inf), 1, " s")
 
 
-def _row(result: Result, label: str, loads: list[Load]) -> None:
+def _row(result: Result, label: str, loads: list[Load], remark: str = "medians of the rounds") -> None:
     p50, p95, p99 = (1000 * median([getattr(load, name) for load in loads]) for name in ("p50", "p95", "p99"))
-    result.rows.append(Row(label, "ms", sum(1 for _ in loads), p50, p95, p99, "medians of the rounds"))
+    result.rows.append(Row(label, "ms", sum(1 for _ in loads), p50, p95, p99, remark))
