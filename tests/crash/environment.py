@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import httpx
 from crash import manager
 from crash.proxy import CrashingProxy
-from support.builders import AUTHORITIES, host_key
+from support.builders import host_key, new_secrets
 from support.harness import PROXY_SECRET, Agent
 
 from orion.manager.ansible.port import Action, Job
@@ -31,10 +31,9 @@ from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.fakes.snapshots import FakeSnapshotService
 from orion.manager.fakes.workers import FakeEngine, FakeReach, FakeWorld
 from orion.manager.main import LOOPBACK
-from orion.manager.settings import Secrets, Settings
+from orion.manager.settings import Settings
 from orion.manager.snapshots.port import SnapshotError
 from orion.manager.ssh.port import Host
-from orion.manager.store.tokens import make_token
 from orion.rental_order import RentalOrder
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -107,15 +106,7 @@ class CrashEnvironment:
         self.exits: list[int] = []
         self.wall_offset_s = 0.0
         self.faketime = ""
-        self.secrets = Secrets(
-            admin_token=make_token("admin", "admin"),
-            join_token=make_token("join", "join"),
-            proxy_secret=PROXY_SECRET,
-            ssh_private_key="",
-            ssh_public_key=host_key(1),
-            host_authority=AUTHORITIES[0],
-            user_authority=AUTHORITIES[1],
-        )
+        self.secrets = new_secrets(PROXY_SECRET)
         self._kept_port = keep_port()
         self.settings = Settings(
             database_url=f"sqlite:///{self.database}",

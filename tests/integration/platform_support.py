@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 from proxy_support import SECRET, Proxy, answers, new_proxy, wait_until
-from support.builders import AUTHORITIES, host_key
+from support.builders import host_key, new_secrets
 from support.patience import PATIENCE_S
 
 from orion.manager import main
@@ -29,7 +29,6 @@ from orion.manager.gateway.port_connections import end_connections
 from orion.manager.settings import Secrets, Settings
 from orion.manager.ssh.port import Host
 from orion.manager.store.database import Store
-from orion.manager.store.tokens import make_token
 
 PROCESSES = multiprocessing.get_context("forkserver")
 SLOTS = 64
@@ -75,15 +74,7 @@ class Platform:
         self.proxy = shipped_proxy
         self.folder = folder
         self.url = shipped_proxy.url
-        self.secrets = Secrets(
-            admin_token=make_token("admin", "admin"),
-            join_token=make_token("join", "join"),
-            proxy_secret=SECRET,
-            ssh_private_key="",
-            ssh_public_key=host_key(1),
-            host_authority=AUTHORITIES[0],
-            user_authority=AUTHORITIES[1],
-        )
+        self.secrets = new_secrets(SECRET)
         self.log = folder / "manager.log"
         wide = ".".join(shipped_proxy.network.split(".")[:2])
         # Wider than the proxy's network, so that this machine's end of it may be a worker.

@@ -1,4 +1,4 @@
-"""Makers of workers, rentals and placements of the domain, with defaults for values that a test does not set."""
+"""Makers of workers, rentals, placements and secrets, with defaults for values that a test does not set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import asyncssh
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 from orion.manager.domain.world import World
+from orion.manager.settings import Secrets
+from orion.manager.store.tokens import make_token
 
 SESSION = "session-1"
 
@@ -24,6 +26,18 @@ AUTHORITIES = (private_key(), private_key())
 
 def host_key(number: int) -> str:
     return f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA{number:042d}"
+
+
+def new_secrets(proxy_secret: str) -> Secrets:
+    return Secrets(
+        admin_token=make_token("admin", "admin"),
+        join_token=make_token("join", "join"),
+        proxy_secret=proxy_secret,
+        ssh_private_key="",
+        ssh_public_key=host_key(1),
+        host_authority=AUTHORITIES[0],
+        user_authority=AUTHORITIES[1],
+    )
 
 
 def new_worker(number: int = 1, **change: Any) -> Worker:

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from fastapi import FastAPI
 from sqlalchemy import select
-from support.builders import AUTHORITIES, host_key
+from support.builders import host_key, new_secrets
 from support.pools import differences
 
 from orion.manager.api.proxy_guard import SECRET_HEADER
@@ -29,13 +29,12 @@ from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.fakes.shell import FakeShells
 from orion.manager.fakes.snapshots import FakeSnapshotService
 from orion.manager.fakes.workers import FakeEngine, FakeLiveness, FakeReach, FakeWorker, FakeWorld
-from orion.manager.settings import Secrets, Settings
+from orion.manager.settings import Settings
 from orion.manager.ssh.port import Host
 from orion.manager.store import events, tokens
 from orion.manager.store.database import News, Row, Store, rows
 from orion.manager.store.pool_index import everything
 from orion.manager.store.schema import placements
-from orion.manager.store.tokens import make_token
 
 T = TypeVar("T")
 PROXY_SECRET = "the-proxy-s-secret"
@@ -192,15 +191,7 @@ class Harness:
         store._writer = store._readers = ImmediateExecutor(1)
         # A rental that is lost without a snapshot begins empty at once, unless a test is about that wait.
         self.settings = settings or Settings(database_url=store.url, uncopied_wait_s=0)
-        self.secrets = Secrets(
-            admin_token=make_token("admin", "admin"),
-            join_token=make_token("join", "join"),
-            proxy_secret=PROXY_SECRET,
-            ssh_private_key="",
-            ssh_public_key=host_key(1),
-            host_authority=AUTHORITIES[0],
-            user_authority=AUTHORITIES[1],
-        )
+        self.secrets = new_secrets(PROXY_SECRET)
         self.clock = VirtualClock()
         self.proxy_probe = FakeProxyProbe()
         self.world = FakeWorld()
