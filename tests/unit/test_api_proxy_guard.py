@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import get_contextvars
 from structlog.testing import capture_logs
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from orion.manager.api.proxy_guard import RejectedPeers, protocol_for
+from orion.manager.api.proxy_guard import ProxyGuard, RejectedPeers, protocol_for
 
 LOOPBACK = "127.0.0.1"
 PIECES = [b"one", b"two", b"three" * 100_000]
@@ -27,9 +29,18 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+async def answer_with_bound_id(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answer with the request's id as a line of the log would have it."""
+    body = f"bound:{get_contextvars()['request_id']};".encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
 @asynccontextmanager
-async def connected(*peers: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = Config(answer, log_config=None, access_log=False, lifespan="off")
+async def connected(
+    *peers: str, app: ASGIApp = answer
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    config = Config(app, log_config=None, access_log=False, lifespan="off")
     config.load()
     protocol, state = protocol_for(frozenset(peers)), ServerState()
     server = await asyncio.get_running_loop().create_server(
@@ -52,6 +63,21 @@ async def test_the_connection_of_a_peer_that_is_not_the_proxy_is_closed_and_logg
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await asyncio.wait_for(reader.readexactly(1), 60)
     assert [(line["peer"], line["accepted"], line["connections"]) for line in logged] == [(LOOPBACK, "192.0.2.1", 1)]
+
+
+async def test_lines_of_the_log_have_the_id_of_their_own_request() -> None:
+    """The requests are pipelined over one connection; the second one has no id, and gets one."""
+    guarded = ProxyGuard(answer_with_bound_id, secret=b"secret")
+    first = b"GET / HTTP/1.1\r\nHost: x\r\nX-Orion-Proxy-Secret: secret\r\nX-Request-ID: 11112222\r\n\r\n"
+    second = b"GET / HTTP/1.1\r\nHost: x\r\nX-Orion-Proxy-Secret: secret\r\nConnection: close\r\n\r\n"
+    async with connected(LOOPBACK, app=guarded) as (reader, writer):
+        writer.write(first + second)
+        replies = await asyncio.wait_for(reader.read(-1), 60)
+    bound, shown = re.findall(rb"bound:(.*?);", replies), re.findall(rb"x-request-id: (.*?)\r", replies)
+    assert bound == shown
+    assert bound[0] == b"11112222"
+    assert re.fullmatch(rb"[0-9a-f]{32}", bound[1])
+    assert "request_id" not in get_contextvars()
 
 
 def test_closed_connections_cost_one_line_a_minute() -> None:
