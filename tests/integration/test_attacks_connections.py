@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count, islice
 from statistics import median
 
 import httpx
@@ -21,6 +22,7 @@ from support import http2
 
 from bench.strangers import ATTACKS, HEADERS, MEMORY, addresses, attacking, counted_kib, open_from
 from orion.manager.api.bodies import UNKNOWN_WITHIN_S, WHOLE_WITHIN_S
+from orion.manager.api.event_streams import MAX_STREAMS_PER_TOKEN
 
 CONNECTION_KIB, REQUEST_KIB = 70, 64
 """The most memory of one connection in KiB, by the calculation in manager_proxy/limits.conf."""
@@ -66,10 +68,10 @@ def unfinished_headers_by_tls(attacked: Platform) -> socket.socket:
     return there
 
 
-def unfinished_body(attacked: Platform, path: str = "/api/rent", source: str = "", token: str = "") -> socket.socket:
+def unfinished_body(attacked: Platform) -> socket.socket:
     """Begin a body of a known caller, for which the manager waits."""
-    there = socket.create_connection(address(attacked.proxy), timeout=30, source_address=(source, 0))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token or attacked.secrets.admin_token}\r\n"
+    there = socket.create_connection(address(attacked.proxy), timeout=30)
+    head = f"POST /api/rent HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {attacked.secrets.admin_token}\r\n"
     there.sendall(f"{head}Content-Length: 16000\r\n\r\n{'a' * 15_000}".encode())
     return there
 
@@ -294,28 +296,35 @@ def test_endless_http_2_frames_disturb_no_other_client_and_take_no_memory(
     assert memory_kib(proxy) - before_kib < 32 * 1024
 
 
+def event_streams(attacked: Platform, source: str) -> Iterator[socket.socket]:
+    """Yield streams of events that are being opened. Unlike an unfinished body, such a request has no time limit."""
+    for number in count():
+        token = attacked.token(f"many-{number}")
+        for _ in range(MAX_STREAMS_PER_TOKEN):
+            there = socket.create_connection(address(attacked.proxy), timeout=30, source_address=(source, 0))
+            head = f"GET /api/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+            there.sendall(f"{head}Accept: text/event-stream\r\n\r\n".encode())
+            yield there
+
+
 def test_a_visitor_at_its_limit_of_requests_gets_an_error_that_names_the_limit(
     attacked: Platform, unknown_rentals: tuple[str, ...]
 ) -> None:
-    proxy = attacked.proxy
-    may = room(proxy) // 5
-    token = attacked.token("many")
-    by_it = httpx.HTTPTransport(local_address=unknown_rentals[0])
+    proxy, source = attacked.proxy, unknown_rentals[0]
+    by_it = httpx.HTTPTransport(local_address=source)
     url = f"http://{proxy.network}.2"
     with ExitStack() as open_ones, httpx.Client(base_url=url, transport=by_it, timeout=60) as http:
-        for number in range(may + 40):  # of two kinds, so that none is refused for its rate
-            path = "/api/tokens" if number % 3 else "/api/rent"
-            open_ones.enter_context(unfinished_body(attacked, path, unknown_rentals[0], token))
-
-        answers = list[httpx.Response]()
+        streams = event_streams(attacked, source)
+        for stream in islice(streams, room(proxy) // 5 + 40):
+            open_ones.enter_context(stream)
 
         def is_refused() -> bool:
-            """Return whether it is; the answer is kept, for after 10 s without a bit of their bodies they are over."""
-            answers.append(http.get("/api/rentals"))
-            return answers[-1].status_code == 429
+            """Return whether a call is refused. One that is not may have had the last place: a stream takes it next."""
+            open_ones.enter_context(next(streams))
+            return http.get("/api/rentals").status_code == 429
 
-        wait_until(is_refused, "as many requests as may be are under way")
-        answer = answers[-1]
+        wait_until(is_refused, "as many requests as may be are in progress")
+        answer = http.get("/api/rentals")
         assert answer.json()["code"] == "too_many_connections"
         assert "too many requests from your address are in progress" in answer.json()["detail"]
         assert attacked.worker_health() == "ready"
