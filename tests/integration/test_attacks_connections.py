@@ -315,11 +315,11 @@ def test_a_visitor_at_its_limit_of_requests_gets_an_error_that_names_the_limit(
     url = f"http://{proxy.network}.2"
     with ExitStack() as open_ones, httpx.Client(base_url=url, transport=by_it, timeout=60) as http:
         streams = event_streams(attacked, source)
-        for stream in islice(streams, room(proxy) // 5 + 40):
+        for stream in islice(streams, room(proxy) // 5):
             open_ones.enter_context(stream)
 
         def is_refused() -> bool:
-            """Return whether a call is refused. One that is not may have had the last place: a stream takes it next."""
+            """Return whether a call is refused. One that is answered frees its place, which the next stream takes."""
             open_ones.enter_context(next(streams))
             return http.get("/api/rentals").status_code == 429
 
